@@ -1,0 +1,78 @@
+# Every target works from a fresh clone with Python >= 3.10, a C++17 compiler and make: it creates
+# .venv, installs there what it needs and builds the extension. What is up to date stays.
+#
+#   PYTHON=python3.12              the interpreter of a new .venv
+#   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
+#   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EDITABLE := $(PIP) install --no-build-isolation --editable
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test lint format dist clean distclean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(VENV)/.built ## build the extension into softmax_ext/
+
+demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; draws demo/report.png
+	$(BIN)/python examples/report.py
+
+test: $(VENV)/.test $(VENV)/.built ## run the tests
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy --strict softmax_ext
+
+format: $(VENV)/.lint ## reformat the Python and C++ sources in place
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove everything built; keep .venv
+	rm -rf build dist demo *.egg-info softmax_ext/*.so $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find softmax_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("softmax_ext needs Python" \
+		" >= 3.10; $(PYTHON) is " + sys.version.split()[0] + ". Try make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+# The value of TORCH that .venv was made with: written anew, and so newer, only when it changes.
+$(VENV)/torch.txt: FORCE | $(VENV)/pyvenv.cfg
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+$(VENV)/.tools: $(VENV)/torch.txt
+	$(PIP) install --upgrade $(TORCH) setuptools ninja pybind11
+	touch $@
+
+# By setup.py itself, since pip hides the plan and the progress.
+$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml softmax_ext/_version.py $(CPP)
+	$(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+# The package and one of the groups of pyproject.toml.
+GROUPS := $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
+$(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
+	$(EDITABLE) '.[$*]'
+	touch $@

@@ -1,0 +1,19 @@
+// The kernels of one instruction set, as its units define them and its table collects them.
+#pragma once
+
+#include "kernels.h"
+
+namespace softmax_ext {
+namespace CPU_CAPABILITY {
+
+double cross_entropy_float(const CrossEntropy<float>&, int64_t begin, int64_t end);
+double cross_entropy_double(const CrossEntropy<double>&, int64_t begin, int64_t end);
+void softmax_float(const Softmax<float>&, int64_t begin, int64_t end);
+void softmax_double(const Softmax<double>&, int64_t begin, int64_t end);
+void softmax_backward_float(const SoftmaxBackward<float>&, int64_t begin, int64_t end);
+void softmax_backward_double(const SoftmaxBackward<double>&, int64_t begin, int64_t end);
+void scale_rows(const ScaleRows&, int64_t begin, int64_t end);
+void exp_float(const float* x, float* y, int64_t n);
+
+}  // namespace CPU_CAPABILITY
+}  // namespace softmax_ext

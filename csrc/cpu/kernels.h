@@ -1,0 +1,119 @@
+// What the kernels are given and the table through which they are called: plain structs of pointers, strides and
+// options. One table per instruction set; dispatch.h chooses. No tensors, no threads: the caller splits the units
+// of work [0, units) and calls a kernel with a range of them.
+//
+// T is the type of the arithmetic: double if any operand is float64, float otherwise.
+#pragma once
+
+#include "layout.h"
+
+namespace softmax_ext {
+
+// One value per row, of any floating type: an upstream gradient, say. Value = scale * data[row * stride].
+struct RowValues {
+  const void* data;  // null: all zero
+  DType type;
+  int64_t stride;    // 0: one value for all rows
+  double scale;
+};
+
+// Readable values behind the last class of `weight` and `smooth`, so that whole vectors can be loaded.
+constexpr int64_t kWeightPadding = 64;
+
+enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilities };
+
+// Softmax cross entropy of the rows of `logits`, its gradient, or both (docs/math.md has the formulas):
+//
+//   forward    reads the logits once; writes loss, state and the statistics that are asked for; with grad_logits
+//              the row is visited again while it is in cache, and its gradient written
+//   backward   reads the logits and the state, writes the gradients
+//
+// The state of a row is (max, log_sum), log-sum-exp being their sum. Kept apart they are exact where their sum
+// would round at the magnitude of the maximum. With probabilities two more: sum of b, sum of q.
+template <typename T>
+struct CrossEntropy {
+  Layout layout;
+
+  const void* logits;
+  void* grad_logits;         // null: not wanted. May be `logits` itself.
+  DType logits_type;
+
+  // Exactly one of the three.
+  const int64_t* index;      // [rows]
+  const uint8_t* index_u8;   // [rows]
+  const void* probabilities; // of the logits' shape
+  DType probabilities_type;
+  void* grad_probabilities;  // null: not wanted. Of probabilities_type.
+
+  const T* weight;           // [classes], null: ones
+  const T* smooth;           // [classes]: label_smoothing / classes * weight; null without smoothing or weight
+  T weight_sum;              // sum of weight, `classes` without
+  int64_t ignore_index;
+  T label_smoothing;
+  T z_loss;
+  T softcap;                 // 0: none
+  T logit_scale;
+
+  bool forward;
+  void* loss;                // forward: [rows] of loss_type, null where only the sum is wanted
+  DType loss_type;
+  T* state;                  // [2 or 4, rows]; forward writes it, backward reads it
+  int64_t rows;
+  bool stats;                // forward: write the four below
+  T* lse;                    // [rows]
+  T* nll;                    // [rows]
+  T* entropy;                // [rows]; backward reads it where grad_entropy is given
+  int64_t* prediction;       // [rows]
+
+  RowValues grad_loss, grad_lse, grad_nll, grad_entropy;
+};
+
+enum SoftmaxOperand { kSoftmaxInput, kSoftmaxOutput, kSoftmaxGrad };
+
+// output = softmax(input) or log_softmax(input) over the classes.
+template <typename T>
+struct Softmax {
+  Layout layout;
+  bool log;
+  const void* input;
+  DType input_type;
+  void* output;
+  DType output_type;
+};
+
+// grad_input from the upstream gradient and the saved output, all of the input's shape.
+//   softmax: p (g - sum g p)        log_softmax: g - exp(output) sum g
+template <typename T>
+struct SoftmaxBackward {
+  Layout layout;  // operands: kSoftmaxInput is grad_input
+  bool log;
+  const void* grad_output;
+  const void* output;
+  DType output_type;  // of grad_output too
+  void* grad_input;
+  DType grad_input_type;
+};
+
+// data[row, c] *= factor[row], for every class c; operand 0 of the layout.
+struct ScaleRows {
+  Layout layout;
+  void* data;
+  DType type;
+  RowValues factor;
+};
+
+struct KernelTable {
+  const char* isa;
+  // Forward: the sum of the losses of the range, in a fixed order. Backward: 0.
+  double (*cross_entropy_float)(const CrossEntropy<float>&, int64_t begin, int64_t end);
+  double (*cross_entropy_double)(const CrossEntropy<double>&, int64_t begin, int64_t end);
+  void (*softmax_float)(const Softmax<float>&, int64_t begin, int64_t end);
+  void (*softmax_double)(const Softmax<double>&, int64_t begin, int64_t end);
+  void (*softmax_backward_float)(const SoftmaxBackward<float>&, int64_t begin, int64_t end);
+  void (*softmax_backward_double)(const SoftmaxBackward<double>&, int64_t begin, int64_t end);
+  void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
+  // y[i] = exp(x[i]) with the kernels' own exponential, for the test of its error.
+  void (*exp_float)(const float* x, float* y, int64_t n);
+};
+
+}  // namespace softmax_ext

@@ -1,0 +1,24 @@
+// The table of one instruction set.
+#include "isa_kernels.h"
+
+#define SOFTMAX_EXT_STRING_OF(name) #name
+#define SOFTMAX_EXT_STRING(name) SOFTMAX_EXT_STRING_OF(name)
+
+namespace softmax_ext {
+namespace CPU_CAPABILITY {
+
+extern const KernelTable table;
+const KernelTable table = {
+    SOFTMAX_EXT_STRING(CPU_CAPABILITY),
+    cross_entropy_float,
+    cross_entropy_double,
+    softmax_float,
+    softmax_double,
+    softmax_backward_float,
+    softmax_backward_double,
+    scale_rows,
+    exp_float,
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace softmax_ext

@@ -1,0 +1,184 @@
+// Checks, allocation and layouts; see tensors.h.
+#include "tensors.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+namespace softmax_ext {
+
+namespace {
+
+// Elements below which a second thread costs more than it saves.
+constexpr int64_t kParallelElements = 32768;
+
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous.
+constexpr int64_t kSmallClasses = 32;
+
+constexpr int64_t kMaxGroups = 1024;
+
+OuterDim merge(const OuterDim& outer, const OuterDim& inner) {
+  OuterDim merged = inner;
+  merged.size = outer.size * inner.size;
+  return merged;
+}
+
+bool mergeable(const OuterDim& outer, const OuterDim& inner) {
+  for (int i = 0; i < kOperands; i++)
+    if (outer.stride[i] != inner.stride[i] * inner.size) return false;
+  return true;
+}
+
+}  // namespace
+
+DType dtype_of(ScalarType type, const char* op, const char* argument) {
+  switch (type) {
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float64, float32, bfloat16 or float16; got ",
+                      torch::headeronly::toString(type), ".");
+  }
+}
+
+DType dtype_of(const Tensor& tensor, const char* op, const char* argument) {
+  return dtype_of(tensor.scalar_type(), op, argument);
+}
+
+ScalarType arithmetic_type(std::initializer_list<DType> types) {
+  for (DType type : types)
+    if (type == DType::kFloat64) return ScalarType::Double;
+  return ScalarType::Float;
+}
+
+double value_at(const void* data, DType type, int64_t i) {
+  switch (type) {
+    case DType::kFloat64: return static_cast<const double*>(data)[i];
+    case DType::kFloat32: return static_cast<const float*>(data)[i];
+    case DType::kBFloat16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
+    default: return static_cast<const torch::headeronly::Half*>(data)[i];
+  }
+}
+
+void set_value(void* data, DType type, double value) {
+  switch (type) {
+    case DType::kFloat64: *static_cast<double*>(data) = value; break;
+    case DType::kFloat32: *static_cast<float*>(data) = static_cast<float>(value); break;
+    case DType::kBFloat16: *static_cast<torch::headeronly::BFloat16*>(data) = static_cast<float>(value); break;
+    default: *static_cast<torch::headeronly::Half*>(data) = static_cast<float>(value); break;
+  }
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor as_contiguous(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+std::vector<int64_t> batch_sizes(const Tensor& tensor, int64_t dim) {
+  std::vector<int64_t> sizes = sizes_of(tensor);
+  sizes.erase(sizes.begin() + dim);
+  return sizes;
+}
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t n = 1;
+  for (int64_t size : sizes) n *= size;
+  return n;
+}
+
+int64_t wrap_dim(const Tensor& tensor, int64_t dim, const char* op) {
+  const int64_t rank = tensor.dim();
+  STD_TORCH_CHECK(dim >= -rank && dim < rank, op, ": dim must lie in [", -rank, ", ", rank - 1, "]; got ", dim, ".");
+  return dim < 0 ? dim + rank : dim;
+}
+
+void check_same_sizes(const Tensor& a, const Tensor& b, const char* op, const char* argument) {
+  STD_TORCH_CHECK(sizes_of(a) == sizes_of(b), op, ": ", argument, " must have the input's shape.");
+}
+
+void check_cpu(const Tensor& tensor, const char* op, const char* argument) {
+  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", argument, " must be on the CPU, as the input is.");
+}
+
+JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands) {
+  const auto sizes = shape.sizes();
+  const int64_t rank = shape.dim();
+  const auto stride_of = [&](size_t slot, int64_t d) {
+    return slot < operands.size() && operands[slot] ? operands[slot]->stride(d) : 0;
+  };
+
+  std::vector<OuterDim> dims;
+  int64_t row_stride = 1;
+  for (int64_t d = rank - 1; d >= 0; d--) {
+    if (d == dim) continue;
+    OuterDim entry{};
+    entry.size = sizes[d];
+    for (size_t slot = 0; slot < kRow; slot++) entry.stride[slot] = stride_of(slot, d);
+    entry.stride[kRow] = row_stride;
+    row_stride *= entry.size;
+    if (entry.size != 1) dims.push_back(entry);
+  }
+  const int64_t rows = row_stride;
+  std::reverse(dims.begin(), dims.end());
+  // Memory order of the first operand, so that a permuted view is walked as it lies.
+  std::stable_sort(dims.begin(), dims.end(),
+                   [](const OuterDim& a, const OuterDim& b) { return a.stride[0] > b.stride[0]; });
+  for (const OuterDim& entry : dims) {
+    if (!dims_.empty() && mergeable(dims_.back(), entry))
+      dims_.back() = merge(dims_.back(), entry);
+    else
+      dims_.push_back(entry);
+  }
+
+  layout_.classes = sizes[dim];
+  bool unit_stride = true;
+  for (size_t slot = 0; slot < kRow; slot++) {
+    const bool used = slot < operands.size() && operands[slot];
+    layout_.class_stride[slot] = layout_.classes == 1 ? 1 : stride_of(slot, dim);
+    if (used) unit_stride = unit_stride && layout_.class_stride[slot] == 1;
+  }
+  layout_.rows = dims_.empty() ? unit_stride : unit_stride && layout_.classes > kSmallClasses;
+  layout_.inner = 1;
+  if (!layout_.rows && !dims_.empty()) {
+    const OuterDim& inner = dims_.back();
+    layout_.inner = inner.size;
+    std::copy(inner.stride, inner.stride + kOperands, layout_.inner_stride);
+    dims_.pop_back();
+  }
+  layout_.outer = rows == 0 ? 0 : rows / layout_.inner;
+  layout_.outer_dims = static_cast<int>(dims_.size());
+  layout_.dims = dims_.data();
+}
+
+int64_t JointLayout::units() const {
+  return layout_.rows ? layout_.outer : layout_.outer * ((layout_.inner + kTile - 1) / kTile);
+}
+
+Groups::Groups(int64_t units, int64_t elements_per_unit) : units_(units) {
+  size_ = std::max<int64_t>(1, (units + kMaxGroups - 1) / kMaxGroups);
+  count_ = (units + size_ - 1) / size_;
+  grain_ = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements_per_unit * size_));
+}
+
+}  // namespace softmax_ext

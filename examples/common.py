@@ -1,0 +1,33 @@
+"""What the examples share: how they ask for a missing package and check a count."""
+
+import argparse
+
+PYPI_NAMES = {"sklearn": "scikit-learn"}
+
+
+def explain_missing(error: ModuleNotFoundError) -> str:
+    """Says how to get the package that an example failed to import."""
+    package = (error.name or "").partition(".")[0]
+    if package == "softmax_ext":
+        return (
+            "softmax_ext is not installed. In the directory above examples/, type\n"
+            "    pip install --no-build-isolation '.[demo]'\n"
+            "or `make demo`, which installs everything in an environment of its own."
+        )
+    return (
+        f"{package} is not installed. Type\n"
+        f"    pip install {PYPI_NAMES.get(package, package)}\n"
+        "or, in the directory above examples/, for all that the examples need:\n"
+        "    pip install --no-build-isolation '.[demo]'"
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number, at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"needs a whole number, 1 or more; got {text!r}")
+    return number

@@ -1,0 +1,335 @@
+"""Trains a small GPT on Python's own sources, with PyTorch's loss or with softmax_ext's.
+
+The text is the standard library of the interpreter that runs this, cut into tokens by a byte-level
+BPE (byte pair encoding) of 32768 entries, which is trained on that text first. The same seed gives
+the same initial weights and the same batches whichever the loss. A step takes 2048 tokens, so the
+logits are 2048 x 32768 floats, 256 MiB: large beside everything else that so small a model
+computes. This is where the loss costs the most, and where it pays to replace it.
+
+Each step records its loss, how long it took, how much of that went to the loss itself, and the
+highest resident memory.
+
+    python examples/gpt.py --loss torch --steps 50
+    python examples/gpt.py --loss softmax_ext --steps 50
+"""
+
+import argparse
+import csv
+import re
+import resource
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common import explain_missing, positive_int
+
+try:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from rich.console import Console
+    from rich.progress import track
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from torch import Tensor, nn
+
+    import softmax_ext
+except ModuleNotFoundError as error:
+    sys.exit(explain_missing(error))
+
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "torch": nn.CrossEntropyLoss,
+    "softmax_ext": softmax_ext.CrossEntropyLoss,
+}
+
+SEED = 0
+STEPS = 50
+SEQUENCES = 8  # in a batch
+CONTEXT = 256  # tokens in a sequence
+VOCABULARY = 32768
+WIDTH = 128
+HEADS = 4
+BLOCKS = 2
+LEARNING_RATE = 1e-3
+
+TEXT_BYTES = 8 * 2**20  # bounds the time for the tokeniser; what exceeds it is left out
+SKIPPED = {  # directories
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "encodings",  # generated tables, as the next
+    "pydoc_data",
+}
+END_OF_FILE = "<|endoftext|>"
+
+MIB = 2**20
+
+
+# ----------------------------------------------------------------------------------------- the text
+
+
+def stdlib_sources() -> list[str]:
+    """The sources of the standard library, in alphabetical order, up to TEXT_BYTES."""
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+    sources: list[str] = []
+    remaining = TEXT_BYTES
+    for path in paths:
+        if SKIPPED.isdisjoint(path.parts):
+            source = (root / path).read_bytes()
+            remaining -= len(source)
+            if remaining < 0:
+                break
+            sources.append(source.decode("utf-8", errors="replace"))
+    return sources
+
+
+def train_tokenizer(sources: list[str]) -> Tokenizer:
+    """A byte-level BPE of VOCABULARY entries, trained on these sources."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END_OF_FILE],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sources, trainer)
+    return tokenizer
+
+
+def read_tokens(console: Console) -> Tensor:  # [tokens]
+    """The standard library as one stream of token ids, files parted by END_OF_FILE."""
+    sources = stdlib_sources()
+    text_bytes = sum(len(source.encode()) for source in sources)
+    with console.status("training the tokeniser"):
+        tokenizer = train_tokenizer(sources)
+    end_of_file = tokenizer.token_to_id(END_OF_FILE)
+    ids: list[int] = []
+    for source in track(sources, "cutting the text into tokens", console=console):
+        ids += tokenizer.encode(source).ids
+        ids.append(end_of_file)
+    if len(ids) <= CONTEXT:
+        sys.exit(
+            f"{sysconfig.get_path('stdlib')} holds only {len(ids)} tokens of Python source, fewer"
+            f" than one sequence of {CONTEXT + 1}: this Python came without its sources."
+        )
+    console.print(
+        f"{len(sources)} files of the standard library, {text_bytes / MIB:.1f} MiB, are"
+        f" {len(ids)} tokens from a vocabulary of {tokenizer.get_vocab_size()}"
+    )
+    return torch.tensor(ids)
+
+
+def batches(tokens: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random places of the text: inputs and, one token later, target; [SEQUENCES, CONTEXT] each."""
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(steps):
+        starts = torch.randint(len(tokens) - CONTEXT, (SEQUENCES, 1), generator=generator)
+        places = starts + torch.arange(CONTEXT)
+        yield tokens[places], tokens[places + 1]
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+class Block(nn.Module):
+    """Causal self-attention and a two-layer perceptron, each added to what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(WIDTH)
+        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
+        self.attention_output = nn.Linear(WIDTH, WIDTH)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
+
+    def attention(self, x: Tensor) -> Tensor:  # [sequences, positions, width], returns the same
+        sequences, positions, _ = x.shape
+        heads = self.query_key_value(x).view(sequences, positions, 3, HEADS, WIDTH // HEADS)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # [sequences, heads, positions, features]
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.attention_output(mixed.transpose(1, 2).reshape(x.shape))
+
+    def forward(self, x: Tensor) -> Tensor:  # [sequences, positions, width], returns the same
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.perceptron(x)
+
+
+class GPT(nn.Module):
+    """Token ids to the logits of the next token at each position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.position_embedding = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        self.head.weight = self.token_embedding.weight  # tied: one matrix reads and writes tokens
+
+    def forward(self, ids: Tensor) -> Tensor:  # [sequences, positions], returns [..., VOCABULARY]
+        positions = torch.arange(ids.shape[1])
+        x = self.token_embedding(ids) + self.position_embedding(positions)
+        return self.head(self.norm(self.blocks(x)))
+
+
+# ------------------------------------------------------------------------------------- the training
+
+
+@dataclass
+class Step:
+    """What one training step gave and cost."""
+
+    loss_module: str
+    step: int
+    loss: float
+    step_ms: float
+    loss_forward_ms: float
+    loss_backward_ms: float
+    initial_memory_mib: float  # resident before the first step
+    peak_memory_mib: float  # the most that was resident during this step
+
+    @property
+    def loss_ms(self) -> float:
+        return self.loss_forward_ms + self.loss_backward_ms
+
+
+def restart_peak_memory() -> None:
+    """Makes peak_memory_mib count from now on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib() -> float:
+    """The most memory that was resident in this process."""
+    with suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return int(peak[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def train_step(
+    model: GPT,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    target: Tensor,
+) -> tuple[float, dict[str, float]]:
+    """One step; returns its loss and the milliseconds it took, named as in Step."""
+    logits_gradient_ready: list[float] = []
+
+    start = time.perf_counter()
+    logits = model(inputs)
+    # Backward begins with the loss, and the gradient of the logits is all that the loss gives:
+    # when it arrives the loss is done, and nothing else has begun.
+    logits.register_hook(lambda _: logits_gradient_ready.append(time.perf_counter()))
+    loss_start = time.perf_counter()
+    loss = criterion(logits.flatten(0, 1), target.flatten())
+    loss_end = time.perf_counter()
+    optimizer.zero_grad()
+    backward_start = time.perf_counter()
+    loss.backward()
+    optimizer.step()
+    end = time.perf_counter()
+
+    return loss.item(), {
+        "step_ms": 1000 * (end - start),
+        "loss_forward_ms": 1000 * (loss_end - loss_start),
+        "loss_backward_ms": 1000 * (logits_gradient_ready[0] - backward_start),
+    }
+
+
+def train(loss_module: str, tokens: Tensor, steps: int) -> Iterator[Step]:
+    """Trains a new GPT with one of LOSSES and yields each step as it is done."""
+    torch.manual_seed(SEED)
+    model = GPT()
+    criterion = LOSSES[loss_module]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+
+    restart_peak_memory()
+    initial_memory_mib = peak_memory_mib()
+    for step, (inputs, target) in enumerate(batches(tokens, steps), start=1):
+        restart_peak_memory()
+        loss, milliseconds = train_step(model, criterion, optimizer, inputs, target)
+        yield Step(
+            loss_module,
+            step,
+            loss,
+            **milliseconds,
+            initial_memory_mib=initial_memory_mib,
+            peak_memory_mib=peak_memory_mib(),
+        )
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def write_csv(path: Path, steps: list[Step]) -> None:
+    """One line a step, with the fields of Step for columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, asdict(steps[0]).keys())
+        writer.writeheader()
+        writer.writerows(asdict(step) for step in steps)
+
+
+def read_csv(path: Path) -> list[Step]:
+    """What write_csv wrote."""
+    with path.open(newline="") as file:
+        lines = csv.reader(file)
+        next(lines)
+        return [Step(name, int(step), *map(float, figures)) for name, step, *figures in lines]
+
+
+def summary(steps: list[Step]) -> str:
+    """A training run in one sentence."""
+    step_ms = statistics.median(step.step_ms for step in steps)
+    loss_ms = statistics.median(step.loss_ms for step in steps)
+    peak = max(step.peak_memory_mib for step in steps)
+    return (
+        f"{steps[0].loss_module}: loss {steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at step"
+        f" {len(steps)}; {step_ms:.0f} ms a step, {loss_ms:.0f} ms of it in the loss (medians);"
+        f" peak memory {peak:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", choices=LOSSES, default="softmax_ext", help="whose loss (default: %(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=STEPS, help="training steps (default: %(default)s)")
+    parser.add_argument("--tokens", type=Path, help="take the token ids from this .npy file, not from the text")
+    parser.add_argument("--csv", type=Path, help="write a line of figures for each step there")
+    options = parser.parse_args()
+
+    console = Console()
+    tokens = torch.from_numpy(np.load(options.tokens)) if options.tokens else read_tokens(console)
+    steps = list(
+        track(
+            train(options.loss, tokens, options.steps),
+            f"training with {options.loss}",
+            total=options.steps,
+            console=console,
+        )
+    )
+    console.print(summary(steps), highlight=False)
+    if options.csv:
+        write_csv(options.csv, steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Runs both examples and reports what softmax_ext changes: `make demo`.
+
+First digits.py. Then the GPT of gpt.py once with each of its losses, from the same weights and on
+the same batches, each in a process of its own, so that neither finds memory that the other left.
+Prints a table of the figures and writes, into demo/ in the directory above examples/,
+
+    report.png  loss curves and their difference, time, memory, and the digits, side by side
+    report.csv  one line for each step of each run: its loss, its times, its memory
+
+Every figure is of this run, on this machine. Times are medians over the steps.
+
+    python examples/report.py
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from common import explain_missing, positive_int
+
+try:
+    import digits
+    import gpt
+    import numpy as np
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import SubFigure
+    from matplotlib.ticker import MaxNLocator
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(explain_missing(error))
+
+DIRECTORY = Path(__file__).resolve().parents[1] / "demo"
+BASELINE, *OTHERS = gpt.LOSSES
+COLOURS = dict(zip(gpt.LOSSES, ["#7f7f7f", "#d62728", "#1f77b4"], strict=False))
+
+
+# ------------------------------------------------------------------------------------- the two runs
+
+
+def run_gpt(loss_module: str, tokens: Path, steps: int) -> list[gpt.Step]:
+    """Trains a GPT in a process of its own, which shows its progress here."""
+    figures = tokens.with_name(f"{loss_module}.csv")
+    command = [sys.executable, str(Path(gpt.__file__))]
+    command += ["--loss", loss_module, "--steps", str(steps)]
+    command += ["--tokens", str(tokens), "--csv", str(figures)]
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        sys.exit(f"report.py: training with {loss_module} ended with status {status}; see above.")
+    return gpt.read_csv(figures)
+
+
+def run_gpts(steps: int, console: Console) -> dict[str, list[gpt.Step]]:
+    """Trains the GPT with each loss on the same tokens; returns the steps of each."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokens = Path(directory) / "tokens.npy"
+        np.save(tokens, gpt.read_tokens(console).numpy())
+        return {name: run_gpt(name, tokens, steps) for name in gpt.LOSSES}
+
+
+# ------------------------------------------------------------------------------- what they amount to
+
+
+@dataclass
+class Totals:
+    """One run in a few figures: medians over its steps, and the highest memory of any."""
+
+    step_ms: float
+    loss_forward_ms: float
+    loss_backward_ms: float
+    loss_ms: float
+    rest_ms: float
+    initial_memory_mib: float
+    peak_memory_mib: float
+
+    @classmethod
+    def of(cls, steps: list[gpt.Step]) -> "Totals":
+        return cls(
+            step_ms=median(step.step_ms for step in steps),
+            loss_forward_ms=median(step.loss_forward_ms for step in steps),
+            loss_backward_ms=median(step.loss_backward_ms for step in steps),
+            loss_ms=median(step.loss_ms for step in steps),
+            rest_ms=median(step.step_ms - step.loss_ms for step in steps),
+            initial_memory_mib=steps[0].initial_memory_mib,
+            peak_memory_mib=max(step.peak_memory_mib for step in steps),
+        )
+
+    @property
+    def added_memory_mib(self) -> float:
+        """What training holds beyond the model, the text and the libraries."""
+        return self.peak_memory_mib - self.initial_memory_mib
+
+
+@dataclass
+class Agreement:
+    """How close the losses of two runs are, step by step."""
+
+    difference: np.ndarray  # [steps], the other's loss minus the baseline's
+    spacing: np.ndarray  # [steps], between the baseline's loss and the next larger float32
+    relative: np.ndarray  # [steps]
+
+    @classmethod
+    def of(cls, baseline: list[gpt.Step], other: list[gpt.Step]) -> "Agreement":
+        expected = np.array([step.loss for step in baseline])
+        difference = np.array([step.loss for step in other]) - expected
+        spacing = np.spacing(expected.astype(np.float32)).astype(float)
+        return cls(difference, spacing, np.abs(difference) / expected)
+
+    @property
+    def spacings(self) -> np.ndarray:
+        """The differences counted in float32 spacings: 1 is the least that there can be."""
+        return self.difference / self.spacing
+
+    def in_words(self) -> str:
+        steps = len(self.difference)
+        equal = int((self.difference == 0).sum())
+        if equal == steps:
+            return f"the same loss to the last bit at each of {steps} steps"
+        return (
+            f"the same loss to the last bit at {equal} of {steps} steps; at the others apart by"
+            f" {np.abs(self.difference).max():.2g} at most, {self.relative.max():.1g} of the loss"
+            f" ({np.abs(self.spacings).max():.0f} float32 spacings)"
+        )
+
+
+def comparison(totals: dict[str, Totals], runs: dict[str, list[gpt.Step]]) -> Table:
+    """The figures of each run in columns, and how many times less each of OTHERS takes."""
+    table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss module")
+    table.add_column("")
+    for name in gpt.LOSSES:
+        table.add_column(name, justify="right")
+    for name in OTHERS:
+        table.add_column(f"{BASELINE} / {name}", justify="right")
+
+    table.add_row("loss at the last step", *(f"{steps[-1].loss:.6f}" for steps in runs.values()))
+    for label, attribute, unit in [
+        ("time of a step", "step_ms", "ms"),
+        ("  in the loss", "loss_ms", "ms"),
+        ("    forward", "loss_forward_ms", "ms"),
+        ("    backward", "loss_backward_ms", "ms"),
+        ("  in all else", "rest_ms", "ms"),
+        ("peak memory", "peak_memory_mib", "MiB"),
+        ("  before the first step", "initial_memory_mib", "MiB"),
+        ("  added by training", "added_memory_mib", "MiB"),
+    ]:
+        values = {name: getattr(totals[name], attribute) for name in gpt.LOSSES}
+        ratios = [values[BASELINE] / values[name] for name in OTHERS]
+        table.add_row(
+            label,
+            *(f"{value:.0f} {unit}" for value in values.values()),
+            *(f"{ratio:.2f}" for ratio in ratios),
+        )
+    return table
+
+
+# ------------------------------------------------------------------------------------ the picture
+
+
+def draw_curves(axes: Axes, runs: dict[str, list[gpt.Step]]) -> None:
+    """The loss of each run; the baseline is wide, so that what lies upon it does not hide it."""
+    for name, steps in runs.items():
+        axes.plot(
+            [step.step for step in steps],
+            [step.loss for step in steps],
+            color=COLOURS[name],
+            linewidth=5 if name == BASELINE else 1.5,
+            alpha=0.5 if name == BASELINE else 1,
+            label=name,
+        )
+    axes.set(title="loss", xlabel="step", ylabel="cross entropy (nats per token)")
+    axes.legend()
+
+
+def draw_difference(axes: Axes, agreements: dict[str, Agreement]) -> None:
+    """The difference of the losses, counted in the least differences that float32 can express."""
+    for name, agreement in agreements.items():
+        steps = np.arange(1, len(agreement.difference) + 1)
+        axes.vlines(steps, 0, agreement.spacings, color=COLOURS[name])
+        axes.plot(
+            steps,
+            agreement.spacings,
+            "o",
+            markersize=4,
+            color=COLOURS[name],
+            label=f"{name}: at most {np.abs(agreement.difference).max():.2g},"
+            f" {agreement.relative.max():.1g} of the loss",
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.margins(y=0.3)
+    axes.set(title=f"loss minus {BASELINE}'s", xlabel="step", ylabel="difference (float32 spacings)")
+    axes.legend(loc="upper left")
+
+
+def draw_bars(axes: Axes, totals: dict[str, Totals], total: str, unit: str, parts: dict[str, tuple[str, str]]) -> None:
+    """A bar for each run: parts, {attribute: (label, colour)}, side by side, and their total."""
+    names = list(totals)
+    longest = max(getattr(totals[name], total) for name in names)
+    left = np.zeros(len(names))
+    for attribute, (label, colour) in parts.items():
+        widths = np.array([getattr(totals[name], attribute) for name in names])
+        bars = axes.barh(names, widths, left=left, color=colour, label=label, height=0.5)
+        # A part too narrow for its figure goes without it; the table and the CSV file have it.
+        figures = [f"{width:.0f}" if width > 0.06 * longest else "" for width in widths]
+        axes.bar_label(bars, figures, label_type="center", color="white")
+        left += widths
+    for row, name in enumerate(names):
+        figure = f" {getattr(totals[name], total):.0f} {unit}"
+        axes.text(left[row], row, figure, va="center", fontweight="bold")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel(unit)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(parts), frameon=False)
+
+
+def draw_time(axes: Axes, totals: dict[str, Totals]) -> None:
+    """The time of a step, split into the loss, forward and backward, and all else."""
+    axes.set_title("time of a training step (medians)")
+    parts = {
+        "loss_forward_ms": ("loss, forward", "#ff7f0e"),
+        "loss_backward_ms": ("loss, backward", "#d62728"),
+        "rest_ms": ("all else", "#7f7f7f"),
+    }
+    draw_bars(axes, totals, "step_ms", "ms", parts)
+
+
+def draw_memory(axes: Axes, totals: dict[str, Totals]) -> None:
+    """The highest memory, split into what was there before and what training added."""
+    axes.set_title("peak memory of the process")
+    parts = {
+        "added_memory_mib": ("added by training", "#1f77b4"),
+        "initial_memory_mib": ("before the first step", "#7f7f7f"),
+    }
+    draw_bars(axes, totals, "peak_memory_mib", "MiB", parts)
+
+
+def draw_digits(figure: SubFigure, result: digits.Result) -> None:
+    """The digits that digits.py shows, each beside its predicted distribution."""
+    figure.suptitle(
+        f"digits.py: {result.accuracy:.2%} of {len(result.prediction)} held-out digits recognised;\n"
+        "the first two of them and the two least certain"
+    )
+    positions = digits.interesting(result)
+    grid = figure.subplots(len(positions), 2, width_ratios=[2, 3])
+    for (image, bars), position in zip(grid, positions, strict=True):
+        target = int(result.test.target[position])
+        prediction = int(result.prediction[position])
+        probabilities = result.probabilities[position].tolist()
+        image.imshow(result.test.images[position].reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+        image.set(xticks=[], yticks=[], ylabel=f"a {target}")
+        colours = ["#1f77b4"] * 10
+        colours[prediction] = "#d62728"
+        colours[target] = "#2ca02c"
+        bars.bar(range(10), probabilities, color=colours)
+        bars.set(xticks=range(10), ylim=(0, 1.2), yticks=[0, 0.5, 1])
+        bars.text(prediction, probabilities[prediction] + 0.03, f"{max(probabilities):.1%}", ha="center")
+        bars.spines[["top", "right"]].set_visible(False)
+
+
+def draw(
+    path: Path,
+    runs: dict[str, list[gpt.Step]],
+    totals: dict[str, Totals],
+    agreements: dict[str, Agreement],
+    result: digits.Result,
+) -> None:
+    """Draws the whole report."""
+    figure = plt.figure(figsize=(16, 9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[7, 3], wspace=0.03)
+    tokens = gpt.SEQUENCES * gpt.CONTEXT
+    left.suptitle(
+        f"gpt.py: the same GPT trained with each loss, {tokens} tokens a step,"
+        f" vocabulary {gpt.VOCABULARY}:\n"
+        f"{tokens * gpt.VOCABULARY * 4 / gpt.MIB:.0f} MiB of logits"
+    )
+    ((curves, difference), (time_bars, memory_bars)) = left.subplots(2, 2, height_ratios=[3, 2])
+    draw_curves(curves, runs)
+    draw_difference(difference, agreements)
+    draw_time(time_bars, totals)
+    draw_memory(memory_bars, totals)
+    for axis in (curves.xaxis, difference.xaxis, difference.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    for axes in left.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    draw_digits(right, result)
+    figure.savefig(path, dpi=100)
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        default=gpt.STEPS,
+        help="training steps of each GPT (default: %(default)s)",
+    )
+    options = parser.parse_args()
+    console = Console()
+    start = time.perf_counter()
+    DIRECTORY.mkdir(exist_ok=True)
+
+    result = digits.train(digits.EPOCHS, console)
+    digits.show(result, console)
+
+    runs = run_gpts(options.steps, console)
+    totals = {name: Totals.of(steps) for name, steps in runs.items()}
+    agreements = {name: Agreement.of(runs[BASELINE], runs[name]) for name in OTHERS}
+    console.print(comparison(totals, runs))
+    for name, agreement in agreements.items():
+        console.print(f"{name} and {BASELINE}: {agreement.in_words()}", highlight=False)
+
+    gpt.write_csv(DIRECTORY / "report.csv", [step for steps in runs.values() for step in steps])
+    draw(DIRECTORY / "report.png", runs, totals, agreements, result)
+    console.print(f"wrote report.png and report.csv to {DIRECTORY} after {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

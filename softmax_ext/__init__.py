@@ -1,0 +1,29 @@
+"""Fused softmax, log-softmax and softmax cross entropy for PyTorch: drop-ins for torch.nn.functional and torch.nn.
+
+    loss = softmax_ext.cross_entropy(logits, target)
+
+``python -m softmax_ext`` tells what was built and what runs here.
+"""
+
+import sys
+
+from . import ops
+from ._version import __version__
+
+_diagnosing = "-m softmax_ext" in " ".join(sys.orig_argv)
+if ops.load_error is not None and not _diagnosing:
+    raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
+
+from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax
+from .modules import CrossEntropyLoss, LogSoftmax, Softmax
+
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyStats",
+    "LogSoftmax",
+    "Softmax",
+    "__version__",
+    "cross_entropy",
+    "log_softmax",
+    "softmax",
+]

@@ -1,0 +1,385 @@
+"""The torch.autograd.Functions around the operators: backward, double backward, forward mode and vmap.
+
+Cross entropy has one Function for each way to hold the gradient:
+
+    CrossEntropy             keeps the logits; backward reads them again. All of autograd works.
+    CompiledCrossEntropy     the same while torch.compile traces, which refuses a Function that defines ``jvp``.
+    OverwritingCrossEntropy  precompute_grad and inplace: a gradient that is consumed, logits that are overwritten.
+
+The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
+``options`` stands everywhere for (dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+from .ops import MEAN, NONE
+from .reference import Options, Rows, total_weight
+
+# Results of a cross-entropy operator: always three, with statistics seven.
+_LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
+
+
+def _plain_backward() -> bool:
+    """Whether backward may call the operator itself: nothing differentiates or batches the gradient."""
+    if torch.compiler.is_compiling():
+        return True  # compiled backwards are once differentiable
+    return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> Tensor:
+    """The vmapped dimension moved to ``to``; a tensor without one is expanded."""
+    if batch_dim is None:
+        return tensor.unsqueeze(to).expand(*tensor.shape[:to], size, *tensor.shape[to:])
+    return tensor.movedim(batch_dim, to)
+
+
+def _one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """Vmap as a loop, for arguments that the kernels take only once per call."""
+    results = [
+        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _per_sample(rows: Tensor) -> Tensor:
+    """Sums all but the first dimension."""
+    return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _per_sample_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
+    """``total_weight`` of each target[i]; dim as in the target of one sample."""
+    if target.is_floating_point():
+        return total_weight(target[0], weight, dim, ignore_index).expand(target.shape[0])
+    live = target != ignore_index
+    value = live.double() if weight is None else weight.double()[torch.where(live, target, 0).long()] * live
+    return _per_sample(value)
+
+
+def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """One entry for each of ``needs``; ``grads`` holds those that are needed."""
+    remaining = iter(grads)
+    return [next(remaining) if needed else None for needed in needs]
+
+
+def _gradients(call: tuple[Any, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """(grad_input, grad_target), None where not needed, by the operator or differentiably."""
+    if _plain_backward():
+        grads = ops.cross_entropy_backward(*call, *needs)
+        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return _spread(CrossEntropyBackward.apply(*call, *needs), needs)
+
+
+class CrossEntropyBackward(Function):
+    """(grad_input, grad_target) from the upstream gradients, those not needed left out; linear in the gradients."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        grads = ops.cross_entropy_backward(*args)
+        return tuple(grad for grad, needed in zip(grads, args[17:], strict=True) if needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, needs_input, needs_target = inputs
+        ctx.options = Options(*tensors[10:])
+        ctx.needs = (needs_input, needs_target)
+        ctx.save_for_backward(*tensors[:7], tensors[8])
+        ctx.save_for_forward(*tensors[:7], tensors[8])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _problem(ctx: Any) -> tuple[Rows, Any]:
+        *upstream, input, target, weight, total = ctx.saved_tensors
+        rows = Rows(input, target, weight, ctx.options)
+        return rows, rows.row_gradients(*upstream, total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        rows, g = CrossEntropyBackward._problem(ctx)
+        v, t = _spread(grads, ctx.needs)
+        saved, total = ctx.saved_tensors[:4], ctx.saved_tensors[-1]
+        slopes = rows.derivative(v, t)
+        upstream: list[Tensor | None] = []
+        for i, (like, slope) in enumerate(zip(saved, slopes, strict=True)):
+            if like is None or not ctx.needs_input_grad[i]:
+                upstream.append(None)
+            else:
+                upstream.append((rows.reduce(slope, total) if i == 0 else slope).to(like.dtype))
+        grad_input = rows.gradient_derivative(g, v, t) if ctx.needs_input_grad[4] else None
+        grad_target = rows.target_gradient_derivative(g, v) if ctx.needs_input_grad[5] else None
+        if grad_target is not None:
+            grad_target = grad_target.to(ctx.saved_tensors[5].dtype)
+        return (*upstream, grad_input, grad_target, *[None] * 13)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        rows, g = CrossEntropyBackward._problem(ctx)
+        total, target = ctx.saved_tensors[-1], ctx.saved_tensors[5]
+        dg = rows.row_gradients(*tangents[:4], total)
+        dx, dq = tangents[4], tangents[5]
+        out = []
+        if ctx.needs[0]:
+            out.append(rows.gradient(dg) + rows.gradient_derivative(g, dx, dq))
+        if ctx.needs[1]:
+            out.append((rows.target_gradient(dg) + rows.target_gradient_derivative(g, dx)).to(target.dtype))
+        return tuple(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size = info.batch_size
+        upstream, (input, target, weight, state, total, entropy) = list(args[:4]), args[4:10]
+        options, needs = Options(*args[10:17]), args[17:]
+        if in_dims[6] is not None:
+            return _one_by_one(CrossEntropyBackward, size, in_dims, args)
+        batched = [None if a is None else _to_front(a, d, size) for a, d in zip(upstream, in_dims, strict=False)]
+        x = _to_front(input, in_dims[4], size)
+        rows_shape = [s for d, s in enumerate(x.shape) if d != options.dim + 1]
+        if batched[0] is not None and options.reduction != NONE:
+            per_sample = batched[0]
+            if options.reduction == MEAN:
+                per_sample = per_sample / _to_front(total, in_dims[8], size).to(per_sample.dtype)
+            batched[0] = per_sample.reshape(size, *[1] * (len(rows_shape) - 1)).expand(rows_shape)
+        grads = CrossEntropyBackward.apply(
+            *batched,
+            x,
+            _to_front(target, in_dims[5], size),
+            weight,
+            _to_front(state, in_dims[7], size, to=1).contiguous(),
+            torch.ones((), dtype=torch.float64, device=x.device),
+            None if entropy is None else _to_front(entropy, in_dims[9], size).contiguous(),
+            *options._replace(dim=options.dim + 1, reduction=NONE),
+            *needs,
+        )
+        return grads, (0,) * len(grads)
+
+
+class CrossEntropy(Function):
+    """(input, target, weight, *options, dtype, stats) -> the results of the operator."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        input, target, weight, dim, reduction, ignore, smoothing, z_loss, softcap, scale, dtype, stats = args
+        return tuple(
+            ops.cross_entropy(
+                input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
+            )
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.options = inputs[3:10]
+        ctx.stats = inputs[11]
+        ctx.dtypes = (output[_LOSS].dtype, output[_STATE].dtype)
+        entropy = output[_ENTROPY] if ctx.stats else None
+        ctx.save_for_backward(*inputs[:3], output[_STATE], output[_TOTAL], entropy)
+        ctx.save_for_forward(*inputs[:3], output[_STATE], output[_TOTAL], entropy)
+        ctx.mark_non_differentiable(output[_STATE], output[_TOTAL], *output[_PREDICTION : _PREDICTION + 1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
+        if grads[_LOSS] is None and all(g is None for g in stats):
+            return (None,) * 12
+        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
+        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 10)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, target, weight, _, total, _ = ctx.saved_tensors
+        rows = Rows(input, target, weight, Options(*ctx.options))
+        along = rows.derivative(tangents[0], tangents[1])
+        loss_dtype, stats_dtype = ctx.dtypes
+        loss = rows.reduce(along.loss, total).to(loss_dtype)
+        if not ctx.stats:
+            return loss, None, None
+        return (loss, None, None, *(t.to(stats_dtype) for t in along[1:]), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size = info.batch_size
+        input, target, weight = args[:3]
+        options, (dtype, stats) = Options(*args[3:10]), args[10:]
+        if in_dims[2] is not None:
+            return _one_by_one(CrossEntropy, size, in_dims, args)
+        x, y = _to_front(input, in_dims[0], size), _to_front(target, in_dims[1], size)
+        loss_dtype = dtype or x.dtype
+        wide = torch.float64 if torch.float64 in (loss_dtype, x.dtype) else torch.float32
+        row_options = options._replace(dim=options.dim + 1, reduction=NONE)
+        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, *row_options, wide, stats)
+        total = _per_sample_weight(y, weight, options.dim, options.ignore_index)
+        if options.reduction != NONE:
+            loss = _per_sample(loss)
+        if options.reduction == MEAN:
+            loss = loss / total.to(loss.dtype)
+        return (loss.to(loss_dtype), state, total, *rest), (0, 1, 0, *[0] * len(rest))
+
+
+class CompiledCrossEntropy(Function):
+    """CrossEntropy for torch.compile: once differentiable, no forward mode, no vmap."""
+
+    forward = staticmethod(CrossEntropy.forward)
+    setup_context = staticmethod(CrossEntropy.setup_context)
+    backward = staticmethod(CrossEntropy.backward)
+
+
+class OverwritingCrossEntropy(Function):
+    """CrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
+
+    The precomputed gradient lies in a buffer of its own or over the logits, and the first backward consumes it: it is
+    scaled in place where the upstream gradient is not 1, and handed over. While the logits are intact a further
+    backward computes it again; once they are overwritten it is refused.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, dtype, stats, precompute_grad, inplace = args
+        input, target, weight, dim, reduction, ignore, smoothing, z_loss, softcap, scale = tensors
+        call = (target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
+        if precompute_grad and inplace:
+            results = ops.cross_entropy_(input, *call)
+            torch.autograd.graph.increment_version(input)
+            return tuple(results)
+        return tuple(ops.cross_entropy(input, *call, precompute_grad))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, target, weight = inputs[:3]
+        ctx.options, ctx.stats = inputs[3:10], inputs[11]
+        precompute_grad, ctx.inplace = inputs[12:]
+        ctx.overwritten = False
+        ctx.gradient = None
+        differentiable = (_LOSS, _LSE, _NLL, _ENTROPY)
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable or (i > 0 and not ctx.stats)))
+        ctx.set_materialize_grads(False)
+        if precompute_grad:
+            ctx.gradient = input.detach() if ctx.inplace else output[-1]
+        keeps_logits = not (precompute_grad and ctx.inplace)
+        ctx.overwritten = not keeps_logits
+        entropy = output[_ENTROPY] if ctx.stats else None
+        ctx.save_for_backward(input if keeps_logits else None, target, weight, output[_STATE], output[_TOTAL], entropy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
+        only_loss = all(g is None for g in stats)
+        if grads[_LOSS] is None and only_loss:
+            return (None,) * 14
+        if ctx.inplace and not _plain_backward():
+            raise RuntimeError(
+                "cross_entropy: inplace=True writes the gradient over the logits, so it can't be differentiated again "
+                "(create_graph=True) or batched. Use inplace=False."
+            )
+        if ctx.gradient is not None and only_loss and _plain_backward():
+            gradient, ctx.gradient = ctx.gradient, None
+            ops.scale_rows_(gradient, grads[_LOSS], ctx.options[0])
+            return (gradient, *[None] * 13)
+        if ctx.overwritten:
+            why = (
+                "its statistics can't be differentiated"
+                if ctx.gradient is not None
+                else "a second backward through it is not possible"
+            )
+            raise RuntimeError(
+                f"cross_entropy: inplace=True has written the gradient over the logits, so {why}. Use inplace=False."
+            )
+        input, target, weight, state, total, entropy = ctx.saved_tensors
+        call = (grads[_LOSS], *stats, input, target, weight, state, total, entropy, *ctx.options)
+        if ctx.inplace:
+            ctx.overwritten = True
+            gradient = input.detach()
+            ops.cross_entropy_backward_(*call[:4], gradient, *call[5:])
+            torch.autograd.graph.increment_version(input)
+            return (gradient, *[None] * 13)
+        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 12)
+
+
+class SoftmaxBackward(Function):
+    """(grad_output, output, dim, log, dtype) -> grad_input of softmax or log_softmax, of ``dtype``."""
+
+    @staticmethod
+    def forward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Any:
+        return ops.softmax_backward(grad_output, output, dim, log, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dim, ctx.log, ctx.dtype = inputs[2:]
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, y = ctx.saved_tensors
+        v = v.to(y.dtype)
+        if ctx.log:
+            p, total = y.exp(), g.sum(ctx.dim, keepdim=True)
+            return v - (v * p).sum(ctx.dim, keepdim=True), -v * p * total, None, None, None
+        v_mean, g_mean = ((t * y).sum(ctx.dim, keepdim=True) for t in (v, g))
+        return y * (v - v_mean), v * (g - g_mean) - g * v_mean, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        g, y = ctx.saved_tensors
+        dg, dy = (torch.zeros_like(y) if t is None else t for t in tangents[:2])
+        if ctx.log:
+            p, total = y.exp(), g.sum(ctx.dim, keepdim=True)
+            out = dg - p * (dg.sum(ctx.dim, keepdim=True) + dy * total)
+        else:
+            mean, change = ((t).sum(ctx.dim, keepdim=True) for t in (g * y, dg * y + g * dy))
+            out = dy * (g - mean) + y * (dg - change)
+        return out.to(ctx.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], g: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Any:
+        g, y = (_to_front(t, d, info.batch_size) for t, d in ((g, in_dims[0]), (y, in_dims[1])))
+        return SoftmaxBackward.apply(g, y, dim + 1, log, dtype), 0
+
+
+class Softmax(Function):
+    """(input, dim, log, dtype) -> softmax or log_softmax over dim (counted from the front)."""
+
+    @staticmethod
+    def forward(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Any:
+        return ops.softmax(input, dim, log, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dim, ctx.log, ctx.dtype = inputs[1], inputs[2], inputs[0].dtype
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(inputs[0])
+        ctx.output_dtype = output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        apply = ops.softmax_backward if _plain_backward() else SoftmaxBackward.apply
+        return apply(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (x,) = ctx.saved_tensors  # not the output, whose own tangent a nested forward mode would miss
+        t = tangent.to(ctx.output_dtype)
+        p = x.softmax(ctx.dim, dtype=ctx.output_dtype)
+        centred = t - (t * p).sum(ctx.dim, keepdim=True)
+        return centred if ctx.log else p * centred
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, dim: int, log: bool, dtype: Any) -> Any:
+        return Softmax.apply(_to_front(input, in_dims[0], info.batch_size), dim + 1, log, dtype), 0
+
+
+class CompiledSoftmax(Function):
+    """Softmax for torch.compile: once differentiable, no forward mode, no vmap."""
+
+    forward = staticmethod(Softmax.forward)
+    setup_context = staticmethod(Softmax.setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ops.softmax_backward(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None

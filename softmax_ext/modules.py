@@ -1,0 +1,111 @@
+"""The nn.Modules: drop-ins for torch's, with the options of the functions. Their state_dict is torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .functional import CrossEntropyStats
+
+
+class Softmax(nn.Softmax):
+    """Softmax over one dimension; the counterpart of :class:`torch.nn.Softmax`.
+
+    Args:
+        dim: the dimension that sums to 1; required.
+    """
+
+    dim: int
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input of any shape -> the same shape. See :func:`softmax_ext.softmax`."""
+        return functional.softmax(input, self.dim)
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """Log-softmax over one dimension; the counterpart of :class:`torch.nn.LogSoftmax`.
+
+    Args:
+        dim: the dimension whose exponentials sum to 1; required.
+    """
+
+    dim: int
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input of any shape -> the same shape. See :func:`softmax_ext.log_softmax`."""
+        return functional.log_softmax(input, self.dim)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """Softmax cross entropy; the counterpart of :class:`torch.nn.CrossEntropyLoss`.
+
+    Args:
+        weight: ``(C)``, a factor for each class, kept as a buffer.
+        size_average: deprecated, see ``reduction``.
+        ignore_index: the class of rows that do not count.
+        reduce: deprecated, see ``reduction``.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: in [0, 1].
+        dtype: compute and return in this dtype.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: caps the logits smoothly; None: no cap.
+        logit_scale: factor of the logits.
+        precompute_grad: compute the gradient in the forward pass.
+        inplace: write the gradient over the logits.
+        return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
+
+    Shapes, formulas and errors are those of :func:`softmax_ext.cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        precompute_grad: bool = False,
+        inplace: bool = False,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.dtype = dtype
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.precompute_grad = precompute_grad
+        self.inplace = inplace
+        self.return_stats = return_stats
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        """Logits and target -> the loss, or (loss, stats) with ``return_stats``."""
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            dtype=self.dtype,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            precompute_grad=self.precompute_grad,
+            inplace=self.inplace,
+            return_stats=self.return_stats,
+        )

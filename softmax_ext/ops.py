@@ -1,0 +1,147 @@
+"""Loads the extension and registers what its operators look like without data.
+
+Importing this module makes ``torch.ops.softmax_ext`` available: the schemas are in csrc/ops/library.cpp, the CPU kernels
+in the same library, and the fake kernels (meta tensors, torch.compile, torch.export) here. If the extension cannot be
+loaded, ``load_error`` says why in a sentence and the operators are missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NONE, MEAN, SUM = 0, 1, 2
+"""The operators' codes for ``reduction``."""
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("softmax_ext._C"), None
+    except ModuleNotFoundError:
+        return None, (
+            "the extension softmax_ext._C is not built for this Python; in the project's folder type: "
+            "pip install --no-build-isolation ."
+        )
+    except ImportError as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None, (
+            f"the extension softmax_ext._C was found but does not load with torch {torch.__version__} ({first_line}); "
+            "build it again with this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+
+
+extension, load_error = _load()
+
+
+def _choose_isa(module: ModuleType) -> None:
+    """Follows torch's own choice of the CPU's instruction set, or SOFTMAX_EXT_CPU_CAPABILITY."""
+    forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY")
+    if forced:
+        module.select_isa(forced.upper())
+        return
+    available = module.available_isas()
+    capability = torch.backends.cpu.get_cpu_capability()
+    module.select_isa(capability if capability in available else "DEFAULT")
+
+
+def _arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _fake_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    dim: int,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype | None,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    stats: bool,
+    precompute_grad: bool = False,
+) -> list[Tensor]:
+    dim = dim % input.dim()
+    batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
+    loss_dtype = dtype or input.dtype
+    probabilities = target.is_floating_point()
+    arithmetic = _arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
+    outputs = [
+        input.new_empty(batch if reduction == NONE else [], dtype=loss_dtype),
+        input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
+        input.new_empty([], dtype=torch.float64),
+    ]
+    if stats:
+        outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]
+        outputs.append(input.new_empty(batch, dtype=torch.int64))
+    if precompute_grad:
+        outputs.append(torch.empty_like(input))
+    return outputs
+
+
+def _fake_cross_entropy_backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_nll: Tensor | None,
+    grad_entropy: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    total_weight: Tensor,
+    entropy: Tensor | None,
+    dim: int,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    needs_input: bool,
+    needs_target: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(input) if needs_input else input.new_empty([0]),
+        torch.empty_like(target) if needs_target else target.new_empty([0]),
+    )
+
+
+def _fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+    return torch.empty_like(input, dtype=dtype or input.dtype)
+
+
+def _fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(output, dtype=dtype)
+
+
+def _fake_writes_in_place(*args: object) -> None:
+    return None
+
+
+def _register_fakes() -> None:
+    register = torch.library.register_fake
+    register("softmax_ext::cross_entropy", _fake_cross_entropy)
+    register("softmax_ext::cross_entropy_", _fake_cross_entropy)
+    register("softmax_ext::cross_entropy_backward", _fake_cross_entropy_backward)
+    register("softmax_ext::cross_entropy_backward_", _fake_writes_in_place)
+    register("softmax_ext::softmax", _fake_softmax)
+    register("softmax_ext::softmax_backward", _fake_softmax_backward)
+    register("softmax_ext::scale_rows_", _fake_writes_in_place)
+
+
+if extension is not None:
+    _choose_isa(extension)
+    _register_fakes()
+    cross_entropy = torch.ops.softmax_ext.cross_entropy.default
+    cross_entropy_ = torch.ops.softmax_ext.cross_entropy_.default
+    cross_entropy_backward = torch.ops.softmax_ext.cross_entropy_backward.default
+    cross_entropy_backward_ = torch.ops.softmax_ext.cross_entropy_backward_.default
+    softmax = torch.ops.softmax_ext.softmax.default
+    softmax_backward = torch.ops.softmax_ext.softmax_backward.default
+    scale_rows_ = torch.ops.softmax_ext.scale_rows_.default

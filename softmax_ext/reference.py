@@ -1,0 +1,217 @@
+"""The formulas of softmax cross entropy in plain torch, for any shape, dtype and transform.
+
+Three uses: in float64 they are what the tests compare with; their second derivatives are the double backward and the
+forward-mode derivative of the kernels' gradient; and their first are the forward-mode derivative of the loss. They hold
+several tensors of the logits' size and are differentiable to any order by torch itself. docs/math.md derives them.
+
+For a row of logits x:  z = softcap tanh(logit_scale x / softcap),  p = softmax(z),  lse = log sum exp z,  and
+    loss = sum_c b_c (lse - z_c) + z_loss lse^2,    b_c = w_c ((1 - eps) q_c + eps / C),
+where q is one-hot for a class index y and the first w_c is then w_y.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import MEAN, NONE
+
+
+class Options(NamedTuple):
+    """The arguments of a cross entropy that are not tensors; ``reduction`` in the operators' codes."""
+
+    dim: int
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+
+
+class RowGradients(NamedTuple):
+    """One upstream gradient, or one derivative, for each row of the four differentiable results."""
+
+    loss: Tensor
+    lse: Tensor
+    nll: Tensor
+    entropy: Tensor
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A * b, with 0 where a is 0: a class without mass contributes nothing, even at a logit of -inf."""
+    return torch.where(a == 0, torch.zeros_like(b), a * torch.where(a == 0, torch.zeros_like(b), b))
+
+
+def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
+    """The mean's denominator, float64: the sum of weight[target] over rows not ignored; rows, for probabilities."""
+    if target.is_floating_point():
+        rows = target.numel() // max(target.shape[dim], 1)
+        return torch.full((), float(rows), dtype=torch.float64, device=target.device)
+    live = target != ignore_index
+    if weight is None:
+        return live.sum(dtype=torch.float64)
+    picked = weight.double()[torch.where(live, target, 0).long()]
+    return torch.where(live, picked, 0.0).sum()
+
+
+class Rows:
+    """One cross entropy with the classes in the last dimension, and its derivatives.
+
+    Args:
+        input: logits, any floating dtype; half types are computed in float32.
+        target: classes (int64, uint8) of the input's shape without ``options.dim``, or probabilities of its shape.
+        weight: [C] or None.
+        options: the rest.
+    """
+
+    def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
+        self.options = options
+        self.dtype = input.dtype
+        double = torch.float64 in (input.dtype, target.dtype)
+        arithmetic = torch.float64 if double else torch.float32
+        x = input.movedim(options.dim, -1).to(arithmetic)
+        classes = x.shape[-1]
+        if options.softcap is None:
+            self.z = options.logit_scale * x
+            self.slope = torch.full_like(x, options.logit_scale)
+            self.curvature = torch.zeros_like(x)
+        else:
+            t = torch.tanh(x * (options.logit_scale / options.softcap))
+            self.z = options.softcap * t
+            self.slope = options.logit_scale * (1 - t * t)
+            self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
+        self.log_p = self.z.log_softmax(-1)
+        self.p = self.log_p.exp()
+        self.lse = self.z.logsumexp(-1)
+
+        weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
+        kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
+        if target.is_floating_point():
+            self.live = torch.ones_like(self.lse, dtype=torch.bool)
+            self.y = target.movedim(options.dim, -1).to(arithmetic)
+            self.class_weight = kept * weights
+            self.b = self.class_weight * self.y + share * weights
+        else:
+            self.live = target != options.ignore_index
+            clean = torch.where(self.live, target, 0).long()
+            one_hot = torch.arange(classes, device=x.device) == clean.unsqueeze(-1)
+            self.y = (one_hot & self.live.unsqueeze(-1)).to(arithmetic)
+            self.class_weight = kept * weights
+            self.b = (self.class_weight * self.y + share * weights) * self.live.unsqueeze(-1)
+        self.b_sum = self.b.sum(-1)
+        self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
+
+    # ---- values, one per row ----
+
+    def loss(self) -> Tensor:
+        """Unreduced; 0 for an ignored row."""
+        loss = _product(self.b, -self.log_p).sum(-1) + self.options.z_loss * self.lse.square()
+        return torch.where(self.live, loss, 0.0)
+
+    def nll(self) -> Tensor:
+        """Lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
+        return _product(self.y, -self.log_p).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Of the predicted distribution."""
+        return -_product(self.p, self.log_p).sum(-1)
+
+    # ---- first derivatives ----
+
+    def _alpha(self, g: RowGradients) -> Tensor:
+        pull = g.loss * (self.b_sum + 2 * self.options.z_loss * self.lse)
+        return pull + g.lse + g.nll * self.y.sum(-1) + g.entropy * self.mean
+
+    def _gradient_z(self, g: RowGradients) -> Tensor:
+        pull = self._alpha(g).unsqueeze(-1) - g.entropy.unsqueeze(-1) * self.z
+        return _product(self.p, pull) - g.loss.unsqueeze(-1) * self.b - g.nll.unsqueeze(-1) * self.y
+
+    def _mass_gradient(self, g: RowGradients) -> Tensor:
+        """G such that dL/dq_c = G_c (lse - z_c)."""
+        return g.loss.unsqueeze(-1) * self.class_weight + g.nll.unsqueeze(-1)
+
+    def _restore(self, classes_last: Tensor) -> Tensor:
+        return classes_last.movedim(-1, self.options.dim).to(self.dtype)
+
+    def gradient(self, g: RowGradients) -> Tensor:
+        """DL/dinput, of the input's shape and dtype."""
+        return self._restore(self.slope * self._gradient_z(g))
+
+    def target_gradient(self, g: RowGradients) -> Tensor:
+        """DL/dtarget for a target of probabilities."""
+        return self._restore(_product(self._mass_gradient(g), -self.log_p))
+
+    def derivative(self, dx: Tensor | None, dq: Tensor | None) -> RowGradients:
+        """Of (loss, lse, nll, entropy) along dx in the input and dq in the probabilities, one value per row."""
+        u = self._along(dx, self.slope)
+        t = self._along(dq, None)
+        mean_u = (self.p * u).sum(-1)
+        loss = self.b_sum * mean_u - (self.b * u).sum(-1) + 2 * self.options.z_loss * self.lse * mean_u
+        loss = loss + _product(self.class_weight * t, -self.log_p).sum(-1)
+        nll = self.y.sum(-1) * mean_u - (self.y * u).sum(-1) + _product(t, -self.log_p).sum(-1)
+        centred = torch.where(self.p == 0, 0.0, self.z - self.mean.unsqueeze(-1))
+        entropy = -(u * self.p * centred).sum(-1)
+        return RowGradients(torch.where(self.live, loss, 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy)
+
+    # ---- second derivatives ----
+
+    def _along(self, d: Tensor | None, slope: Tensor | None) -> Tensor:
+        if d is None:
+            return torch.zeros_like(self.z)
+        d = d.movedim(self.options.dim, -1).to(self.z.dtype)
+        return d if slope is None else d * slope
+
+    def gradient_derivative(self, g: RowGradients, dx: Tensor | None, dq: Tensor | None) -> Tensor:
+        """Of ``gradient(g)`` along dx and dq. In dx it is a symmetric form, so it is the double backward as well."""
+        u = self._along(dx, self.slope)
+        mean_u = (self.p * u).sum(-1, keepdim=True)
+        dp = self.p * (u - mean_u)
+        z = torch.where(self.p == 0, 0.0, self.z)
+        mean_change = (dp * z).sum(-1) + mean_u.squeeze(-1)
+        alpha = self._alpha(g).unsqueeze(-1)
+        beta = -g.entropy.unsqueeze(-1)
+        alpha_change = 2 * self.options.z_loss * g.loss * mean_u.squeeze(-1) + g.entropy * mean_change
+        out = dp * (alpha + beta * z) + self.p * (alpha_change.unsqueeze(-1) + beta * u)
+        tau = self._mass_gradient(g) * self._along(dq, None)
+        out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
+        if self.options.softcap is not None:
+            out = out + self.curvature * self._along(dx, None) * self._gradient_z(g)
+        return self._restore(out)
+
+    def target_gradient_derivative(self, g: RowGradients, dx: Tensor | None) -> Tensor:
+        """Of ``target_gradient(g)`` along dx."""
+        u = self._along(dx, self.slope)
+        return self._restore(self._mass_gradient(g) * ((self.p * u).sum(-1, keepdim=True) - u))
+
+    # ---- reduction ----
+
+    def row_gradients(
+        self,
+        loss: Tensor | None,
+        lse: Tensor | None,
+        nll: Tensor | None,
+        entropy: Tensor | None,
+        total_weight: Tensor,
+    ) -> RowGradients:
+        """Upstream gradients of the reduced loss and of the statistics, per row; None counts as 0."""
+        zero = torch.zeros_like(self.lse)
+        if loss is not None and self.options.reduction == MEAN:
+            loss = loss / total_weight.to(loss.dtype)
+        g = RowGradients(*(zero if t is None else zero + t.to(zero.dtype) for t in (loss, lse, nll, entropy)))
+        return g._replace(loss=torch.where(self.live, g.loss, 0.0), nll=torch.where(self.live, g.nll, 0.0))
+
+    def reduce(self, rows: Tensor, total_weight: Tensor) -> Tensor:
+        """The reduction of one value per row."""
+        if self.options.reduction == NONE:
+            return rows
+        reduced = rows.sum()
+        return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
+
+
+def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """The reduced loss, differentiable by torch itself to any order, in ``weight`` too."""
+    rows = Rows(input, target, weight, options)
+    return rows.reduce(rows.loss(), total_weight(target, weight, options.dim, options.ignore_index))
