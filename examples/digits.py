@@ -35,6 +35,7 @@ EPOCHS = 30
 BATCH = 32
 LEARNING_RATE = 0.5
 SHADES = " ░▒▓█"  # from no ink to full ink
+ASCII_SHADES = " .+x#"  # for terminals without the others
 BAR_WIDTH = 16  # characters of a probability of 1
 
 
@@ -97,33 +98,34 @@ def interesting(result: Result) -> list[int]:
     return [0, 1, *(certainty[2:].argsort()[:2] + 2).tolist()]
 
 
-def picture(image: Tensor) -> Text:
+def picture(image: Tensor, shades: str) -> Text:
     """The scan in characters, two for a pixel since characters are twice as high as wide."""
-    shades = (image * (len(SHADES) - 1)).round().int().reshape(8, 8)
-    return Text("\n".join("".join(SHADES[shade] * 2 for shade in row) for row in shades.tolist()))
+    levels = (image * (len(shades) - 1)).round().int().reshape(8, 8)
+    return Text("\n".join("".join(shades[level] * 2 for level in row) for row in levels.tolist()))
 
 
-def distribution(probabilities: Tensor, target: int) -> Table:
+def distribution(probabilities: Tensor, target: int, shades: str) -> Table:
     """The ten probabilities as bars; the right one is green, and red the highest of the others."""
     bars = Table.grid(padding=(0, 1))
     highest = int(probabilities.argmax())
     for digit, probability in enumerate(probabilities.tolist()):
         style = "green" if digit == target else "red" if digit == highest else "dim"
-        bar = "█" * round(probability * BAR_WIDTH)
+        bar = shades[-1] * round(probability * BAR_WIDTH)
         bars.add_row(str(digit), f"{bar:{BAR_WIDTH}}", f"{probability:6.1%}", style=style)
     return bars
 
 
 def show(result: Result, console: Console) -> None:
     """Prints the accuracy and a few test digits with their distributions."""
+    shades = SHADES if console.encoding.startswith("utf") else ASCII_SHADES
     panels = []
     for position in interesting(result):
         target = int(result.test.target[position])
         prediction = int(result.prediction[position])
         verdict = "right" if prediction == target else f"wrong: it is a {target}"
         body = Group(
-            picture(result.test.images[position]),
-            distribution(result.probabilities[position], target),
+            picture(result.test.images[position], shades),
+            distribution(result.probabilities[position], target, shades),
         )
         panels.append(Panel(body, title=f"{prediction}? {verdict}", expand=False))
     console.print(Columns(panels))

@@ -17,7 +17,6 @@ import argparse
 import csv
 import re
 import resource
-import statistics
 import sys
 import sysconfig
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from common import explain_missing, positive_int
 
@@ -113,11 +113,9 @@ def read_tokens(console: Console) -> Tensor:  # [tokens]
     text_bytes = sum(len(source.encode()) for source in sources)
     with console.status("training the tokeniser"):
         tokenizer = train_tokenizer(sources)
-    end_of_file = tokenizer.token_to_id(END_OF_FILE)
     ids: list[int] = []
     for source in track(sources, "cutting the text into tokens", console=console):
-        ids += tokenizer.encode(source).ids
-        ids.append(end_of_file)
+        ids += tokenizer.encode(source + END_OF_FILE).ids
     if len(ids) <= CONTEXT:
         sys.exit(
             f"{sysconfig.get_path('stdlib')} holds only {len(ids)} tokens of Python source, fewer"
@@ -203,9 +201,39 @@ class Step:
     initial_memory_mib: float  # resident before the first step
     peak_memory_mib: float  # the most that was resident during this step
 
+
+@dataclass
+class Totals:
+    """A training run in a few figures: medians over its steps, and the highest memory of any."""
+
+    step_ms: float
+    loss_forward_ms: float
+    loss_backward_ms: float
+    initial_memory_mib: float
+    peak_memory_mib: float
+
+    @classmethod
+    def of(cls, steps: list[Step]) -> "Totals":
+        return cls(
+            step_ms=median(step.step_ms for step in steps),
+            loss_forward_ms=median(step.loss_forward_ms for step in steps),
+            loss_backward_ms=median(step.loss_backward_ms for step in steps),
+            initial_memory_mib=steps[0].initial_memory_mib,
+            peak_memory_mib=max(step.peak_memory_mib for step in steps),
+        )
+
     @property
     def loss_ms(self) -> float:
         return self.loss_forward_ms + self.loss_backward_ms
+
+    @property
+    def rest_ms(self) -> float:
+        return self.step_ms - self.loss_ms
+
+    @property
+    def added_memory_mib(self) -> float:
+        """What training holds beyond the model, the text and the libraries."""
+        return self.peak_memory_mib - self.initial_memory_mib
 
 
 def restart_peak_memory() -> None:
@@ -298,13 +326,11 @@ def read_csv(path: Path) -> list[Step]:
 
 def summary(steps: list[Step]) -> str:
     """A training run in one sentence."""
-    step_ms = statistics.median(step.step_ms for step in steps)
-    loss_ms = statistics.median(step.loss_ms for step in steps)
-    peak = max(step.peak_memory_mib for step in steps)
+    totals = Totals.of(steps)
     return (
         f"{steps[0].loss_module}: loss {steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at step"
-        f" {len(steps)}; {step_ms:.0f} ms a step, {loss_ms:.0f} ms of it in the loss (medians);"
-        f" peak memory {peak:.0f} MiB"
+        f" {len(steps)}; {totals.step_ms:.0f} ms a step, {totals.loss_ms:.0f} ms of it in the loss"
+        f" (medians); peak memory {totals.peak_memory_mib:.0f} MiB"
     )
 
 

@@ -19,7 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from common import explain_missing, positive_int
 
@@ -27,9 +26,8 @@ try:
     import digits
     import gpt
     import numpy as np
-    from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
     from matplotlib.ticker import MaxNLocator
     from rich.console import Console
     from rich.table import Table
@@ -68,36 +66,6 @@ def run_gpts(steps: int, console: Console) -> dict[str, list[gpt.Step]]:
 
 
 @dataclass
-class Totals:
-    """One run in a few figures: medians over its steps, and the highest memory of any."""
-
-    step_ms: float
-    loss_forward_ms: float
-    loss_backward_ms: float
-    loss_ms: float
-    rest_ms: float
-    initial_memory_mib: float
-    peak_memory_mib: float
-
-    @classmethod
-    def of(cls, steps: list[gpt.Step]) -> "Totals":
-        return cls(
-            step_ms=median(step.step_ms for step in steps),
-            loss_forward_ms=median(step.loss_forward_ms for step in steps),
-            loss_backward_ms=median(step.loss_backward_ms for step in steps),
-            loss_ms=median(step.loss_ms for step in steps),
-            rest_ms=median(step.step_ms - step.loss_ms for step in steps),
-            initial_memory_mib=steps[0].initial_memory_mib,
-            peak_memory_mib=max(step.peak_memory_mib for step in steps),
-        )
-
-    @property
-    def added_memory_mib(self) -> float:
-        """What training holds beyond the model, the text and the libraries."""
-        return self.peak_memory_mib - self.initial_memory_mib
-
-
-@dataclass
 class Agreement:
     """How close the losses of two runs are, step by step."""
 
@@ -124,12 +92,12 @@ class Agreement:
             return f"the same loss to the last bit at each of {steps} steps"
         return (
             f"the same loss to the last bit at {equal} of {steps} steps; at the others apart by"
-            f" {np.abs(self.difference).max():.2g} at most, {self.relative.max():.1g} of the loss"
-            f" ({np.abs(self.spacings).max():.0f} float32 spacings)"
+            f" at most {np.abs(self.difference).max():.2g} (relative: {self.relative.max():.2g}; in"
+            f" float32 spacings: {np.abs(self.spacings).max():.0f})"
         )
 
 
-def comparison(totals: dict[str, Totals], runs: dict[str, list[gpt.Step]]) -> Table:
+def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -> Table:
     """The figures of each run in columns, and how many times less each of OTHERS takes."""
     table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss module")
     table.add_column("")
@@ -188,8 +156,7 @@ def draw_difference(axes: Axes, agreements: dict[str, Agreement]) -> None:
             "o",
             markersize=4,
             color=COLOURS[name],
-            label=f"{name}: at most {np.abs(agreement.difference).max():.2g},"
-            f" {agreement.relative.max():.1g} of the loss",
+            label=f"{name}: at most {np.abs(agreement.difference).max():.2g}, relative {agreement.relative.max():.2g}",
         )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.3)
@@ -197,53 +164,54 @@ def draw_difference(axes: Axes, agreements: dict[str, Agreement]) -> None:
     axes.legend(loc="upper left")
 
 
-def draw_bars(axes: Axes, totals: dict[str, Totals], total: str, unit: str, parts: dict[str, tuple[str, str]]) -> None:
-    """A bar for each run: parts, {attribute: (label, colour)}, side by side, and their total."""
-    names = list(totals)
-    longest = max(getattr(totals[name], total) for name in names)
-    left = np.zeros(len(names))
+def draw_bars(
+    axes: Axes,
+    totals: dict[str, gpt.Totals],
+    parts: dict[str, tuple[str, str]],
+    ends: list[str],
+) -> None:
+    """A bar for each run: parts, {attribute: (label, colour)}, side by side, and a text after."""
+    left = np.zeros(len(totals))
     for attribute, (label, colour) in parts.items():
-        widths = np.array([getattr(totals[name], attribute) for name in names])
-        bars = axes.barh(names, widths, left=left, color=colour, label=label, height=0.5)
-        # A part too narrow for its figure goes without it; the table and the CSV file have it.
-        figures = [f"{width:.0f}" if width > 0.06 * longest else "" for width in widths]
-        axes.bar_label(bars, figures, label_type="center", color="white")
+        widths = np.array([getattr(run, attribute) for run in totals.values()])
+        axes.barh(list(totals), widths, left=left, color=colour, label=label, height=0.5)
         left += widths
-    for row, name in enumerate(names):
-        figure = f" {getattr(totals[name], total):.0f} {unit}"
-        axes.text(left[row], row, figure, va="center", fontweight="bold")
+    for row, (end, text) in enumerate(zip(left, ends, strict=True)):
+        axes.annotate(text, (end, row), (6, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
-    axes.margins(x=0.2)
-    axes.set_xlabel(unit)
+    axes.margins(x=0.4)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=len(parts), frameon=False)
 
 
-def draw_time(axes: Axes, totals: dict[str, Totals]) -> None:
+def draw_time(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
     """The time of a step, split into the loss, forward and backward, and all else."""
-    axes.set_title("time of a training step (medians)")
     parts = {
         "loss_forward_ms": ("loss, forward", "#ff7f0e"),
         "loss_backward_ms": ("loss, backward", "#d62728"),
-        "rest_ms": ("all else", "#7f7f7f"),
+        "rest_ms": ("all else", "#b0b0b0"),
     }
-    draw_bars(axes, totals, "step_ms", "ms", parts)
+    ends = [f"{run.step_ms:.0f} ms,\n{run.loss_ms:.0f} in the loss" for run in totals.values()]
+    draw_bars(axes, totals, parts, ends)
+    axes.set(title="time of a training step (medians)", xlabel="ms")
 
 
-def draw_memory(axes: Axes, totals: dict[str, Totals]) -> None:
+def draw_memory(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
     """The highest memory, split into what was there before and what training added."""
-    axes.set_title("peak memory of the process")
     parts = {
         "added_memory_mib": ("added by training", "#1f77b4"),
-        "initial_memory_mib": ("before the first step", "#7f7f7f"),
+        "initial_memory_mib": ("before the first step", "#b0b0b0"),
     }
-    draw_bars(axes, totals, "peak_memory_mib", "MiB", parts)
+    ends = [f"{run.peak_memory_mib:.0f} MiB,\n{run.added_memory_mib:.0f} added" for run in totals.values()]
+    draw_bars(axes, totals, parts, ends)
+    axes.set(title="peak memory of the process", xlabel="MiB")
 
 
 def draw_digits(figure: SubFigure, result: digits.Result) -> None:
     """The digits that digits.py shows, each beside its predicted distribution."""
     figure.suptitle(
         f"digits.py: {result.accuracy:.2%} of {len(result.prediction)} held-out digits recognised;\n"
-        "the first two of them and the two least certain"
+        "the first two of them and the two least certain\n"
+        "(green: what it is; red: what it is taken for and is not)"
     )
     positions = digits.interesting(result)
     grid = figure.subplots(len(positions), 2, width_ratios=[2, 3])
@@ -265,18 +233,18 @@ def draw_digits(figure: SubFigure, result: digits.Result) -> None:
 def draw(
     path: Path,
     runs: dict[str, list[gpt.Step]],
-    totals: dict[str, Totals],
+    totals: dict[str, gpt.Totals],
     agreements: dict[str, Agreement],
     result: digits.Result,
 ) -> None:
     """Draws the whole report."""
-    figure = plt.figure(figsize=(16, 9), layout="constrained")
+    figure = Figure(figsize=(16, 9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[7, 3], wspace=0.03)
     tokens = gpt.SEQUENCES * gpt.CONTEXT
     left.suptitle(
-        f"gpt.py: the same GPT trained with each loss, {tokens} tokens a step,"
-        f" vocabulary {gpt.VOCABULARY}:\n"
-        f"{tokens * gpt.VOCABULARY * 4 / gpt.MIB:.0f} MiB of logits"
+        "gpt.py: the same GPT trained with each loss\n"
+        f"{tokens} tokens a step, vocabulary {gpt.VOCABULARY}:"
+        f" {tokens * gpt.VOCABULARY * 4 / gpt.MIB:.0f} MiB of logits"
     )
     ((curves, difference), (time_bars, memory_bars)) = left.subplots(2, 2, height_ratios=[3, 2])
     draw_curves(curves, runs)
@@ -311,7 +279,7 @@ def main() -> None:
     digits.show(result, console)
 
     runs = run_gpts(options.steps, console)
-    totals = {name: Totals.of(steps) for name, steps in runs.items()}
+    totals = {name: gpt.Totals.of(steps) for name, steps in runs.items()}
     agreements = {name: Agreement.of(runs[BASELINE], runs[name]) for name in OTHERS}
     console.print(comparison(totals, runs))
     for name, agreement in agreements.items():

@@ -14,8 +14,8 @@ _diagnosing = "-m softmax_ext" in " ".join(sys.orig_argv)
 if ops.load_error is not None and not _diagnosing:
     raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
 
-from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax
-from .modules import CrossEntropyLoss, LogSoftmax, Softmax
+from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
+from .modules import CrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",

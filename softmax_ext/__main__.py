@@ -1,4 +1,7 @@
-"""``python -m softmax_ext``: what was built, what runs here, which kernels were chosen. Works without the extension too."""
+"""``python -m softmax_ext``: what was built, what runs here, which kernels were chosen.
+
+It works where the extension does not load, and says why.
+"""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ The kernels' gradient is a Function of its own, CrossEntropyBackward, whose deri
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import ops
 from .ops import MEAN, NONE
@@ -31,6 +32,21 @@ def _plain_backward() -> bool:
     if torch.compiler.is_compiling():
         return True  # compiled backwards are once differentiable
     return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a ``jvp`` be differentiated in forward mode itself.
+
+    Torch runs a Function's jvp with forward mode switched off, so that an outer level of it would see a constant and
+    second derivatives would be wrong in silence. Here it is on, and the level being computed is taken off the inputs.
+    """
+
+    def nested(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+            return jvp(ctx, saved, *tangents)
+
+    return nested
 
 
 def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> Tensor:
@@ -95,14 +111,14 @@ class CrossEntropyBackward(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def _problem(ctx: Any) -> tuple[Rows, Any]:
-        *upstream, input, target, weight, total = ctx.saved_tensors
+    def _problem(ctx: Any, saved: Sequence[Any]) -> tuple[Rows, Any]:
+        *upstream, input, target, weight, total = saved
         rows = Rows(input, target, weight, ctx.options)
-        return rows, rows.row_gradients(*upstream, total)
+        return rows, rows.row_gradients(upstream, total)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, g = CrossEntropyBackward._problem(ctx)
+        rows, g = CrossEntropyBackward._problem(ctx, ctx.saved_tensors)
         v, t = _spread(grads, ctx.needs)
         saved, total = ctx.saved_tensors[:4], ctx.saved_tensors[-1]
         slopes = rows.derivative(v, t)
@@ -119,10 +135,11 @@ class CrossEntropyBackward(Function):
         return (*upstream, grad_input, grad_target, *[None] * 13)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        rows, g = CrossEntropyBackward._problem(ctx)
-        total, target = ctx.saved_tensors[-1], ctx.saved_tensors[5]
-        dg = rows.row_gradients(*tangents[:4], total)
+    @_nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        rows, g = CrossEntropyBackward._problem(ctx, saved)
+        total, target = saved[-1], saved[5]
+        dg = rows.row_gradients(tangents[:4], total)
         dx, dq = tangents[4], tangents[5]
         out = []
         if ctx.needs[0]:
@@ -192,8 +209,9 @@ class CrossEntropy(Function):
         return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 10)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, target, weight, _, total, _ = ctx.saved_tensors
+    @_nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, target, weight, _, total, _ = saved
         rows = Rows(input, target, weight, Options(*ctx.options))
         along = rows.derivative(tangents[0], tangents[1])
         loss_dtype, stats_dtype = ctx.dtypes
@@ -257,7 +275,9 @@ class OverwritingCrossEntropy(Function):
         ctx.overwritten = False
         ctx.gradient = None
         differentiable = (_LOSS, _LSE, _NLL, _ENTROPY)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable or (i > 0 and not ctx.stats)))
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(output) if i not in differentiable or (i > 0 and not ctx.stats))
+        )
         ctx.set_materialize_grads(False)
         if precompute_grad:
             ctx.gradient = input.detach() if ctx.inplace else output[-1]
@@ -325,8 +345,9 @@ class SoftmaxBackward(Function):
         return y * (v - v_mean), v * (g - g_mean) - g * v_mean, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        g, y = ctx.saved_tensors
+    @_nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> Any:
+        g, y = saved
         dg, dy = (torch.zeros_like(y) if t is None else t for t in tangents[:2])
         if ctx.log:
             p, total = y.exp(), g.sum(ctx.dim, keepdim=True)
@@ -362,8 +383,9 @@ class Softmax(Function):
         return apply(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (x,) = ctx.saved_tensors  # not the output, whose own tangent a nested forward mode would miss
+    @_nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], tangent: Tensor, *_: None) -> Any:
+        (x,) = saved  # not the output, whose own tangent a nested forward mode would miss
         t = tangent.to(ctx.output_dtype)
         p = x.softmax(ctx.dim, dtype=ctx.output_dtype)
         centred = t - (t * p).sum(ctx.dim, keepdim=True)

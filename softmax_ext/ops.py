@@ -1,8 +1,8 @@
 """Loads the extension and registers what its operators look like without data.
 
-Importing this module makes ``torch.ops.softmax_ext`` available: the schemas are in csrc/ops/library.cpp, the CPU kernels
-in the same library, and the fake kernels (meta tensors, torch.compile, torch.export) here. If the extension cannot be
-loaded, ``load_error`` says why in a sentence and the operators are missing.
+Importing this module makes ``torch.ops.softmax_ext`` available: the schemas are in csrc/ops/library.cpp, the CPU
+kernels in the same library, and the fake kernels (meta tensors, torch.compile, torch.export) here. If the extension
+cannot be loaded, ``load_error`` says why in a sentence and the operators are missing.
 """
 
 from __future__ import annotations

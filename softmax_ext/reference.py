@@ -11,6 +11,7 @@ where q is one-hot for a class index y and the first w_c is then w_y.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -190,13 +191,11 @@ class Rows:
 
     def row_gradients(
         self,
-        loss: Tensor | None,
-        lse: Tensor | None,
-        nll: Tensor | None,
-        entropy: Tensor | None,
+        upstream: Sequence[Tensor | None],
         total_weight: Tensor,
     ) -> RowGradients:
         """Upstream gradients of the reduced loss and of the statistics, per row; None counts as 0."""
+        loss, lse, nll, entropy = upstream
         zero = torch.zeros_like(self.lse)
         if loss is not None and self.options.reduction == MEAN:
             loss = loss / total_weight.to(loss.dtype)

@@ -121,12 +121,13 @@ Vec<T> load_weight(const CrossEntropy<T>& p, int64_t c) {
 }
 
 template <typename T>
-void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n,
-                   int64_t first, Block<T>& q_block) {
+void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n, int64_t first,
+                   Block<T>& q_block) {
   constexpr int64_t L = kLanes<T>;
   const Vec<T> shift(static_cast<T>(terms.shift));
   TermSums<T> sums;
-  if (p.probabilities) load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block.data);
+  if (p.probabilities)
+    load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block.data);
   const auto add = [&](int64_t i, int64_t count) {
     const Vec<T> zero(0);
     const Vec<T> d = Vec<T>::set(zero, Vec<T>::loadu(z + i) - shift, count);
@@ -178,9 +179,9 @@ double shift_from(const LogSumExp<T>& sums) {
 template <typename T>
 struct Target {
   bool ignored = false;
-  int64_t y = -1;    // -1 with probabilities
-  T z = 0;           // logit of class y
-  double weight = 1; // of class y
+  int64_t y = -1;     // -1 with probabilities
+  T z = 0;            // logit of class y
+  double weight = 1;  // of class y
 };
 
 template <typename T>
@@ -235,8 +236,7 @@ double finish_row(const CrossEntropy<T>& p, int64_t row, const LogSumExp<T>& sum
   } else {
     nll = log_sum - (static_cast<double>(target.z) - max);
     loss = multiply_or_zero((1 - p.label_smoothing) * target.weight, nll);
-    if (p.label_smoothing != 0)
-      loss += p.label_smoothing / p.layout.classes * p.weight_sum * above_shift - terms.dot;
+    if (p.label_smoothing != 0) loss += p.label_smoothing / p.layout.classes * p.weight_sum * above_shift - terms.dot;
   }
   if (p.z_loss != 0) loss += p.z_loss * (max + log_sum) * (max + log_sum);
   if (target.ignored) nll = loss = 0;
@@ -342,8 +342,8 @@ GradientVectors<T> gather(const RowGradient* rows) {
   };
   alignas(64) T dead[kLanes<T>];
   for (int64_t r = 0; r < kLanes<T>; r++) dead[r] = rows[r].zero;
-  return {each(&RowGradient::max),     each(&RowGradient::alpha),  each(&RowGradient::beta), each(&RowGradient::uniform),
-          each(&RowGradient::smooth),  each(&RowGradient::kept),   each(&RowGradient::nll),  each(&RowGradient::shared),
+  return {each(&RowGradient::max),     each(&RowGradient::alpha), each(&RowGradient::beta), each(&RowGradient::uniform),
+          each(&RowGradient::smooth),  each(&RowGradient::kept),  each(&RowGradient::nll),  each(&RowGradient::shared),
           each(&RowGradient::log_sum), Vec<T>::loadu(dead)};
 }
 
@@ -469,7 +469,8 @@ double visit_row(const CrossEntropy<T>& p, int64_t unit) {
   if (!wants_gradient) return loss;
   const RowGradient gradient = row_gradient(p, row, state, target);
   if (gradient.zero)
-    std::memset(address(p.grad_logits, p.logits_type, at.offset[kGradLogits]), 0, p.layout.classes * size_of(p.logits_type));
+    std::memset(address(p.grad_logits, p.logits_type, at.offset[kGradLogits]), 0,
+                p.layout.classes * size_of(p.logits_type));
   else
     write_row_gradient(p, at, gradient, target.ignored ? -1 : target.y);
   return loss;
@@ -491,7 +492,8 @@ const T* load_probability_block(const CrossEntropy<T>& p, const Position& at, in
                                 Block<T>& block) {
   if (!p.probabilities) return nullptr;
   load_tile_padded(p.probabilities, p.probabilities_type, p.layout, kProbabilities,
-                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows, block.data);
+                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows,
+                   block.data);
   return block.data;
 }
 
@@ -531,7 +533,8 @@ void write_tile_gradient(const CrossEntropy<T>& p, const Position& at, const Til
       for (int64_t r = 0; r < at.rows; r += L) {
         const GradientVectors<T> g = gather<T>(tile.gradients + r);
         for (int64_t i = 0; i < n; i++) {
-          const Vec<T> v = value(g, Vec<T>::loadu(z.data + i * z.stride + r), q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
+          const Vec<T> v =
+              value(g, Vec<T>::loadu(z.data + i * z.stride + r), q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
           Vec<T>::blendv(v, none, g.zero != none).store(out_block.data + i * kTile + r);
         }
       }
@@ -547,13 +550,15 @@ void write_tile_gradient(const CrossEntropy<T>& p, const Position& at, const Til
     }
     if (!p.grad_logits) continue;
     if (!has.any)
-      each_vector([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) { return plain_gradient(g, x); });
+      each_vector(
+          [&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) { return plain_gradient(g, x); });
     else
       each_vector([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i) {
         return full_gradient(p, has, g, x, y, weight_of(i), has.smooth ? Vec<T>(p.smooth[i]) : none);
       });
-    store_tile(out_block.data, p.grad_logits, p.logits_type, at.offset[kGradLogits] + c * layout.class_stride[kGradLogits],
-               layout.class_stride[kGradLogits], layout.inner_stride[kGradLogits], n, at.rows);
+    store_tile(out_block.data, p.grad_logits, p.logits_type,
+               at.offset[kGradLogits] + c * layout.class_stride[kGradLogits], layout.class_stride[kGradLogits],
+               layout.inner_stride[kGradLogits], n, at.rows);
   }
   if (!p.grad_logits || p.probabilities) return;
   for (int64_t r = 0; r < at.rows; r++)
@@ -573,7 +578,8 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit) {
   double loss = 0;
   if (p.forward) {
     reduce_tile(p, at, tile);
-    for (int64_t r = 0; r < at.rows; r++) loss += finish_row(p, row_of(r), tile.sums[r], tile.terms[r], tile.targets[r]);
+    for (int64_t r = 0; r < at.rows; r++)
+      loss += finish_row(p, row_of(r), tile.sums[r], tile.terms[r], tile.targets[r]);
   }
   if (!p.grad_logits && !p.grad_probabilities) return loss;
   for (int64_t r = 0; r < at.rows; r++) {

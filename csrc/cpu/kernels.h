@@ -13,7 +13,7 @@ namespace softmax_ext {
 struct RowValues {
   const void* data;  // null: all zero
   DType type;
-  int64_t stride;    // 0: one value for all rows
+  int64_t stride;  // 0: one value for all rows
   double scale;
 };
 
@@ -35,35 +35,35 @@ struct CrossEntropy {
   Layout layout;
 
   const void* logits;
-  void* grad_logits;         // null: not wanted. May be `logits` itself.
+  void* grad_logits;  // null: not wanted. May be `logits` itself.
   DType logits_type;
 
   // Exactly one of the three.
-  const int64_t* index;      // [rows]
-  const uint8_t* index_u8;   // [rows]
-  const void* probabilities; // of the logits' shape
+  const int64_t* index;       // [rows]
+  const uint8_t* index_u8;    // [rows]
+  const void* probabilities;  // of the logits' shape
   DType probabilities_type;
   void* grad_probabilities;  // null: not wanted. Of probabilities_type.
 
-  const T* weight;           // [classes], null: ones
-  const T* smooth;           // [classes]: label_smoothing / classes * weight; null without smoothing or weight
-  T weight_sum;              // sum of weight, `classes` without
+  const T* weight;  // [classes], null: ones
+  const T* smooth;  // [classes]: label_smoothing / classes * weight; null without smoothing or weight
+  T weight_sum;     // sum of weight, `classes` without
   int64_t ignore_index;
   T label_smoothing;
   T z_loss;
-  T softcap;                 // 0: none
+  T softcap;  // 0: none
   T logit_scale;
 
   bool forward;
-  void* loss;                // forward: [rows] of loss_type, null where only the sum is wanted
+  void* loss;  // forward: [rows] of loss_type, null where only the sum is wanted
   DType loss_type;
-  T* state;                  // [2 or 4, rows]; forward writes it, backward reads it
+  T* state;  // [2 or 4, rows]; forward writes it, backward reads it
   int64_t rows;
-  bool stats;                // forward: write the four below
-  T* lse;                    // [rows]
-  T* nll;                    // [rows]
-  T* entropy;                // [rows]; backward reads it where grad_entropy is given
-  int64_t* prediction;       // [rows]
+  bool stats;           // forward: write the four below
+  T* lse;               // [rows]
+  T* nll;               // [rows]
+  T* entropy;           // [rows]; backward reads it where grad_entropy is given
+  int64_t* prediction;  // [rows]
 
   RowValues grad_loss, grad_lse, grad_nll, grad_entropy;
 };

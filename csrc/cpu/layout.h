@@ -27,12 +27,12 @@ struct OuterDim {
 };
 
 struct Layout {
-  bool rows;                      // which of the two layouts
+  bool rows;  // which of the two layouts
   int64_t classes;
-  int64_t inner;                  // 1 in the rows layout
-  int64_t outer;                  // product of the outer sizes
+  int64_t inner;  // 1 in the rows layout
+  int64_t outer;  // product of the outer sizes
   int outer_dims;
-  const OuterDim* dims;           // [outer_dims]
+  const OuterDim* dims;  // [outer_dims]
   int64_t class_stride[kOperands];
   int64_t inner_stride[kOperands];
 };

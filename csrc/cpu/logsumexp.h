@@ -17,8 +17,8 @@ template <typename T>
 struct LogSumExp {
   T max = -kInfinity<T>;
   double rest = 0;
-  double weighted = 0;      // sum of exp(z_c - max) (z_c - max), where it is asked for
-  int64_t argmax = 0;       // first class of largest logit; of the first NaN if there is one
+  double weighted = 0;  // sum of exp(z_c - max) (z_c - max), where it is asked for
+  int64_t argmax = 0;   // first class of largest logit; of the first NaN if there is one
 
   // A row without a finite maximum has no distribution: NaN, as in torch.
   bool finite() const { return max > -kInfinity<T> && max < kInfinity<T>; }
@@ -54,10 +54,17 @@ inline T max_of_run(const T* z, int64_t padded) {
   return max_lanes(at::vec::maximum(at::vec::maximum(best[0], best[1]), at::vec::maximum(best[2], best[3])));
 }
 
+// The first class that equals `value` or is NaN; there is one.
 template <typename T>
-inline int64_t first_of_run(const T* z, int64_t n, T value) {
-  for (int64_t i = 0; i < n; i++)
-    if (z[i] == value || std::isnan(z[i])) return i;
+inline int64_t first_of_run(const T* z, int64_t padded, T value) {
+  constexpr int64_t L = kLanes<T>;
+  constexpr int kNoLane = (1 << L) - 1;
+  const Vec<T> wanted(value);
+  for (int64_t i = 0; i < padded; i += L) {
+    const Vec<T> x = Vec<T>::loadu(z + i);
+    const int missed = ((x == wanted) | (x != x)).zero_mask();
+    if (missed != kNoLane) return i + __builtin_ctz(~missed);
+  }
   return 0;
 }
 

@@ -35,15 +35,29 @@ inline Vec<T> backward_value(bool log, const Vec<T>& sum, const Vec<T>& grad, co
 
 // ---- rows --------------------------------------------------------------------------------------------------------------
 
+// Whole vectors of T's own dtype are read and written where they lie.
+template <typename T>
+bool is_direct(DType type, int64_t n) {
+  return type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && n % kLanes<T> == 0;
+}
+
 // [at, at + n) of an operand, padded to whole vectors.
 template <typename T>
 const T* load_padded(const void* src, DType type, int64_t at, int64_t n, T padding, Block<T>& block) {
-  const DType own = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
   const int64_t padded = round_up(n, kLanes<T>);
-  if (type == own && padded == n) return static_cast<const T*>(src) + at;
+  if (is_direct<T>(type, n)) return static_cast<const T*>(src) + at;
   load_run(src, type, at, n, block.data);
   for (int64_t i = n; i < padded; i++) block.data[i] = padding;
   return block.data;
+}
+
+// [at, at + n) of an operand = value(i), vector by vector.
+template <typename T, typename Value>
+void write_run(void* dst, DType type, int64_t at, int64_t n, Block<T>& block, const Value& value) {
+  const bool direct = is_direct<T>(type, n);
+  T* out = direct ? static_cast<T*>(dst) + at : block.data;
+  for (int64_t i = 0; i < n; i += kLanes<T>) value(i).store(out + i);
+  if (!direct) store_run(out, n, dst, type, at);
 }
 
 template <typename T>
@@ -58,10 +72,11 @@ void softmax_row(const Softmax<T>& p, const Position& at) {
   };
   LogSumExp<T> sums;
   each_block([&](const T* z, int64_t n, int64_t c) { add_block<false>(sums, z, round_up(n, L), c); });
-  const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(sums.log_sum())), Vec<T>(static_cast<T>(1 / sums.sum()))};
+  const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(sums.log_sum())),
+                         Vec<T>(static_cast<T>(1 / sums.sum()))};
   each_block([&](const T* z, int64_t n, int64_t c) {
-    for (int64_t i = 0; i < n; i += L) normalise(p.log, by, Vec<T>::loadu(z + i)).store(out_block.data + i);
-    store_run(out_block.data, n, p.output, p.output_type, at.offset[kSoftmaxOutput] + c);
+    write_run(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, out_block,
+              [&](int64_t i) { return normalise(p.log, by, Vec<T>::loadu(z + i)); });
   });
 }
 
@@ -89,9 +104,8 @@ void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
   });
   const Vec<T> total(static_cast<T>(sum));
   each_block([&](const T* g, const T* y, int64_t n, int64_t c) {
-    for (int64_t i = 0; i < n; i += L)
-      backward_value(p.log, total, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i)).store(out_block.data + i);
-    store_run(out_block.data, n, p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c);
+    write_run(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, n, out_block,
+              [&](int64_t i) { return backward_value(p.log, total, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i)); });
   });
 }
 
@@ -104,8 +118,8 @@ inline void each_tile_block(const Layout& layout, const Visit& visit) {
 }
 
 template <typename T>
-void load_operand_tile(const Layout& layout, int operand, const void* src, DType type, const Position& at, int64_t first,
-                       int64_t classes, Block<T>& block) {
+void load_operand_tile(const Layout& layout, int operand, const void* src, DType type, const Position& at,
+                       int64_t first, int64_t classes, Block<T>& block) {
   load_tile(src, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
             layout.inner_stride[operand], classes, at.rows, block.data);
 }
@@ -160,7 +174,8 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at) {
     for (int64_t r = 0; r < at.rows; r += L) {
       Vec<T> s(0);
       for (int64_t i = 0; i < n; i++)
-        s = s + backward_summand(p.log, Vec<T>::loadu(g_block.data + i * kTile + r), Vec<T>::loadu(y_block.data + i * kTile + r));
+        s = s + backward_summand(p.log, Vec<T>::loadu(g_block.data + i * kTile + r),
+                                 Vec<T>::loadu(y_block.data + i * kTile + r));
       s.store(lanes + r);
       for (int64_t k = r; k < r + L; k++) sum[k] += lanes[k];
     }

@@ -203,8 +203,7 @@ inline void load_tile_as(const S* src, int64_t class_stride, int64_t inner_strid
     return;
   }
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < classes; c++)
-      dst[c * kTile + r] = static_cast<T>(src[c * class_stride + r * inner_stride]);
+    for (int64_t c = 0; c < classes; c++) dst[c * kTile + r] = static_cast<T>(src[c * class_stride + r * inner_stride]);
 }
 
 // dst[c, r] = src[at + c * class_stride + r * inner_stride] for r < rows; the columns beyond are left as they are.
@@ -235,8 +234,7 @@ inline void store_tile_as(const T* src, int64_t class_stride, int64_t inner_stri
     return;
   }
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < classes; c++)
-      dst[c * class_stride + r * inner_stride] = static_cast<S>(src[c * kTile + r]);
+    for (int64_t c = 0; c < classes; c++) dst[c * class_stride + r * inner_stride] = static_cast<S>(src[c * kTile + r]);
 }
 
 template <typename T>

@@ -34,11 +34,12 @@ struct Call {
 
 bool is_index_type(ScalarType type) { return type == ScalarType::Long || type == ScalarType::Byte; }
 
-Call checked_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight, int64_t dim,
-                  int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,
-                  double logit_scale) {
-  Call call{op, input, target, weight, wrap_dim(input, dim, op), reduction, ignore_index, label_smoothing, z_loss,
-            softcap.value_or(0), logit_scale};
+Call checked_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                  int64_t dim, int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                  std::optional<double> softcap, double logit_scale) {
+  Call call{op,         input,        target,          weight, wrap_dim(input, dim, op),
+            reduction,  ignore_index, label_smoothing, z_loss, softcap.value_or(0),
+            logit_scale};
   call.input_type = dtype_of(input, op, "input");
   call.batch = batch_sizes(input, call.dim);
   call.rows = product(call.batch);
@@ -50,14 +51,14 @@ Call checked_call(const char* op, const Tensor& input, const Tensor& target, con
     call.target_type = dtype_of(target, op, "target (if not int64 or uint8)");
     check_same_sizes(input, target, op, "a target of class probabilities");
   } else {
-    STD_TORCH_CHECK(sizes_of(target) == call.batch, op, ": a target of class indices must have the input's shape without dim ",
-                    call.dim, ".");
+    STD_TORCH_CHECK(sizes_of(target) == call.batch, op,
+                    ": a target of class indices must have the input's shape without dim ", call.dim, ".");
     call.target = as_contiguous(target);
   }
   if (weight) {
     check_cpu(*weight, op, "weight");
-    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == call.classes, op, ": weight must have one value for each of the ",
-                    call.classes, " classes.");
+    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == call.classes, op,
+                    ": weight must have one value for each of the ", call.classes, " classes.");
     dtype_of(*weight, op, "weight");
   }
   return call;
@@ -99,9 +100,9 @@ int64_t class_at(const Call& call, const void* data, int64_t row) {
   std::string index;
   for (size_t d = call.batch.size(), rest = row; d-- > 0; rest /= call.batch[d])
     index = std::to_string(rest % call.batch[d]) + (index.empty() ? "" : ", ") + index;
-  throw std::out_of_range(std::string("cross_entropy: target must hold classes in [0, ") + std::to_string(call.classes) +
-                          ") or ignore_index (" + std::to_string(call.ignore_index) + "); got " + std::to_string(y) +
-                          " at position [" + index + "].");
+  throw std::out_of_range(std::string("cross_entropy: target must hold classes in [0, ") +
+                          std::to_string(call.classes) + ") or ignore_index (" + std::to_string(call.ignore_index) +
+                          "); got " + std::to_string(y) + " at position [" + index + "].");
 }
 
 // Checks every class and returns the mean's denominator: the sum of weight[target] over the rows not ignored.
@@ -222,24 +223,26 @@ std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType 
   }
   const double sum = run(k, joint);
   *static_cast<double*>(total.data_ptr()) = total_weight;
-  if (call.reduction != kNone) set_value(loss.data_ptr(), k.loss_type, call.reduction == kMean ? sum / total_weight : sum);
+  if (call.reduction != kNone)
+    set_value(loss.data_ptr(), k.loss_type, call.reduction == kMean ? sum / total_weight : sum);
   return outputs;
 }
 
 std::vector<Tensor> dispatch_forward(const Call& call, std::optional<ScalarType> dtype, bool stats,
                                      const std::optional<Tensor>& grad) {
   const ScalarType loss_type = dtype.value_or(call.input.scalar_type());
-  const ScalarType arithmetic =
-      arithmetic_type({call.input_type, dtype_of(loss_type, call.op, "dtype"), call.probabilities ? call.target_type : call.input_type});
+  const ScalarType arithmetic = arithmetic_type({call.input_type, dtype_of(loss_type, call.op, "dtype"),
+                                                 call.probabilities ? call.target_type : call.input_type});
   return arithmetic == ScalarType::Double ? forward<double>(call, arithmetic, loss_type, stats, grad)
                                           : forward<float>(call, arithmetic, loss_type, stats, grad);
 }
 
-std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction,
-                                  int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype, double z_loss,
-                                  std::optional<double> softcap, double logit_scale, bool stats, bool precompute_grad) {
-  const Call call = checked_call("cross_entropy", input, target, weight, dim, reduction, ignore_index, label_smoothing, z_loss,
-                                 softcap, logit_scale);
+std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                  std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
+                                  double logit_scale, bool stats, bool precompute_grad) {
+  const Call call = checked_call("cross_entropy", input, target, weight, dim, reduction, ignore_index, label_smoothing,
+                                 z_loss, softcap, logit_scale);
   std::optional<Tensor> grad;
   if (precompute_grad) grad = torch::stable::empty_like(input);
   std::vector<Tensor> outputs = dispatch_forward(call, dtype, stats, grad);
@@ -247,17 +250,18 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
   return outputs;
 }
 
-std::vector<Tensor> cross_entropy_(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction,
-                                   int64_t ignore_index, double label_smoothing, std::optional<ScalarType> dtype, double z_loss,
-                                   std::optional<double> softcap, double logit_scale, bool stats) {
+std::vector<Tensor> cross_entropy_(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                   std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
+                                   double logit_scale, bool stats) {
   const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
   return dispatch_forward(call, dtype, stats, input);
 }
 
 // An upstream gradient: one value for every row, or one for each. `holder` keeps a contiguous copy alive.
-RowValues upstream(const Call& call, const std::optional<Tensor>& grad, bool per_row, double scale, const char* argument,
-                   Tensor& holder) {
+RowValues upstream(const Call& call, const std::optional<Tensor>& grad, bool per_row, double scale,
+                   const char* argument, Tensor& holder) {
   if (!grad) return {};
   check_cpu(*grad, call.op, argument);
   STD_TORCH_CHECK(per_row ? sizes_of(*grad) == call.batch : grad->numel() == 1, call.op, ": ", argument,
@@ -276,8 +280,9 @@ void backward(const Call& call, const Upstream& grads, const Tensor& state, cons
               const std::optional<Tensor>& grad_target) {
   const Weights<T> weights(call);
   scan_targets(call, weights);
-  const JointLayout joint(call.input, call.dim,
-                          {&call.input, operand(grad_input), call.probabilities ? &call.target : nullptr, operand(grad_target)});
+  const JointLayout joint(
+      call.input, call.dim,
+      {&call.input, operand(grad_input), call.probabilities ? &call.target : nullptr, operand(grad_target)});
   CrossEntropy<T> k = kernel_call<T>(call, joint.layout(), weights, state);
   Tensor holders[4];
   const double scale = call.reduction == kMean ? 1 / *static_cast<const double*>(total_weight.const_data_ptr()) : 1.0;
@@ -304,7 +309,8 @@ void dispatch_backward(const Call& call, const Upstream& grads, const Tensor& st
   check_cpu(state, call.op, "state");
   check_cpu(total_weight, call.op, "total_weight");
   const bool is_double = state.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(sizes_of(state) == state_sizes && state.is_contiguous() && (is_double || state.scalar_type() == ScalarType::Float),
+  STD_TORCH_CHECK(sizes_of(state) == state_sizes && state.is_contiguous() &&
+                      (is_double || state.scalar_type() == ScalarType::Float),
                   call.op, ": state must come from cross_entropy.");
   STD_TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double, call.op,
                   ": total_weight must come from cross_entropy.");
@@ -315,11 +321,12 @@ void dispatch_backward(const Call& call, const Upstream& grads, const Tensor& st
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse,
-                                           std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy, Tensor input,
-                                           Tensor target, std::optional<Tensor> weight, Tensor state, Tensor total_weight,
-                                           std::optional<Tensor> entropy, int64_t dim, int64_t reduction, int64_t ignore_index,
-                                           double label_smoothing, double z_loss, std::optional<double> softcap,
-                                           double logit_scale, bool needs_input, bool needs_target) {
+                                                  std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy,
+                                                  Tensor input, Tensor target, std::optional<Tensor> weight,
+                                                  Tensor state, Tensor total_weight, std::optional<Tensor> entropy,
+                                                  int64_t dim, int64_t reduction, int64_t ignore_index,
+                                                  double label_smoothing, double z_loss, std::optional<double> softcap,
+                                                  double logit_scale, bool needs_input, bool needs_target) {
   const Call call = checked_call("cross_entropy_backward", input, target, weight, dim, reduction, ignore_index,
                                  label_smoothing, z_loss, softcap, logit_scale);
   STD_TORCH_CHECK(call.probabilities || !needs_target, call.op, ": class indices have no gradient.");
@@ -327,21 +334,23 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
   if (needs_input) grad_input = torch::stable::empty_like(input);
   if (needs_target) grad_target = torch::stable::empty_like(target);
   if (needs_input || needs_target)
-    dispatch_backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, grad_input, grad_target);
+    dispatch_backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, grad_input,
+                      grad_target);
   const auto or_empty = [](const std::optional<Tensor>& grad, const Tensor& like) {
     return grad ? *grad : empty({0}, like.scalar_type(), like);
   };
   return {or_empty(grad_input, input), or_empty(grad_target, target)};
 }
 
-void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse, std::optional<Tensor> grad_nll,
-                             std::optional<Tensor> grad_entropy, Tensor input, Tensor target, std::optional<Tensor> weight,
-                             Tensor state, Tensor total_weight, std::optional<Tensor> entropy, int64_t dim, int64_t reduction,
-                             int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,
-                             double logit_scale) {
+void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse,
+                             std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy, Tensor input,
+                             Tensor target, std::optional<Tensor> weight, Tensor state, Tensor total_weight,
+                             std::optional<Tensor> entropy, int64_t dim, int64_t reduction, int64_t ignore_index,
+                             double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
   const Call call = checked_call("cross_entropy_backward_", input, target, weight, dim, reduction, ignore_index,
                                  label_smoothing, z_loss, softcap, logit_scale);
-  dispatch_backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input, std::nullopt);
+  dispatch_backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input,
+                    std::nullopt);
 }
 
 }  // namespace

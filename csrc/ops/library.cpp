@@ -13,11 +13,13 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
       "bool precompute_grad) -> Tensor[]");
   m.def(
       "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats) -> Tensor[]");
+      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats) -> "
+      "Tensor[]");
   // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
   //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.
   m.def(
-      "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy, Tensor input, "
+      "cross_entropy_backward(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy, Tensor "
+      "input, "
       "Tensor target, Tensor? weight, Tensor state, Tensor total_weight, Tensor? entropy, int dim, int reduction, "
       "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, bool needs_input, "
       "bool needs_target) -> (Tensor, Tensor)");

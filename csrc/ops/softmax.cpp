@@ -69,7 +69,8 @@ Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log
   const DType input_type = dtype_of(dtype, "softmax_backward", "dtype");
   check_cpu(grad_output, "softmax_backward", "grad_output");
   check_same_sizes(output, grad_output, "softmax_backward", "grad_output");
-  STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type(), "softmax_backward: grad_output must have the output's dtype.");
+  STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type(),
+                  "softmax_backward: grad_output must have the output's dtype.");
   dim = wrap_dim(output, dim, "softmax_backward");
   const Tensor grad_input = empty_like(output, dtype);
   if (arithmetic_type({output_type, input_type}) == ScalarType::Double)

@@ -1,0 +1,164 @@
+"""What the public functions accept: every check raises torch's exception type with a text that says more.
+
+A text names the operation, the argument, what is needed, what came and, where there is one, the way out. Nothing is
+allocated or touched before all checks have passed.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def refuse(error: type[Exception], op: str, argument: str, need: str, got: object, way_out: str = "") -> NoReturn:
+    text = got if isinstance(got, str) else _describe(got)
+    raise error(f"{op}: {argument} must {need}; got {text}.{' ' + way_out if way_out else ''}")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        refuse(TypeError, op, argument, "be a Tensor", f"{type(value).__name__}")
+
+
+def check_strided(op: str, argument: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        refuse(NotImplementedError, op, argument, "be a dense (strided) tensor", kind, "Use to_dense() or pad it.")
+
+
+def check_floating(op: str, argument: str, value: Tensor) -> None:
+    if value.dtype not in _FLOATING:
+        need = "be float64, float32, bfloat16 or float16"
+        refuse(NotImplementedError, op, argument, need, value, f"Use {argument}.float().")
+
+
+def check_dtype(op: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _FLOATING:
+        refuse(NotImplementedError, op, "dtype", "be float64, float32, bfloat16, float16 or None", f"{dtype}")
+
+
+def check_device(op: str, argument: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        need = f"be on the input's device, {input.device}"
+        refuse(RuntimeError, op, argument, need, f"{value.device}", f"Use {argument}.to(input.device).")
+
+
+def check_real(op: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(TypeError, op, argument, "be a number", value)
+
+
+def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> tuple[int, Tensor]:
+    """The class dimension, and the target in the shape the operator takes."""
+    check_tensor(op, "target", target)
+    check_strided(op, "target", target)
+    check_device(op, "target", target, input)
+    dim = 0 if input.dim() == 1 else 1
+    if input.shape == target.shape:
+        if not target.is_floating_point():
+            need = "be floating (class probabilities) if it has the input's shape"
+            way_out = "Class indices have the input's shape without the dimension of the classes."
+            refuse(RuntimeError, op, "target", need, target, way_out)
+        check_floating(op, "target", target)
+        if ignore_index >= 0:
+            refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
+        return dim, target
+    batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
+    if input.dim() == 1 and list(target.shape) == [1]:
+        target = target.squeeze(0)  # as torch allows
+    if target.dtype not in (torch.int64, torch.uint8) or list(target.shape) != batch:
+        # The types are torch's: a wrong batch size is a ValueError, everything else a RuntimeError.
+        same_rank = target.dim() == len(batch) > 0
+        error = ValueError if same_rank and target.shape[0] != input.shape[0] else RuntimeError
+        need = f"be int64 or uint8 of shape {batch}, or floating of the input's shape {list(input.shape)}"
+        way_out = "" if list(target.shape) != batch else "Use target.long()."
+        refuse(error, op, "target", need, target, way_out)
+    return dim, target
+
+
+def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, indices: bool) -> None:
+    if weight is None:
+        return
+    check_tensor(op, "weight", weight)
+    check_strided(op, "weight", weight)
+    if list(weight.shape) != [classes]:
+        refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", weight)
+    if weight.dtype not in _FLOATING:
+        refuse(RuntimeError, op, "weight", "be floating", weight, "Use weight.to(input.dtype).")
+    check_device(op, "weight", weight, input)
+    if indices and weight.requires_grad and torch.is_grad_enabled():
+        refuse(
+            RuntimeError,
+            op,
+            "weight",
+            "not require grad with class indices",
+            "requires_grad=True",
+            "Use weight.detach().",
+        )
+
+
+def check_options(
+    op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, ignore_index: int
+) -> None:
+    for argument, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
+        check_real(op, argument, value)
+    if not 0 <= label_smoothing <= 1:
+        refuse(RuntimeError, op, "label_smoothing", "lie in [0, 1]", f"{label_smoothing}")
+    if not 0 <= z_loss < float("inf"):
+        refuse(ValueError, op, "z_loss", "be finite and not negative", f"{z_loss}")
+    if not -float("inf") < logit_scale < float("inf"):
+        refuse(ValueError, op, "logit_scale", "be finite", f"{logit_scale}")
+    if softcap is not None:
+        check_real(op, "softcap", softcap)
+        if not 0 < softcap < float("inf"):
+            refuse(ValueError, op, "softcap", "be finite and positive, or None", f"{softcap}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        refuse(TypeError, op, "ignore_index", "be an int", ignore_index)
+
+
+def check_inplace(op: str, input: Tensor, target: Tensor) -> None:
+    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        way_out = "Its values would be lost to the gradient. Use inplace=False."
+        refuse(ValueError, op, "input", "not be a leaf that requires grad if inplace=True", "such a leaf", way_out)
+    if _overlaps_itself(input):
+        way_out = "Use inplace=False or input.contiguous()."
+        refuse(
+            ValueError,
+            op,
+            "input",
+            "not have overlapping elements (expanded) if inplace=True",
+            _strides(input),
+            way_out,
+        )
+    if target.requires_grad and torch.is_grad_enabled():
+        refuse(
+            ValueError, op, "target", "not require grad if inplace=True", "requires_grad=True", "Use target.detach()."
+        )
+
+
+def _strides(tensor: Tensor) -> str:
+    return f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some dimension does not step over all that the smaller ones span."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 0:
+            return False
+        if size == 1:
+            continue
+        if stride < span:
+            return True
+        span = stride * (size - 1) + span
+    return False
