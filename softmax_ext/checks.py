@@ -21,39 +21,46 @@ def _describe(value: object) -> str:
 
 
 def refuse(error: type[Exception], op: str, argument: str, need: str, got: object, way_out: str = "") -> NoReturn:
+    """Raises ``error`` with the text that every message has."""
     text = got if isinstance(got, str) else _describe(got)
     raise error(f"{op}: {argument} must {need}; got {text}.{' ' + way_out if way_out else ''}")
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
+    """TypeError unless a Tensor."""
     if not isinstance(value, Tensor):
         refuse(TypeError, op, argument, "be a Tensor", f"{type(value).__name__}")
 
 
 def check_strided(op: str, argument: str, value: Tensor) -> None:
+    """NotImplementedError for sparse and nested tensors."""
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         refuse(NotImplementedError, op, argument, "be a dense (strided) tensor", kind, "Use to_dense() or pad it.")
 
 
 def check_floating(op: str, argument: str, value: Tensor) -> None:
+    """NotImplementedError unless of a dtype the kernels compute."""
     if value.dtype not in _FLOATING:
         need = "be float64, float32, bfloat16 or float16"
         refuse(NotImplementedError, op, argument, need, value, f"Use {argument}.float().")
 
 
 def check_dtype(op: str, dtype: torch.dtype | None) -> None:
+    """NotImplementedError unless None or a dtype the kernels compute."""
     if dtype is not None and dtype not in _FLOATING:
         refuse(NotImplementedError, op, "dtype", "be float64, float32, bfloat16, float16 or None", f"{dtype}")
 
 
 def check_device(op: str, argument: str, value: Tensor, input: Tensor) -> None:
+    """RuntimeError unless on the input's device."""
     if value.device != input.device:
         need = f"be on the input's device, {input.device}"
         refuse(RuntimeError, op, argument, need, f"{value.device}", f"Use {argument}.to(input.device).")
 
 
 def check_real(op: str, argument: str, value: object) -> None:
+    """TypeError unless an int or float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(TypeError, op, argument, "be a number", value)
 
@@ -87,6 +94,7 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
 
 
 def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, indices: bool) -> None:
+    """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
     if weight is None:
         return
     check_tensor(op, "weight", weight)
@@ -110,6 +118,7 @@ def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, in
 def check_options(
     op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, ignore_index: int
 ) -> None:
+    """Types and ranges of the options that are numbers."""
     for argument, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
         check_real(op, argument, value)
     if not 0 <= label_smoothing <= 1:
@@ -127,6 +136,7 @@ def check_options(
 
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:
+    """ValueError where writing over the input would lose or corrupt something."""
     if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
         way_out = "Its values would be lost to the gradient. Use inplace=False."
         refuse(ValueError, op, "input", "not be a leaf that requires grad if inplace=True", "such a leaf", way_out)
