@@ -379,7 +379,7 @@ class Softmax(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        apply = ops.softmax_backward if _plain_backward() else SoftmaxBackward.apply
+        apply: Any = ops.softmax_backward if _plain_backward() else SoftmaxBackward.apply
         return apply(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
 
     @staticmethod

@@ -27,18 +27,19 @@ from softmax_ext.reference import Options
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 
-# In units of roundoff of the arithmetic. In float64 the oracle's own error counts too.
+# In units of roundoff of the arithmetic. In float64 the oracle, which subtracts logits from their log-sum-exp, is itself
+# no more exact than this.
 TOLERANCE = {
-    "loss": {torch.float64: 16, torch.float32: 8},
-    "grad": {torch.float64: 16, torch.float32: 8},
-    "grad_target": {torch.float64: 16, torch.float32: 8},
+    "loss": {torch.float64: 1024, torch.float32: 8},
+    "grad": {torch.float64: 64, torch.float32: 8},
+    "grad_target": {torch.float64: 64, torch.float32: 8},
     "lse": {torch.float64: 8, torch.float32: 4},
-    "nll": {torch.float64: 16, torch.float32: 8},
-    "entropy": {torch.float64: 16, torch.float32: 8},
-    "softmax": {torch.float64: 16, torch.float32: 8},
-    "log_softmax": {torch.float64: 16, torch.float32: 8},
-    "softmax_grad": {torch.float64: 16, torch.float32: 8},
-    "log_softmax_grad": {torch.float64: 16, torch.float32: 8},
+    "nll": {torch.float64: 1024, torch.float32: 8},
+    "entropy": {torch.float64: 64, torch.float32: 8},
+    "softmax": {torch.float64: 64, torch.float32: 8},
+    "log_softmax": {torch.float64: 64, torch.float32: 8},
+    "softmax_grad": {torch.float64: 64, torch.float32: 8},
+    "log_softmax_grad": {torch.float64: 64, torch.float32: 8},
     "exp": {torch.float32: 2},
 }
 

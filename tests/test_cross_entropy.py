@@ -85,13 +85,12 @@ def run(input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor, 
     wants_target = target.is_floating_point() and not strategy.inplace
     target = target.detach().requires_grad_(wants_target)
     leaf = input.detach().requires_grad_()
-    # Not a leaf, as a model's logits are not, and with the input's own memory.
-    x = leaf.view_as(leaf)
+    x = leaf.view_as(leaf)  # not a leaf, as a model's logits are not, but in the input's own memory
     loss = cross_entropy(
         x, target, weight, precompute_grad=strategy.precompute_grad, inplace=strategy.inplace, **options
     )
     result = loss.detach().clone()
-    grads = torch.autograd.grad(loss, [x, target] if wants_target else [x], upstream.expand_as(loss))
+    grads = torch.autograd.grad(loss, [leaf, target] if wants_target else [leaf], upstream.expand_as(loss))
     if strategy.inplace:
         assert grads[0].data_ptr() == input.data_ptr(), "inplace=True has put the gradient elsewhere"
     return result, grads[0], grads[1] if wants_target else None
