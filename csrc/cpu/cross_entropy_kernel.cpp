@@ -96,7 +96,7 @@ struct RowTerms {
 
 template <typename T>
 bool has_terms(const CrossEntropy<T>& p) {
-  return p.probabilities || p.label_smoothing != 0;
+  return p.has_probabilities || p.label_smoothing != 0;
 }
 
 template <typename T>
@@ -126,12 +126,12 @@ void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at
   constexpr int64_t L = kLanes<T>;
   const Vec<T> shift(static_cast<T>(terms.shift));
   TermSums<T> sums;
-  if (p.probabilities)
+  if (p.has_probabilities)
     load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block.data);
   const auto add = [&](int64_t i, int64_t count) {
     const Vec<T> zero(0);
     const Vec<T> d = Vec<T>::set(zero, Vec<T>::loadu(z + i) - shift, count);
-    const Vec<T> q = p.probabilities ? Vec<T>::loadu(q_block.data + i, count) : zero;
+    const Vec<T> q = p.has_probabilities ? Vec<T>::loadu(q_block.data + i, count) : zero;
     const Vec<T> w = Vec<T>::set(zero, load_weight(p, first + i), count);
     add_term(sums, p, d, count == L ? q : Vec<T>::set(zero, q, count), w);
   };
@@ -187,7 +187,7 @@ struct Target {
 template <typename T>
 Target<T> load_target(const CrossEntropy<T>& p, int64_t row, int64_t logits_offset) {
   Target<T> target;
-  if (p.probabilities) return target;
+  if (p.has_probabilities) return target;
   target.y = p.index ? p.index[row] : p.index_u8[row];
   target.ignored = target.y == p.ignore_index;
   if (target.ignored) return target;
@@ -204,7 +204,7 @@ struct RowState {
 template <typename T>
 RowState load_state(const CrossEntropy<T>& p, int64_t row) {
   RowState state{p.state[row], p.state[p.rows + row], 0, 0};
-  if (p.probabilities) {
+  if (p.has_probabilities) {
     state.b_sum = p.state[2 * p.rows + row];
     state.q_sum = p.state[3 * p.rows + row];
   }
@@ -215,7 +215,7 @@ template <typename T>
 void store_state(const CrossEntropy<T>& p, int64_t row, const RowState& state) {
   p.state[row] = static_cast<T>(state.max);
   p.state[p.rows + row] = static_cast<T>(state.log_sum);
-  if (p.probabilities) {
+  if (p.has_probabilities) {
     p.state[2 * p.rows + row] = static_cast<T>(state.b_sum);
     p.state[3 * p.rows + row] = static_cast<T>(state.q_sum);
   }
@@ -230,7 +230,7 @@ double finish_row(const CrossEntropy<T>& p, int64_t row, const LogSumExp<T>& sum
   const double max = sums.max, log_sum = sums.log_sum();
   const double above_shift = max - terms.shift + log_sum;  // lse - shift
   double nll, loss;
-  if (p.probabilities) {
+  if (p.has_probabilities) {
     nll = multiply_or_zero(terms.q_sum, above_shift) - terms.q_dot;
     loss = multiply_or_zero(terms.b_sum, above_shift) - terms.dot;
   } else {
@@ -290,7 +290,7 @@ RowGradient row_gradient(const CrossEntropy<T>& p, int64_t row, const RowState& 
   double all = 2 * g * p.z_loss * lse + g_lse;
   if (p.grad_entropy.data) all += g_entropy * (state.log_sum - p.entropy[row]);  // E - max
   double one_hot = 0;
-  if (p.probabilities) {
+  if (p.has_probabilities) {
     all += g * state.b_sum + g_nll * state.q_sum;
     out.kept = g * (1 - eps) * scale;
     out.nll = g_nll * scale;
@@ -356,8 +356,8 @@ template <typename T>
 GradientTerms gradient_terms(const CrossEntropy<T>& p) {
   GradientTerms has{};
   has.entropy = p.grad_entropy.data;
-  has.smooth = p.smooth && !p.probabilities;
-  has.probabilities = p.probabilities;
+  has.smooth = p.smooth && !p.has_probabilities;
+  has.probabilities = p.has_probabilities;
   has.softcap = p.softcap != 0;
   has.any = has.entropy || has.smooth || has.probabilities || has.softcap;
   return has;
@@ -423,7 +423,7 @@ void write_row_gradient(const CrossEntropy<T>& p, const Position& at, const RowG
   for (int64_t c = 0; c < p.layout.classes; c += kBlock<T>) {
     const int64_t n = std::min(kBlock<T>, p.layout.classes - c), padded = round_up(n, L);
     const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block);
-    if (p.probabilities) {
+    if (p.has_probabilities) {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
       for (int64_t i = n; i < padded; i++) q_block.data[i] = 0;
     }
@@ -439,7 +439,7 @@ void write_row_gradient(const CrossEntropy<T>& p, const Position& at, const RowG
     } else {
       const Vec<T> none(0);
       for (int64_t i = 0; i < padded; i += L)
-        full_gradient(p, has, g, Vec<T>::loadu(z + i), p.probabilities ? Vec<T>::loadu(q_block.data + i) : none,
+        full_gradient(p, has, g, Vec<T>::loadu(z + i), p.has_probabilities ? Vec<T>::loadu(q_block.data + i) : none,
                       load_weight(p, c + i), has.smooth ? Vec<T>::loadu(p.smooth + c + i) : none)
             .store(out + i);
     }
@@ -490,7 +490,7 @@ struct Tile {
 template <typename T>
 const T* load_probability_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
                                 Block<T>& block) {
-  if (!p.probabilities) return nullptr;
+  if (!p.has_probabilities) return nullptr;
   load_tile_padded(p.probabilities, p.probabilities_type, p.layout, kProbabilities,
                    at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows,
                    block.data);
@@ -560,7 +560,7 @@ void write_tile_gradient(const CrossEntropy<T>& p, const Position& at, const Til
                at.offset[kGradLogits] + c * layout.class_stride[kGradLogits], layout.class_stride[kGradLogits],
                layout.inner_stride[kGradLogits], n, at.rows);
   }
-  if (!p.grad_logits || p.probabilities) return;
+  if (!p.grad_logits || p.has_probabilities) return;
   for (int64_t r = 0; r < at.rows; r++)
     if (!tile.targets[r].ignored)
       store_value(tile.gradients[r].at_target, p.grad_logits, p.logits_type,

@@ -38,7 +38,8 @@ struct CrossEntropy {
   void* grad_logits;  // null: not wanted. May be `logits` itself.
   DType logits_type;
 
-  // Exactly one of the three.
+  // The target: class indices of one of two types, or probabilities (whose pointer may be null if there is no class).
+  bool has_probabilities;
   const int64_t* index;       // [rows]
   const uint8_t* index_u8;    // [rows]
   const void* probabilities;  // of the logits' shape

@@ -108,7 +108,7 @@ int64_t class_at(const Call& call, const void* data, int64_t row) {
 // Checks every class and returns the mean's denominator: the sum of weight[target] over the rows not ignored.
 template <typename T>
 double scan_targets(const Call& call, const Weights<T>& weights) {
-  if (call.probabilities) return static_cast<double>(call.rows);
+  if (call.probabilities) return static_cast<double>(call.classes > 0 ? call.rows : 0);  // numel / classes
   const void* data = call.target.const_data_ptr();
   const T* weight = weights.weight_data();
   const Groups groups(call.rows, 1);
@@ -144,6 +144,7 @@ CrossEntropy<T> kernel_call(const Call& call, const Layout& layout, const Weight
   k.logits = call.input.const_data_ptr();
   k.logits_type = call.input_type;
   const void* target = call.target.const_data_ptr();
+  k.has_probabilities = call.probabilities;
   if (call.probabilities)
     k.probabilities = target;
   else if (call.target.scalar_type() == ScalarType::Long)
