@@ -7,7 +7,7 @@ Prints a table of the figures and writes, into demo/ in the directory above exam
     report.png  loss curves and their difference, time, memory, and the digits, side by side
     report.csv  one line for each step of each run: its loss, its times, its memory
 
-Every figure is of this run, on this machine. Times are medians over the steps.
+Every figure comes from the run itself. Times are medians over the steps.
 
     python examples/report.py
 """

@@ -10,7 +10,7 @@ import sys
 from . import ops
 from ._version import __version__
 
-_diagnosing = "-m softmax_ext" in " ".join(sys.orig_argv)
+_diagnosing = ("-m", "softmax_ext") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
 if ops.load_error is not None and not _diagnosing:
     raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
 

@@ -26,6 +26,8 @@ def _report() -> list[tuple[str, str]]:
     ]
     if ops.extension is None:
         return [*lines, ("extension", f"NOT LOADED: {ops.load_error}")]
+    if ops.load_error is not None:
+        lines.append(("NOT USABLE", ops.load_error))
     built = ops.extension
     return [
         *lines,
@@ -39,10 +41,10 @@ def _report() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Prints the report; 1 if the extension did not load."""
+    """Prints the report; 1 if the extension can't be used."""
     for name, value in _report():
         print(f"{name:22} {value}")
-    return 0 if ops.extension is not None else 1
+    return 0 if ops.load_error is None else 1
 
 
 if __name__ == "__main__":

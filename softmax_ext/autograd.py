@@ -3,10 +3,12 @@
 Cross entropy has one Function for each way to hold the gradient:
 
     CrossEntropy             keeps the logits; backward reads them again. All of autograd works.
-    CompiledCrossEntropy     the same while torch.compile traces, which refuses a Function that defines ``jvp``.
     OverwritingCrossEntropy  precompute_grad and inplace: a gradient that is consumed, logits that are overwritten.
 
 The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
+torch.compile refuses a Function that defines ``jvp``, and loses the second derivative of one that does not. It and
+torch.export see an operator instead that has the same backward (at the end).
+
 ``options`` stands everywhere for (dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale).
 """
 
@@ -29,8 +31,6 @@ _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
 
 def _plain_backward() -> bool:
     """Whether backward may call the operator itself: nothing differentiates or batches the gradient."""
-    if torch.compiler.is_compiling():
-        return True  # compiled backwards are once differentiable
     return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
@@ -159,9 +159,9 @@ class CrossEntropyBackward(Function):
         x = _to_front(input, in_dims[4], size)
         rows_shape = [s for d, s in enumerate(x.shape) if d != options.dim + 1]
         if batched[0] is not None and options.reduction != NONE:
-            per_sample = batched[0]
+            per_sample = batched[0].to(state.dtype)
             if options.reduction == MEAN:
-                per_sample = per_sample / _to_front(total, in_dims[8], size).to(per_sample.dtype)
+                per_sample = per_sample / _to_front(total, in_dims[8], size).to(state.dtype)
             batched[0] = per_sample.reshape(size, *[1] * (len(rows_shape) - 1)).expand(rows_shape)
         grads = CrossEntropyBackward.apply(
             *batched,
@@ -212,6 +212,8 @@ class CrossEntropy(Function):
     @_nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         input, target, weight, _, total, _ = saved
+        if tangents[2] is not None:
+            raise RuntimeError("cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
         rows = Rows(input, target, weight, Options(*ctx.options))
         along = rows.derivative(tangents[0], tangents[1])
         loss_dtype, stats_dtype = ctx.dtypes
@@ -240,20 +242,14 @@ class CrossEntropy(Function):
         return (loss.to(loss_dtype), state, total, *rest), (0, 1, 0, *[0] * len(rest))
 
 
-class CompiledCrossEntropy(Function):
-    """CrossEntropy for torch.compile: once differentiable, no forward mode, no vmap."""
-
-    forward = staticmethod(CrossEntropy.forward)
-    setup_context = staticmethod(CrossEntropy.setup_context)
-    backward = staticmethod(CrossEntropy.backward)
-
-
 class OverwritingCrossEntropy(Function):
     """CrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
 
-    The precomputed gradient lies in a buffer of its own or over the logits, and the first backward consumes it: it is
-    scaled in place where the upstream gradient is not 1, and handed over. While the logits are intact a further
-    backward computes it again; once they are overwritten it is refused.
+    The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
+    handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
+
+    A gradient over the logits is a saved tensor of the graph like any other, so that autograd notices if somebody
+    writes there before it is used. Saved-tensor hooks would move it elsewhere: functional.py keeps away from them.
     """
 
     @staticmethod
@@ -264,61 +260,71 @@ class OverwritingCrossEntropy(Function):
         if precompute_grad and inplace:
             results = ops.cross_entropy_(input, *call)
             torch.autograd.graph.increment_version(input)
-            return tuple(results)
+            return tuple(results if stats else results[:_LSE])
         return tuple(ops.cross_entropy(input, *call, precompute_grad))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         input, target, weight = inputs[:3]
         ctx.options, ctx.stats = inputs[3:10], inputs[11]
-        precompute_grad, ctx.inplace = inputs[12:]
-        ctx.overwritten = False
-        ctx.gradient = None
-        differentiable = (_LOSS, _LSE, _NLL, _ENTROPY)
-        ctx.mark_non_differentiable(
-            *(t for i, t in enumerate(output) if i not in differentiable or (i > 0 and not ctx.stats))
-        )
+        ctx.precomputed, ctx.inplace = inputs[12:]
+        ctx.overwritten = ctx.precomputed and ctx.inplace
+        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
+        ctx.gradient = output[-1] if ctx.precomputed and not ctx.inplace else None
+        differentiable = (_LOSS, _LSE, _NLL, _ENTROPY) if ctx.stats else (_LOSS,)
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable))
         ctx.set_materialize_grads(False)
-        if precompute_grad:
-            ctx.gradient = input.detach() if ctx.inplace else output[-1]
-        keeps_logits = not (precompute_grad and ctx.inplace)
-        ctx.overwritten = not keeps_logits
         entropy = output[_ENTROPY] if ctx.stats else None
-        ctx.save_for_backward(input if keeps_logits else None, target, weight, output[_STATE], output[_TOTAL], entropy)
+        ctx.save_for_backward(input, target, weight, output[_STATE], output[_TOTAL], entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
-        only_loss = all(g is None for g in stats)
-        if grads[_LOSS] is None and only_loss:
+        given = [g for g in (grads[_LOSS], *stats) if g is not None]
+        if not given:
             return (None,) * 14
-        if ctx.inplace and not _plain_backward():
-            raise RuntimeError(
-                "cross_entropy: inplace=True writes the gradient over the logits, so it can't be differentiated again "
-                "(create_graph=True) or batched. Use inplace=False."
-            )
-        if ctx.gradient is not None and only_loss and _plain_backward():
-            gradient, ctx.gradient = ctx.gradient, None
-            ops.scale_rows_(gradient, grads[_LOSS], ctx.options[0])
+        plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
+        if ctx.inplace:
+            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grads[_LOSS], stats), *[None] * 13
+        gradient, ctx.gradient = ctx.gradient, None
+        if plain and gradient is not None and len(given) == 1 and grads[_LOSS] is not None:
+            OverwritingCrossEntropy._scale(ctx, gradient, grads[_LOSS])
             return (gradient, *[None] * 13)
-        if ctx.overwritten:
-            why = (
-                "its statistics can't be differentiated"
-                if ctx.gradient is not None
-                else "a second backward through it is not possible"
-            )
+        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
+        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 12)
+
+    @staticmethod
+    def _backward_inplace(ctx: Any, plain: bool, grad_loss: Tensor | None, stats: tuple[Tensor | None, ...]) -> Tensor:
+        refused = None
+        if not plain:
+            refused = "it can't be differentiated again (create_graph=True) or batched"
+        elif ctx.overwritten and not ctx.precomputed:
+            refused = "a second backward through it is not possible"
+        elif ctx.precomputed and any(g is not None for g in stats):
+            refused = "its statistics can't be differentiated"
+        if refused:
+            writes = "has written" if ctx.overwritten else "writes"
             raise RuntimeError(
-                f"cross_entropy: inplace=True has written the gradient over the logits, so {why}. Use inplace=False."
+                f"cross_entropy: inplace=True {writes} the gradient over the logits, so {refused}. Use inplace=False."
             )
         input, target, weight, state, total, entropy = ctx.saved_tensors
-        call = (grads[_LOSS], *stats, input, target, weight, state, total, entropy, *ctx.options)
-        if ctx.inplace:
-            ctx.overwritten = True
-            gradient = input.detach()
-            ops.cross_entropy_backward_(*call[:4], gradient, *call[5:])
-            torch.autograd.graph.increment_version(input)
-            return (gradient, *[None] * 13)
-        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 12)
+        gradient: Tensor = input.detach()
+        if ctx.precomputed:
+            OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
+        else:
+            upstream = (grad_loss, *stats)
+            ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
+        torch.autograd.graph.increment_version(input)
+        ctx.overwritten, ctx.precomputed = True, False
+        return gradient
+
+    @staticmethod
+    def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
+        options = Options(*ctx.options)
+        if gradient.dtype == torch.float16 and options.reduction == MEAN:  # written without the mean's divisor
+            total = ctx.saved_tensors[4]
+            grad_loss = grad_loss.to(total.dtype) / total
+        ops.scale_rows_(gradient, grad_loss, options.dim)
 
 
 class SoftmaxBackward(Function):
@@ -396,12 +402,26 @@ class Softmax(Function):
         return Softmax.apply(_to_front(input, in_dims[0], info.batch_size), dim + 1, log, dtype), 0
 
 
-class CompiledSoftmax(Function):
-    """Softmax for torch.compile: once differentiable, no forward mode, no vmap."""
+# ---- torch.compile and torch.export ----
 
-    forward = staticmethod(Softmax.forward)
-    setup_context = staticmethod(Softmax.setup_context)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ops.softmax_backward(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
+def _trace_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, _ = inputs
+    options = (dim, reduction, ignore, smoothing, z_loss, softcap, scale)
+    CrossEntropy.setup_context(ctx, (input, target, weight, *options, dtype, stats), output)
+
+
+def _traced_cross_entropy_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return (*CrossEntropy.backward(ctx, *grads)[:2], *[None] * 11)
+
+
+def _trace_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, dim, log, dtype = inputs
+    Softmax.setup_context(ctx, (input, dim, log, dtype), output)
+
+
+if ops.load_error is None:
+    torch.library.register_autograd(
+        "softmax_ext::cross_entropy_traced", _traced_cross_entropy_backward, setup_context=_trace_cross_entropy
+    )
+    torch.library.register_autograd("softmax_ext::softmax_traced", Softmax.backward, setup_context=_trace_softmax)

@@ -6,24 +6,27 @@ allocated or touched before all checks have passed.
 
 from __future__ import annotations
 
-from typing import NoReturn
+import numbers
+import operator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """How a message shows a value that it refuses."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
 
-def refuse(error: type[Exception], op: str, argument: str, need: str, got: object, way_out: str = "") -> NoReturn:
+def refuse(error: type[Exception], op: str, argument: str, need: str, got: str, way_out: str = "") -> NoReturn:
     """Raises ``error`` with the text that every message has."""
-    text = got if isinstance(got, str) else _describe(got)
-    raise error(f"{op}: {argument} must {need}; got {text}.{' ' + way_out if way_out else ''}")
+    raise error(f"{op}: {argument} must {need}; got {got}.{' ' + way_out if way_out else ''}")
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
@@ -43,11 +46,13 @@ def check_floating(op: str, argument: str, value: Tensor) -> None:
     """NotImplementedError unless of a dtype the kernels compute."""
     if value.dtype not in _FLOATING:
         need = "be float64, float32, bfloat16 or float16"
-        refuse(NotImplementedError, op, argument, need, value, f"Use {argument}.float().")
+        refuse(NotImplementedError, op, argument, need, describe(value), f"Use {argument}.float().")
 
 
 def check_dtype(op: str, dtype: torch.dtype | None) -> None:
-    """NotImplementedError unless None or a dtype the kernels compute."""
+    """NotImplementedError unless None or a dtype the kernels compute; TypeError for no dtype at all."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        refuse(TypeError, op, "dtype", "be a torch.dtype or None", describe(dtype))
     if dtype is not None and dtype not in _FLOATING:
         refuse(NotImplementedError, op, "dtype", "be float64, float32, bfloat16, float16 or None", f"{dtype}")
 
@@ -59,10 +64,28 @@ def check_device(op: str, argument: str, value: Tensor, input: Tensor) -> None:
         refuse(RuntimeError, op, argument, need, f"{value.device}", f"Use {argument}.to(input.device).")
 
 
-def check_real(op: str, argument: str, value: object) -> None:
-    """TypeError unless an int or float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        refuse(TypeError, op, argument, "be a number", value)
+def number(op: str, argument: str, value: Any) -> float:
+    """A float; TypeError unless a real number, numpy's and single-valued tensors included, flags not."""
+    if isinstance(value, bool):
+        refuse(TypeError, op, argument, "be a number", describe(value))
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()):
+        return float(value)
+    refuse(TypeError, op, argument, "be a number", describe(value))
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """An int; TypeError unless what can index is given, ValueError unless it fits the operators' 64 bits."""
+    if isinstance(value, bool):
+        refuse(TypeError, op, argument, "be an int", describe(value))
+    if not isinstance(value, int):
+        if not hasattr(value, "__index__"):
+            refuse(TypeError, op, argument, "be an int", describe(value))
+        value = operator.index(value)
+    if not -(2**63) <= value < 2**63:
+        refuse(ValueError, op, argument, "fit 64 bits", describe(value))
+    return value  # type: ignore[no-any-return]
 
 
 def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> tuple[int, Tensor]:
@@ -75,7 +98,7 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
         if not target.is_floating_point():
             need = "be floating (class probabilities) if it has the input's shape"
             way_out = "Class indices have the input's shape without the dimension of the classes."
-            refuse(RuntimeError, op, "target", need, target, way_out)
+            refuse(RuntimeError, op, "target", need, describe(target), way_out)
         check_floating(op, "target", target)
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
@@ -84,12 +107,11 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
     if target.dtype not in (torch.int64, torch.uint8) or list(target.shape) != batch:
-        # The types are torch's: a wrong batch size is a ValueError, everything else a RuntimeError.
-        same_rank = target.dim() == len(batch) > 0
-        error = ValueError if same_rank and target.shape[0] != input.shape[0] else RuntimeError
+        # The types are torch's: another first dimension is a ValueError, everything else a RuntimeError.
+        error = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError
         need = f"be int64 or uint8 of shape {batch}, or floating of the input's shape {list(input.shape)}"
         way_out = "" if list(target.shape) != batch else "Use target.long()."
-        refuse(error, op, "target", need, target, way_out)
+        refuse(error, op, "target", need, describe(target), way_out)
     return dim, target
 
 
@@ -100,9 +122,9 @@ def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, in
     check_tensor(op, "weight", weight)
     check_strided(op, "weight", weight)
     if list(weight.shape) != [classes]:
-        refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", weight)
+        refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", describe(weight))
     if weight.dtype not in _FLOATING:
-        refuse(RuntimeError, op, "weight", "be floating", weight, "Use weight.to(input.dtype).")
+        refuse(RuntimeError, op, "weight", "be floating", describe(weight), "Use weight.to(input.dtype).")
     check_device(op, "weight", weight, input)
     if indices and weight.requires_grad and torch.is_grad_enabled():
         refuse(
@@ -116,30 +138,37 @@ def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, in
 
 
 def check_options(
-    op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float, ignore_index: int
-) -> None:
-    """Types and ranges of the options that are numbers."""
-    for argument, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
-        check_real(op, argument, value)
+    op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+) -> tuple[float, float, float | None, float]:
+    """The options that are numbers, within their ranges."""
+    label_smoothing = number(op, "label_smoothing", label_smoothing)
+    z_loss = number(op, "z_loss", z_loss)
+    logit_scale = number(op, "logit_scale", logit_scale)
     if not 0 <= label_smoothing <= 1:
         refuse(RuntimeError, op, "label_smoothing", "lie in [0, 1]", f"{label_smoothing}")
-    if not 0 <= z_loss < float("inf"):
+    if not 0 <= z_loss <= _LARGEST:
         refuse(ValueError, op, "z_loss", "be finite and not negative", f"{z_loss}")
-    if not -float("inf") < logit_scale < float("inf"):
-        refuse(ValueError, op, "logit_scale", "be finite", f"{logit_scale}")
+    if not -_LARGEST <= logit_scale <= _LARGEST:
+        refuse(ValueError, op, "logit_scale", "be finite (in float32)", f"{logit_scale}")
     if softcap is not None:
-        check_real(op, "softcap", softcap)
-        if not 0 < softcap < float("inf"):
-            refuse(ValueError, op, "softcap", "be finite and positive, or None", f"{softcap}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        refuse(TypeError, op, "ignore_index", "be an int", ignore_index)
+        softcap = number(op, "softcap", softcap)
+        if not _SMALLEST <= softcap <= _LARGEST or abs(logit_scale / softcap) > _LARGEST:
+            need = "be finite and positive (and so logit_scale / softcap, in float32), or None"
+            refuse(ValueError, op, "softcap", need, f"{softcap}")
+    return label_smoothing, z_loss, softcap, logit_scale
 
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:
     """ValueError where writing over the input would lose or corrupt something."""
-    if input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+    leaf = input if input._base is None else input._base
+    if leaf.is_leaf and leaf.requires_grad and torch.is_grad_enabled():
+        got = "such a leaf" if leaf is input else "a view of one"
         way_out = "Its values would be lost to the gradient. Use inplace=False."
-        refuse(ValueError, op, "input", "not be a leaf that requires grad if inplace=True", "such a leaf", way_out)
+        refuse(ValueError, op, "input", "not be a leaf that requires grad if inplace=True", got, way_out)
+    if input.is_neg():
+        refuse(
+            ValueError, op, "input", "not be a lazily negated view if inplace=True", "one", "Use input.resolve_neg()."
+        )
     if _overlaps_itself(input):
         way_out = "Use inplace=False or input.contiguous()."
         refuse(
@@ -163,9 +192,9 @@ def _strides(tensor: Tensor) -> str:
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory: some dimension does not step over all that the smaller ones span."""
     span = 1
+    if tensor.numel() == 0:
+        return False
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 0:
-            return False
         if size == 1:
             continue
         if stride < span:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import _reduction
+from torch.utils import _pytree
 
 from . import checks, ops
 from .autograd import (
-    CompiledCrossEntropy,
-    CompiledSoftmax,
     CrossEntropy,
     OverwritingCrossEntropy,
     Softmax,
 )
 from .reference import Options
-from .reference import cross_entropy as reference_cross_entropy
+from .reference import cross_entropy as plain_cross_entropy
 
 _REDUCTIONS = {"none": ops.NONE, "mean": ops.MEAN, "sum": ops.SUM}
 
@@ -45,12 +44,34 @@ class CrossEntropyStats(NamedTuple):
     prediction: Tensor
 
 
+# So that an exported program that returns it can be saved.
+_pytree._register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
+
+
 # ---- what runs underneath ----
 
 
 def _in_transform() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only the full Functions understand."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _needs_plain_formulas(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether a derivative may be asked for that no Function has.
+
+    That is one in the class weights, which torch has for probabilities only, and any within a transform that is itself
+    compiled: Dynamo takes no ``jvp`` and would lose the derivatives of a Function in silence.
+    """
+    if _in_transform():
+        return torch.compiler.is_compiling() or (weight is not None and target.is_floating_point())
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
+    """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
+    wanted = inplace or (precompute_grad and not target.requires_grad)
+    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return wanted and input.requires_grad and hooks is None and not _in_transform()
 
 
 def _only_values_wanted(*tensors: Tensor) -> bool:
@@ -63,8 +84,7 @@ def _only_values_wanted(*tensors: Tensor) -> bool:
 
 def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
     checks.check_tensor(op, "input", input)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        checks.refuse(TypeError, op, "dim", "be an int", dim)
+    dim = checks.integer(op, "dim", dim)
     checks.check_strided(op, "input", input)
     checks.check_dtype(op, dtype)
     rank = max(input.dim(), 1)
@@ -83,11 +103,13 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if input.dim() == 0:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
-    if torch.compiler.is_compiling():
-        return CompiledSoftmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
     if _only_values_wanted(input):
         return ops.softmax(input, dim, log, dtype)  # type: ignore[no-any-return]
-    return Softmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        return Softmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
+    if _in_transform():  # as in _needs_plain_formulas
+        return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
+    return ops.softmax_traced(input, dim, log, dtype)  # type: ignore[no-any-return]
 
 
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -123,10 +145,14 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 # ---- cross entropy ----
 
 
-def _loss_dtype(input: Tensor, target: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the loss where it is not the input's: asked for, promoted with probabilities, or autocast's."""
     if dtype is not None:
         return dtype
-    own = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    own = input.dtype
+    if target.is_floating_point():
+        for other in (target, weight):
+            own = own if other is None else torch.promote_types(own, other.dtype)
     if own.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
         return torch.float32  # cross entropy is on autocast's float32 list
     return None if own == input.dtype else own
@@ -231,8 +257,9 @@ def cross_entropy(
             upstream gradient is not 1.
         inplace: the gradient is written over the input's own storage, in the backward, or in the forward with
             ``precompute_grad``. The input's values are then lost, and its version counter is raised, so that
-            autograd refuses a graph that still needs them. Under torch.compile, ``torch.func`` and forward-mode
-            AD both strategies give way to the default one: the same numbers, the input left as it is.
+            autograd refuses a graph that still needs them. Under torch.compile, ``torch.func``, forward-mode AD and
+            saved-tensor hooks (checkpoint, save_on_cpu) both strategies give way to the default one: the same
+            numbers, the input left as it is; so without grad mode, where there is no gradient.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
@@ -250,37 +277,30 @@ def cross_entropy(
     """
     op = "cross_entropy"
     checks.check_tensor(op, "input", input)
-    checks.check_options(op, label_smoothing, z_loss, softcap, logit_scale, ignore_index)
+    label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
+        op, label_smoothing, z_loss, softcap, logit_scale
+    )
+    ignore_index = checks.integer(op, "ignore_index", ignore_index)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
     checks.check_dtype(op, dtype)
     checks.check_strided(op, "input", input)
     checks.check_floating(op, "input", input)
     if input.dim() == 0:
-        checks.refuse(RuntimeError, op, "input", "have at least one dimension, the classes", input)
+        error = IndexError if target.is_floating_point() else RuntimeError
+        checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
     dim, target = checks.check_target(op, input, target, ignore_index)
     indices = not target.is_floating_point()
     checks.check_weight(op, input, weight, input.shape[dim], indices)
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
 
     options = Options(dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    dtype = _loss_dtype(input, target, dtype)
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        if return_stats:
-            checks.refuse(
-                RuntimeError,
-                op,
-                "weight",
-                "not require grad with return_stats",
-                "requires_grad=True",
-                "Use weight.detach().",
-            )
-        return reference_cross_entropy(input, target, weight, options).to(dtype or input.dtype)
-    results = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
-    return (results[0], CrossEntropyStats(*results[3:7])) if return_stats else results[0]
+    dtype = _loss_dtype(input, target, weight, dtype)
+    loss, *stats = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
+    return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
 def _run(
@@ -293,15 +313,17 @@ def _run(
     inplace: bool,
     stats: bool,
 ) -> Any:
-    """The operator's results by the Function that the strategy and the surroundings call for."""
-    if torch.compiler.is_compiling():
-        return CompiledCrossEntropy.apply(input, target, weight, *options, dtype, stats)
+    """(loss,) or (loss, lse, nll, entropy, prediction), by what the strategy and the surroundings call for."""
+    if _needs_plain_formulas(target, weight):
+        return plain_cross_entropy(input, target, weight, options, dtype, stats)
+    dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
+    call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
     if _only_values_wanted(input, target):
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        return ops.cross_entropy(
-            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
-        )
-    overwriting = (precompute_grad and not target.requires_grad) or inplace
-    if overwriting and not _in_transform() and input.requires_grad:
-        return OverwritingCrossEntropy.apply(input, target, weight, *options, dtype, stats, precompute_grad, inplace)
-    return CrossEntropy.apply(input, target, weight, *options, dtype, stats)
+        results = ops.cross_entropy(*call)
+    elif torch.compiler.is_compiling():
+        results = ops.cross_entropy_traced(*call)
+    elif _may_overwrite(input, target, precompute_grad, inplace):
+        results = OverwritingCrossEntropy.apply(input, target, weight, *options, dtype, stats, precompute_grad, inplace)
+    else:
+        results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
+    return (results[0], *results[3:7]) if stats else (results[0],)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,18 +35,20 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
 
 
-extension, load_error = _load()
-
-
-def _choose_isa(module: ModuleType) -> None:
-    """Follows torch's own choice of the CPU's instruction set, or SOFTMAX_EXT_CPU_CAPABILITY."""
-    forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY")
-    if forced:
-        module.select_isa(forced.upper())
-        return
+def _choose_isa(module: ModuleType) -> str | None:
+    """Follows SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns what is wrong with it."""
+    forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY", "").upper()
     available = module.available_isas()
-    capability = torch.backends.cpu.get_cpu_capability()
+    if forced and forced not in available:
+        return f"SOFTMAX_EXT_CPU_CAPABILITY must be one of {', '.join(available)} on this machine; got {forced}"
+    capability = forced or torch.backends.cpu.get_cpu_capability()
     module.select_isa(capability if capability in available else "DEFAULT")
+    return None
+
+
+extension, load_error = _load()
+if extension is not None:
+    load_error = _choose_isa(extension)
 
 
 def _arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -83,6 +86,11 @@ def _fake_cross_entropy(
     if precompute_grad:
         outputs.append(torch.empty_like(input))
     return outputs
+
+
+def _fake_cross_entropy_(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    results = _fake_cross_entropy(input, *arguments)
+    return (*results, *(input.new_empty([0]) for _ in range(7 - len(results))))
 
 
 def _fake_cross_entropy_backward(
@@ -127,21 +135,24 @@ def _fake_writes_in_place(*args: object) -> None:
 def _register_fakes() -> None:
     register = torch.library.register_fake
     register("softmax_ext::cross_entropy", _fake_cross_entropy)
-    register("softmax_ext::cross_entropy_", _fake_cross_entropy)
+    register("softmax_ext::cross_entropy_traced", _fake_cross_entropy)
+    register("softmax_ext::cross_entropy_", _fake_cross_entropy_)
     register("softmax_ext::cross_entropy_backward", _fake_cross_entropy_backward)
     register("softmax_ext::cross_entropy_backward_", _fake_writes_in_place)
     register("softmax_ext::softmax", _fake_softmax)
+    register("softmax_ext::softmax_traced", _fake_softmax)
     register("softmax_ext::softmax_backward", _fake_softmax_backward)
     register("softmax_ext::scale_rows_", _fake_writes_in_place)
 
 
 if extension is not None:
-    _choose_isa(extension)
     _register_fakes()
     cross_entropy = torch.ops.softmax_ext.cross_entropy.default
+    cross_entropy_traced = torch.ops.softmax_ext.cross_entropy_traced.default
     cross_entropy_ = torch.ops.softmax_ext.cross_entropy_.default
     cross_entropy_backward = torch.ops.softmax_ext.cross_entropy_backward.default
     cross_entropy_backward_ = torch.ops.softmax_ext.cross_entropy_backward_.default
     softmax = torch.ops.softmax_ext.softmax.default
+    softmax_traced = torch.ops.softmax_ext.softmax_traced.default
     softmax_backward = torch.ops.softmax_ext.softmax_backward.default
     scale_rows_ = torch.ops.softmax_ext.scale_rows_.default

@@ -42,8 +42,8 @@ class RowGradients(NamedTuple):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A * b, with 0 where a is 0: a class without mass contributes nothing, even at a logit of -inf."""
-    return torch.where(a == 0, torch.zeros_like(b), a * torch.where(a == 0, torch.zeros_like(b), b))
+    """A * b, with 0 where a is 0 and b infinite: a class without mass contributes nothing at a logit of -inf."""
+    return a * torch.where((a == 0) & ~b.isfinite(), 0.0, b)
 
 
 def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
@@ -198,7 +198,7 @@ class Rows:
         loss, lse, nll, entropy = upstream
         zero = torch.zeros_like(self.lse)
         if loss is not None and self.options.reduction == MEAN:
-            loss = loss / total_weight.to(loss.dtype)
+            loss = loss.to(zero.dtype) / total_weight.to(zero.dtype)
         g = RowGradients(*(zero if t is None else zero + t.to(zero.dtype) for t in (loss, lse, nll, entropy)))
         return g._replace(loss=torch.where(self.live, g.loss, 0.0), nll=torch.where(self.live, g.nll, 0.0))
 
@@ -210,7 +210,15 @@ class Rows:
         return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
 
 
-def cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """The reduced loss, differentiable by torch itself to any order, in ``weight`` too."""
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, dtype: torch.dtype | None, stats: bool
+) -> tuple[Tensor, ...]:
+    """(loss,) or, with ``stats``, (loss, lse, nll, entropy, prediction), differentiable to any order, in weight too."""
+    if dtype == torch.float64:
+        input = input.double()
     rows = Rows(input, target, weight, options)
-    return rows.reduce(rows.loss(), total_weight(target, weight, options.dim, options.ignore_index))
+    total = total_weight(target, weight, options.dim, options.ignore_index)
+    loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
+    if not stats:
+        return (loss,)
+    return loss, rows.lse, rows.nll(), rows.entropy(), input.argmax(options.dim)

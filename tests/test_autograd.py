@@ -88,7 +88,7 @@ def check(function: Callable[..., Any], inputs: tuple[Tensor, ...], fast: bool =
         assert gradgradcheck(function, inputs, fast_mode=fast, **SECOND)
 
 
-# ---- derivatives against finite differences ----------------------------------------------------------------------
+# ---- derivatives against finite differences ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "reductions"), OPTION_CASES)
@@ -207,7 +207,7 @@ def test_softmax_long(function, dim):
     check(lambda x: function(x, dim), (logits_for((2, 40) if dim else (40, 2)),), fast=True)
 
 
-# ---- strategies ---------------------------------------------------------------------------------------------------
+# ---- strategies ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [classes_for, probabilities_for])
@@ -250,7 +250,7 @@ def test_retained_graph_gives_the_same_gradient_again(reduction, precompute_grad
         assert_close(gradient, scale * expected)
 
 
-# ---- who gets a gradient ------------------------------------------------------------------------------------------
+# ---- who gets a gradient -------------------------------------------------------------------------------------------
 
 
 def test_only_what_is_needed_is_computed(monkeypatch):
@@ -333,17 +333,6 @@ def test_weight_gradient_in_forward_mode():
     assert gradcheck(lambda w: cross_entropy(x, q, w), (weight,), check_forward_ad=True)
 
 
-def test_weight_in_forward_mode_with_class_indices_is_refused():
-    """As torch does: an NLL has no derivative to its weights."""
-    weight, tangent = randn(4, seed=2).abs(), torch.ones(4, dtype=torch.float64)
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(weight, tangent)
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            F.cross_entropy(randn(3, 4), classes_for((3, 4)), dual)
-        with pytest.raises((RuntimeError, NotImplementedError), match="weight"):
-            cross_entropy(randn(3, 4), classes_for((3, 4)), dual)
-
-
 def test_weight_that_requires_grad_with_class_indices_is_refused():
     """Torch raises as well, in its backward or forward: there is no derivative to the weights of an NLL."""
     weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
@@ -358,7 +347,9 @@ def test_weight_that_requires_grad_with_class_indices_is_refused():
         )
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute_grad": True}, {"inplace": True, "precompute_grad": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"precompute_grad": True}, {"inplace": True, "precompute_grad": True}], ids=str
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_there_is_no_graph(mode, options):
     x, target = logits_for((3, 4)), classes_for((3, 4))
@@ -386,7 +377,7 @@ def test_plain_logits_give_a_plain_loss(options):
     assert not softmax_ext.log_softmax(randn(3, 4), 1).requires_grad
 
 
-# ---- what the gradient looks like ---------------------------------------------------------------------------------
+# ---- what the gradient looks like ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"precompute_grad": True}], ids=str)

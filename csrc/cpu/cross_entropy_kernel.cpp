@@ -37,8 +37,7 @@ T load_logit(const CrossEntropy<T>& p, int64_t at) {
 
 template <typename T>
 bool needs_no_copy(const CrossEntropy<T>& p) {
-  const DType own = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
-  return p.logits_type == own && p.softcap == 0 && p.logit_scale == 1;
+  return is_own<T>(p.logits_type) && p.softcap == 0 && p.logit_scale == 1;
 }
 
 // z of the classes [first, first + n) of a row, padded with -inf to whole vectors.
@@ -78,20 +77,28 @@ TileView<T> load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_
   const bool whole = at.rows % kLanes<T> == 0 && p.layout.inner_stride[kLogits] == 1;
   if (whole && needs_no_copy(p)) return {static_cast<const T*>(p.logits) + offset, class_stride};
   load_tile_padded(p.logits, p.logits_type, p.layout, kLogits, offset, classes, at.rows, block.data);
-  transform_run(p, block.data, classes * kTile);
+  for (int64_t c = 0; c < classes; c++) transform_run(p, block.data + c * kTile, round_up(at.rows, kLanes<T>));
   return {block.data, kTile};
 }
 
 // ---- terms of the loss that run over the classes -----------------------------------------------------------------
 
-// b_c = w_c ((1 - eps) q_c + eps / C), or its smoothing part alone where the target is a class index; the sums
-// are taken of z - shift, with a shift near the row's maximum, so that nothing cancels.
+// b_c = w_c ((1 - eps) q_c + eps / C), or its smoothing part alone where the target is a class index. The sums are taken
+// of z - shift, with the row's maximum so far as the shift, so that nothing is rounded at the magnitude of the logits.
 struct RowTerms {
   double shift = 0;
   double dot = 0;    // sum b_c (z_c - shift)
-  double b_sum = 0;  // sum b_c          (probabilities only)
+  double b_sum = 0;  // sum b_c
   double q_dot = 0;  // sum q_c (z_c - shift)
   double q_sum = 0;  // sum q_c
+
+  // Follows the maximum; before the first finite one nothing finite has been added.
+  void move_to(double max) {
+    if (!std::isfinite(max) || max == shift) return;
+    dot += b_sum * (shift - max);
+    q_dot += q_sum * (shift - max);
+    shift = max;
+  }
 };
 
 template <typename T>
@@ -168,12 +175,6 @@ void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const TileView<
   }
 }
 
-// The shift of a row is fixed by its first block.
-template <typename T>
-double shift_from(const LogSumExp<T>& sums) {
-  return sums.finite() ? static_cast<double>(sums.max) : 0.0;
-}
-
 // ---- one row: target, loss, coefficients of the gradient -----------------------------------------------------------
 
 template <typename T>
@@ -228,15 +229,14 @@ template <typename T>
 double finish_row(const CrossEntropy<T>& p, int64_t row, const LogSumExp<T>& sums, const RowTerms& terms,
                   const Target<T>& target) {
   const double max = sums.max, log_sum = sums.log_sum();
-  const double above_shift = max - terms.shift + log_sum;  // lse - shift
   double nll, loss;
   if (p.has_probabilities) {
-    nll = multiply_or_zero(terms.q_sum, above_shift) - terms.q_dot;
-    loss = multiply_or_zero(terms.b_sum, above_shift) - terms.dot;
+    nll = multiply_or_zero(terms.q_sum, log_sum) - terms.q_dot;
+    loss = multiply_or_zero(terms.b_sum, log_sum) - terms.dot;
   } else {
     nll = log_sum - (static_cast<double>(target.z) - max);
     loss = multiply_or_zero((1 - p.label_smoothing) * target.weight, nll);
-    if (p.label_smoothing != 0) loss += p.label_smoothing / p.layout.classes * p.weight_sum * above_shift - terms.dot;
+    if (p.label_smoothing != 0) loss += multiply_or_zero(terms.b_sum, log_sum) - terms.dot;
   }
   if (p.z_loss != 0) loss += p.z_loss * (max + log_sum) * (max + log_sum);
   if (target.ignored) nll = loss = 0;
@@ -265,7 +265,7 @@ inline double value_of(const RowValues& values, int64_t row) {
 // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - b_c ]
 // with b_c = uniform + smooth * smooth_c                           (class index; smooth_c = eps / C w_c)
 //   or b_c = q_c (kept * w_c + nll) + shared * w_c                 (probabilities)
-// logit_scale is in the coefficients; slope_c is 1 - (z_c / softcap)^2, or 1.
+// logit_scale is in alpha, beta, uniform and smooth, and a factor of the last line; slope_c is 1 - (z_c / softcap)^2, or 1.
 struct RowGradient {
   bool zero = false;
   double max = 0, alpha = 0, beta = 0, uniform = 0, smooth = 0, kept = 0, nll = 0, shared = 0;
@@ -292,9 +292,9 @@ RowGradient row_gradient(const CrossEntropy<T>& p, int64_t row, const RowState& 
   double one_hot = 0;
   if (p.has_probabilities) {
     all += g * state.b_sum + g_nll * state.q_sum;
-    out.kept = g * (1 - eps) * scale;
-    out.nll = g_nll * scale;
-    out.shared = g * share * scale;
+    out.kept = g * (1 - eps);
+    out.nll = g_nll;
+    out.shared = g * share;
   } else {
     one_hot = g * (1 - eps) * target.weight + g_nll;
     all += g * share * p.weight_sum;
@@ -376,7 +376,7 @@ inline Vec<T> full_gradient(const CrossEntropy<T>& p, const GradientTerms& has, 
   Vec<T> grad = has.entropy ? multiply_or_zero(e, g.alpha + g.beta * d) : e * g.alpha;
   grad = grad - g.uniform;
   if (has.smooth) grad = grad - g.smooth * smooth;
-  if (has.probabilities) grad = grad - (q * (g.kept * w + g.nll) + g.shared * w);
+  if (has.probabilities) grad = grad - (q * (g.kept * w + g.nll) + g.shared * w) * Vec<T>(p.logit_scale);
   if (has.softcap) {
     const Vec<T> t = z / Vec<T>(p.softcap);
     grad = grad * (Vec<T>(1) - t * t);
@@ -384,12 +384,10 @@ inline Vec<T> full_gradient(const CrossEntropy<T>& p, const GradientTerms& has, 
   return grad;
 }
 
-// dL/dq_c = (kept w_c + nll)(lse - z_c), without the logit's slope and scale.
+// dL/dq_c = (kept w_c + nll)(lse - z_c)
 template <typename T>
-inline Vec<T> probability_gradient(const CrossEntropy<T>& p, const GradientVectors<T>& g, const Vec<T>& z,
-                                   const Vec<T>& w) {
-  const Vec<T> coefficient = (g.kept * w + g.nll) / Vec<T>(p.logit_scale);
-  return multiply_or_zero(coefficient, g.log_sum - (z - g.max));
+inline Vec<T> probability_gradient(const GradientVectors<T>& g, const Vec<T>& z, const Vec<T>& w) {
+  return multiply_or_zero(g.kept * w + g.nll, g.log_sum - (z - g.max));
 }
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
@@ -398,8 +396,9 @@ template <typename T>
 LogSumExp<T> reduce_row(const CrossEntropy<T>& p, const Position& at, RowTerms& terms) {
   Block<T> z_block, q_block;
   LogSumExp<T> sums;
-  for (int64_t c = 0; c < p.layout.classes; c += kBlock<T>) {
-    const int64_t n = std::min(kBlock<T>, p.layout.classes - c);
+  const bool direct = needs_no_copy(p);
+  for (int64_t c = 0, n; c < p.layout.classes; c += n) {
+    n = next_block<T>(p.layout.classes - c, direct);
     const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block);
     const int64_t padded = round_up(n, kLanes<T>);
     if (p.stats)
@@ -407,7 +406,7 @@ LogSumExp<T> reduce_row(const CrossEntropy<T>& p, const Position& at, RowTerms& 
     else
       add_block<false>(sums, z, padded, c);
     if (!has_terms(p)) continue;
-    if (c == 0) terms.shift = shift_from(sums);
+    terms.move_to(sums.max);
     add_row_terms(terms, p, at, z, n, c, q_block);
   }
   return sums;
@@ -420,8 +419,9 @@ void write_row_gradient(const CrossEntropy<T>& p, const Position& at, const RowG
   const bool direct = needs_no_copy(p);
   const GradientVectors<T> g = broadcast<T>(row);
   const GradientTerms has = gradient_terms(p);
-  for (int64_t c = 0; c < p.layout.classes; c += kBlock<T>) {
-    const int64_t n = std::min(kBlock<T>, p.layout.classes - c), padded = round_up(n, L);
+  for (int64_t c = 0, n; c < p.layout.classes; c += n) {
+    n = next_block<T>(p.layout.classes - c, direct);
+    const int64_t padded = round_up(n, L);
     const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block);
     if (p.has_probabilities) {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
@@ -429,7 +429,7 @@ void write_row_gradient(const CrossEntropy<T>& p, const Position& at, const RowG
     }
     if (p.grad_probabilities) {
       for (int64_t i = 0; i < padded; i += L)
-        probability_gradient(p, g, Vec<T>::loadu(z + i), load_weight(p, c + i)).store(out_block.data + i);
+        probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i)).store(out_block.data + i);
       store_run(out_block.data, n, p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c);
     }
     if (!p.grad_logits) continue;
@@ -511,8 +511,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, Tile<T>& tile) {
       else
         add_column_vector<false>(tile.sums + r, z.data + r, z.stride, n, c);
       if (!has_terms(p)) continue;
-      if (c == 0)
-        for (int64_t i = r; i < r + L; i++) tile.terms[i].shift = shift_from(tile.sums[i]);
+      for (int64_t i = r; i < r + L; i++) tile.terms[i].move_to(tile.sums[i].max);
       add_column_terms(tile.terms + r, p, TileView<T>{z.data + r, z.stride}, q ? q + r : nullptr, n, c);
     }
   }
@@ -542,7 +541,7 @@ void write_tile_gradient(const CrossEntropy<T>& p, const Position& at, const Til
     const auto weight_of = [&](int64_t i) { return Vec<T>(p.weight ? p.weight[i] : T(1)); };
     if (p.grad_probabilities) {
       each_vector([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t i) {
-        return probability_gradient(p, g, x, weight_of(i));
+        return probability_gradient(g, x, weight_of(i));
       });
       store_tile(out_block.data, p.grad_probabilities, p.probabilities_type,
                  at.offset[kGradProbabilities] + c * layout.class_stride[kGradProbabilities],

@@ -35,10 +35,10 @@ inline Vec<T> backward_value(bool log, const Vec<T>& sum, const Vec<T>& grad, co
 
 // ---- rows --------------------------------------------------------------------------------------------------------------
 
-// Whole vectors of T's own dtype are read and written where they lie.
+// Whole vectors of T itself are read and written where they lie.
 template <typename T>
 bool is_direct(DType type, int64_t n) {
-  return type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) && n % kLanes<T> == 0;
+  return is_own<T>(type) && n % kLanes<T> == 0;
 }
 
 // [at, at + n) of an operand, padded to whole vectors.
@@ -65,8 +65,8 @@ void softmax_row(const Softmax<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
   Block<T> z_block, out_block;
   const auto each_block = [&](const auto& visit) {
-    for (int64_t c = 0; c < p.layout.classes; c += kBlock<T>) {
-      const int64_t n = std::min(kBlock<T>, p.layout.classes - c);
+    for (int64_t c = 0, n; c < p.layout.classes; c += n) {
+      n = next_block<T>(p.layout.classes - c, is_own<T>(p.input_type));
       visit(load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, -kInfinity<T>, z_block), n, c);
     }
   };
@@ -85,8 +85,8 @@ void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
   Block<T> g_block, y_block, out_block;
   const auto each_block = [&](const auto& visit) {
-    for (int64_t c = 0; c < p.layout.classes; c += kBlock<T>) {
-      const int64_t n = std::min(kBlock<T>, p.layout.classes - c);
+    for (int64_t c = 0, n; c < p.layout.classes; c += n) {
+      n = next_block<T>(p.layout.classes - c, is_own<T>(p.output_type));
       const T* g = load_padded(p.grad_output, p.output_type, at.offset[kSoftmaxGrad] + c, n, T(0), g_block);
       const T* y = load_padded(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, T(0), y_block);
       visit(g, y, n, c);
@@ -200,6 +200,9 @@ inline double factor_of(const ScaleRows& p, int64_t row) {
   return p.factor.scale * load_value(p.factor.data, p.factor.type, row * p.factor.stride);
 }
 
+// A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
+inline double scaled(double value, double factor) { return value == 0 ? 0 : value * factor; }
+
 // In double: one rounding, whatever the dtype.
 void scale_row(const ScaleRows& p, const Position& at) {
   Block<double> block;
@@ -207,7 +210,7 @@ void scale_row(const ScaleRows& p, const Position& at) {
   for (int64_t c = 0; c < p.layout.classes; c += kBlock<double>) {
     const int64_t n = std::min(kBlock<double>, p.layout.classes - c);
     load_run(p.data, p.type, at.offset[0] + c, n, block.data);
-    for (int64_t i = 0; i < n; i++) block.data[i] *= factor;
+    for (int64_t i = 0; i < n; i++) block.data[i] = scaled(block.data[i], factor);
     store_run(block.data, n, p.data, p.type, at.offset[0] + c);
   }
 }
@@ -219,7 +222,10 @@ void scale_tile(const ScaleRows& p, const Position& at) {
   each_tile_block<double>(p.layout, [&](int64_t c, int64_t n) {
     load_operand_tile(p.layout, 0, p.data, p.type, at, c, n, block);
     for (int64_t i = 0; i < n; i++)
-      for (int64_t r = 0; r < at.rows; r++) block.data[i * kTile + r] *= factor[r];
+      for (int64_t r = 0; r < at.rows; r++) {
+        double& value = block.data[i * kTile + r];
+        value = scaled(value, factor[r]);
+      }
     store_operand_tile(p.layout, 0, block, p.data, p.type, at, c, n);
   });
 }

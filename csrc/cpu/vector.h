@@ -33,30 +33,49 @@ struct alignas(64) Block {
   T data[kBlock<T>];
 };
 
+// How many of the `remaining` classes of a row the next block takes. Where the row is used where it lies (`direct`), the
+// last partial vector is a block of its own, so that only that is copied.
+template <typename T>
+inline int64_t next_block(int64_t remaining, bool direct) {
+  const int64_t n = remaining < kBlock<T> ? remaining : kBlock<T>;
+  return direct && n > kLanes<T> ? n / kLanes<T> * kLanes<T> : n;
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // exp(x) for x <= 0 within 1 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest
-// normal number. x = n ln 2 + r with |r| <= ln 2 / 2 in two steps (Cody and Waite); the polynomial is that of the
-// Cephes library's expf. Float only: double takes Sleef's, within 1 ULP too.
-inline Vec<float> exp_nonpositive(const Vec<float>& x) {
+// normal number. x = n ln 2 + r with |r| <= ln 2 / 2 in two steps (Cody and Waite), exp(r) = 1 + r + r^2 P(r) with the
+// minimax polynomial of degree 4 (relative error 3e-9). Float only: double takes Sleef's, within 1 ULP too.
+constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
+
+inline Vec<float> exp_of_reduced(const Vec<float>& x, const Vec<float>& n) {
   using at::vec::fmadd;
-  const Vec<float> round_to_integer(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
-  const Vec<float> shifted = fmadd(x, Vec<float>(1.44269504088896341f), round_to_integer);
-  const Vec<float> n = shifted - round_to_integer;
   Vec<float> r = fmadd(n, Vec<float>(-0.693359375f), x);
   r = fmadd(n, Vec<float>(2.12194440e-4f), r);
-  Vec<float> p(1.9875691500e-4f);
-  p = fmadd(p, r, Vec<float>(1.3981999507e-3f));
-  p = fmadd(p, r, Vec<float>(8.3334519073e-3f));
-  p = fmadd(p, r, Vec<float>(4.1665795894e-2f));
-  p = fmadd(p, r, Vec<float>(1.6666665459e-1f));
-  p = fmadd(p, r, Vec<float>(5.0000001201e-1f));
-  p = fmadd(p, r * r, r) + Vec<float>(1.f);
+  Vec<float> p(1.381459865e-3f);
+  p = fmadd(p, r, Vec<float>(8.36871688e-3f));
+  p = fmadd(p, r, Vec<float>(4.166838805e-2f));
+  p = fmadd(p, r, Vec<float>(1.666652063e-1f));
+  p = fmadd(p, r, Vec<float>(4.999999345e-1f));
+  return fmadd(p, r * r, r) + Vec<float>(1.f);
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline Vec<float> exp_nonpositive(const Vec<float>& x) {
+  const __m512 n = _mm512_roundscale_ps(x * Vec<float>(kLog2E), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallestExponent), _CMP_NLT_UQ);  // or NaN
+  return _mm512_maskz_scalef_ps(normal, exp_of_reduced(x, n), n);
+}
+#else
+inline Vec<float> exp_nonpositive(const Vec<float>& x) {
+  const Vec<float> round_to_integer(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
+  const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(kLog2E), round_to_integer);
   const auto exponent = at::vec::cast<int32_t, float>(shifted) << Vec<int32_t>(23);
   const Vec<float> power = at::vec::cast<float, int32_t>(exponent + Vec<int32_t>(0x3f800000));
-  const Vec<float> underflows = x < Vec<float>(-87.3365402f);
-  return Vec<float>::blendv(p * power, Vec<float>(0.f), underflows);
+  const Vec<float> exp = exp_of_reduced(x, shifted - round_to_integer) * power;
+  return Vec<float>::blendv(exp, Vec<float>(0.f), x < Vec<float>(kSmallestExponent));
 }
+#endif
 
 inline Vec<double> exp_nonpositive(const Vec<double>& x) { return x.exp(); }
 
@@ -116,6 +135,12 @@ inline int64_t size_of(DType type) {
   }
 }
 
+// Whether `type` is the type of the arithmetic itself.
+template <typename T>
+inline bool is_own(DType type) {
+  return type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+}
+
 inline const void* address(const void* data, DType type, int64_t i) {
   return static_cast<const char*>(data) + i * size_of(type);
 }
@@ -136,7 +161,11 @@ inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) {
     at::vec::load_fp32_from_bf16(src + i, v);
     v.store(dst + i);
   }
-  for (; i < n; i++) dst[i] = src[i];
+  if (i == n) return;
+  c10::BFloat16 tail[L] = {};
+  std::memcpy(tail, src + i, (n - i) * sizeof(c10::BFloat16));
+  at::vec::load_fp32_from_bf16(tail, v);
+  v.store(dst + i, n - i);
 }
 
 inline void load_run_as(const c10::Half* src, int64_t n, float* dst) {
@@ -147,7 +176,11 @@ inline void load_run_as(const c10::Half* src, int64_t n, float* dst) {
     at::vec::load_fp32_from_fp16(src + i, v);
     v.store(dst + i);
   }
-  for (; i < n; i++) dst[i] = src[i];
+  if (i == n) return;
+  c10::Half tail[L] = {};
+  std::memcpy(tail, src + i, (n - i) * sizeof(c10::Half));
+  at::vec::load_fp32_from_fp16(tail, v);
+  v.store(dst + i, n - i);
 }
 
 // dst[0, n) = src[at, at + n), converted.
@@ -171,7 +204,10 @@ inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) {
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L)
     at::vec::convert_float_bfloat16(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L)).store(dst + i);
-  for (; i < n; i++) dst[i] = src[i];
+  if (i == n) return;
+  const auto low = Vec<float>::loadu(src + i, std::min(L, n - i));
+  const auto high = n - i > L ? Vec<float>::loadu(src + i + L, n - i - L) : Vec<float>(0);
+  at::vec::convert_float_bfloat16(low, high).store(dst + i, n - i);
 }
 
 inline void store_run_as(const float* src, int64_t n, c10::Half* dst) {
@@ -179,7 +215,10 @@ inline void store_run_as(const float* src, int64_t n, c10::Half* dst) {
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L)
     at::vec::convert_float_half(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L)).store(dst + i);
-  for (; i < n; i++) dst[i] = src[i];
+  if (i == n) return;
+  const auto low = Vec<float>::loadu(src + i, std::min(L, n - i));
+  const auto high = n - i > L ? Vec<float>::loadu(src + i + L, n - i - L) : Vec<float>(0);
+  at::vec::convert_float_half(low, high).store(dst + i, n - i);
 }
 
 // dst[at, at + n) = src[0, n), rounded to nearest.

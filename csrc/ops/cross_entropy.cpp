@@ -186,6 +186,12 @@ double run(const CrossEntropy<T>& k, const JointLayout& joint) {
 
 const Tensor* operand(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
+// What a gradient is multiplied by that is written before its upstream gradient is known. The mean's 1 / total_weight,
+// except in float16, where small gradients would be lost to underflow before a loss scale can lift them.
+double precomputed_scale(const Call& call, double total_weight) {
+  return call.reduction == kMean && call.input_type != DType::kFloat16 ? 1 / total_weight : 1.0;
+}
+
 // [loss, state, total_weight] + [lse, nll, entropy, prediction] with stats; the gradient goes to `grad` if given.
 template <typename T>
 std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType loss_type, bool stats,
@@ -220,7 +226,7 @@ std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType 
   const double one = 1;
   if (grad) {
     k.grad_logits = grad->data_ptr();
-    k.grad_loss = {&one, DType::kFloat64, 0, call.reduction == kMean ? 1 / total_weight : 1.0};
+    k.grad_loss = {&one, DType::kFloat64, 0, precomputed_scale(call, total_weight)};
   }
   const double sum = run(k, joint);
   *static_cast<double*>(total.data_ptr()) = total_weight;
@@ -251,13 +257,15 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
   return outputs;
 }
 
-std::vector<Tensor> cross_entropy_(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
-                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                   std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-                                   double logit_scale, bool stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
+    Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
+    double logit_scale, bool stats) {
   const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
-  return dispatch_forward(call, dtype, stats, input);
+  const std::vector<Tensor> r = dispatch_forward(call, dtype, stats, input);
+  const auto stat = [&](size_t i) { return stats ? r[i] : empty({0}, input.scalar_type(), input); };
+  return {r[0], r[1], r[2], stat(3), stat(4), stat(5), stat(6)};
 }
 
 // An upstream gradient: one value for every row, or one for each. `holder` keeps a contiguous copy alive.
@@ -358,6 +366,7 @@ void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tens
 
 STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_traced", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));

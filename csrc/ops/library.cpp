@@ -6,15 +6,24 @@
 
 STABLE_TORCH_LIBRARY(softmax_ext, m) {
   // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
+  //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
   //    state [2, *batch] (class indices: max, log_sum) or [4, *batch] (probabilities: also sum b, sum q)
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
       "bool precompute_grad) -> Tensor[]");
+  // The same for torch.compile and torch.export, which see one operator and its derivative, registered in autograd.py. (On
+  // the one above that registration would cost every eager call more than a small kernel takes.)
+  m.def(
+      "cross_entropy_traced(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
+      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
+      "bool precompute_grad) -> Tensor[]");
+  // The same over the input, without grad_input; the statistics are empty if not asked for. (No list: torch
+  // functionalises only operators that return tensors.)
   m.def(
       "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats) -> "
-      "Tensor[]");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
   //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.
   m.def(
@@ -28,6 +37,7 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
       "Tensor(a!) input, Tensor target, Tensor? weight, Tensor state, Tensor total_weight, Tensor? entropy, int dim, "
       "int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale) -> ()");
   m.def("softmax(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");
+  m.def("softmax_traced(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");  // as cross_entropy_traced
   m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor");
   m.def("scale_rows_(Tensor(a!) tensor, Tensor factor, int dim) -> ()");
 }

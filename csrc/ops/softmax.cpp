@@ -38,7 +38,7 @@ Tensor empty_like(const Tensor& tensor, ScalarType type) {
       torch::stable::detail::from(tensor),       torch::stable::detail::from(std::optional<ScalarType>(type)),
       torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
       torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -99,6 +99,7 @@ void scale_rows_(Tensor tensor, Tensor factor, int64_t dim) {
 
 STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
+  m.impl("softmax_traced", TORCH_BOX(&softmax));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("scale_rows_", TORCH_BOX(&scale_rows_));
 }

@@ -81,11 +81,10 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
   }
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type, like.get_device_index(),
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -1,0 +1,226 @@
+"""``python -m softmax_ext``, a broken or missing extension, and the choice of the instruction set by the environment.
+
+Each case is a Python process of its own, on a copy of the package where something is broken.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import softmax_ext
+from softmax_ext import ops
+
+PACKAGE = Path(softmax_ext.__file__).parent
+COMMAND = "pip install --no-build-isolation"
+
+
+def python(*arguments: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the package from ``path``, away from the source tree."""
+    env = {k: v for k, v in os.environ.items() if k not in ("SOFTMAX_EXT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY")}
+    env |= {"PYTHONPATH": str(path), **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        env=env,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def report(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    """The lines of ``name   value``."""
+    return dict(
+        re.split(r" {2,}", line, maxsplit=1) for line in result.stdout.splitlines() if re.search(r"\S {2,}\S", line)
+    )
+
+
+def copy_of_the_package(where: Path) -> Path:
+    shutil.copytree(PACKAGE, where / "softmax_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    return where
+
+
+def the_extension(where: Path) -> Path:
+    (library,) = (where / "softmax_ext").glob("_C*.so")
+    return library
+
+
+@pytest.fixture(params=["missing", "garbage", "another library"])
+def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder with a package whose extension cannot be loaded."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    library.unlink()
+    if request.param == "garbage":
+        library.write_bytes(b"\x7fELF and then nothing of use" * 10)
+    elif request.param == "another library":  # loads, but is no Python module of this name
+        shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", library)
+    return tmp_path
+
+
+def test_report():
+    result = python("-m", "softmax_ext")
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    lines = report(result)
+    assert lines["softmax_ext"] == softmax_ext.__version__
+    assert platform.python_version() in lines["python"]
+    assert lines["torch running"] == torch.__version__
+    assert ops.extension.built_torch in result.stdout
+    assert ops.extension.compiler in result.stdout
+    assert str(ops.extension.__file__) in result.stdout
+    assert re.search(r"\d+", lines["threads"])
+    for name in ops.extension.compiled_isas():
+        assert name in lines["CPU kernels compiled"]
+    for name in ops.extension.available_isas():
+        assert name in lines["CPU kernels available"]
+    assert lines["CPU kernels chosen"].split()[0] in ops.extension.available_isas()
+
+
+def test_report_says_why_there_is_no_cuda():
+    assert re.match(r"no\b.+", report(python("-m", "softmax_ext"))["CUDA"])
+
+
+def test_report_without_the_extension(broken):
+    """It runs, says what is wrong and what to type, and fails."""
+    result = python("-m", "softmax_ext", path=broken)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = report(result)
+    assert lines["torch running"] == torch.__version__
+    assert "_C" in lines["extension"]
+    assert COMMAND in lines["extension"]
+
+
+def test_import_without_the_extension(broken):
+    """One sentence, with the command, and not a dump of symbols."""
+    result = python("-c", "import softmax_ext", path=broken)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: softmax_ext: the extension softmax_ext._C ")
+    assert COMMAND in last
+    assert len(last) < 600
+
+
+def test_import_error_can_be_caught(tmp_path):
+    """For a package to which ours is an option: it fails again at the second import, and torch works."""
+    the_extension(copy_of_the_package(tmp_path)).unlink()
+    program = """
+import torch
+for attempt in range(2):
+    try:
+        import softmax_ext
+    except ImportError as error:
+        assert "softmax_ext._C" in str(error), error
+    else:
+        raise SystemExit("imported")
+torch.nn.functional.softmax(torch.randn(3), 0)
+"""
+    result = python("-c", program, path=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_missing_and_broken_are_told_apart(tmp_path):
+    copy_of_the_package(tmp_path)
+    library = the_extension(tmp_path)
+    library.write_bytes(b"not a library")
+    assert "does not load with torch" in report(python("-m", "softmax_ext", path=tmp_path))["extension"]
+    library.unlink()
+    assert "is not built" in report(python("-m", "softmax_ext", path=tmp_path))["extension"]
+
+
+def test_extension_of_another_python(tmp_path):
+    """The usual case after an update of Python: the file is there, under another name."""
+    copy_of_the_package(tmp_path)
+    library = the_extension(tmp_path)
+    library.rename(library.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    result = python("-m", "softmax_ext", path=tmp_path)
+    assert result.returncode == 1
+    assert "not built for this Python" in report(result)["extension"]
+
+
+# ---- the instruction set -------------------------------------------------------------------------------------------
+
+ASK = "import softmax_ext; from softmax_ext import ops; print(ops.extension.selected_isa())"
+
+
+@pytest.mark.parametrize("name", ops.extension.available_isas())
+def test_forced(name):
+    """In any spelling, and against the choice that torch was told to make."""
+    result = python("-m", "softmax_ext", SOFTMAX_EXT_CPU_CAPABILITY=name.lower(), ATEN_CPU_CAPABILITY="default")
+    assert report(result)["CPU kernels chosen"].split()[0] == name
+    assert report(result)["CPU as torch sees it"] == "DEFAULT"
+
+
+def test_torchs_choice_is_followed():
+    assert python("-c", ASK, ATEN_CPU_CAPABILITY="default").stdout.strip() == "DEFAULT"
+    capability = torch.backends.cpu.get_cpu_capability()
+    expected = capability if capability in ops.extension.available_isas() else "DEFAULT"
+    if "ATEN_CPU_CAPABILITY" not in os.environ:
+        assert python("-c", ASK).stdout.strip() == expected
+    if "AVX2" in ops.extension.available_isas():
+        assert python("-c", ASK, ATEN_CPU_CAPABILITY="avx2").stdout.strip() == "AVX2"
+
+
+@pytest.mark.parametrize("value", ["AVX9", "1"])
+def test_wrong_value(value):
+    """The error names the variable, what it got and what it may be."""
+    result = python("-c", ASK, SOFTMAX_EXT_CPU_CAPABILITY=value)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "SOFTMAX_EXT_CPU_CAPABILITY" in last
+    assert value.lower() in last.lower()
+    for name in ops.extension.available_isas():
+        assert name in last
+
+
+def test_wrong_value_in_the_report():
+    """The report is what one runs to find out what is wrong."""
+    result = python("-m", "softmax_ext", SOFTMAX_EXT_CPU_CAPABILITY="AVX9")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "SOFTMAX_EXT_CPU_CAPABILITY" in result.stdout
+    assert "AVX9" in result.stdout
+
+
+def test_empty_value_is_none():
+    assert python("-c", ASK, SOFTMAX_EXT_CPU_CAPABILITY="").stdout == python("-c", ASK).stdout
+
+
+def test_same_values_whatever_is_forced():
+    """To rounding: each set of kernels is reached, and computes the loss."""
+    program = """
+import torch, softmax_ext
+x = torch.linspace(-3, 3, 5 * 100, dtype=torch.float64).view(5, 100).sin().requires_grad_()
+loss = softmax_ext.cross_entropy(x, torch.arange(5))
+loss.backward()
+print(loss.item(), x.grad.abs().sum().item())
+"""
+    outputs = [python("-c", program, SOFTMAX_EXT_CPU_CAPABILITY=n).stdout for n in ops.extension.available_isas()]
+    numbers = [torch.tensor([float(v) for v in output.split()], dtype=torch.float64) for output in outputs]
+    assert all(len(n) == 2 for n in numbers)
+    for other in numbers[1:]:
+        torch.testing.assert_close(other, numbers[0])
+
+
+# ---- the select_isa of the extension -------------------------------------------------------------------------------
+
+
+def test_select_isa_in_the_process():
+    before = ops.extension.selected_isa()
+    try:
+        for name in ops.extension.available_isas():
+            ops.extension.select_isa(name)
+            assert ops.extension.selected_isa() == name
+        with pytest.raises(ValueError, match=r"isa must be one of .*; got AVX9"):
+            ops.extension.select_isa("AVX9")
+        assert ops.extension.selected_isa() == name
+    finally:
+        ops.extension.select_isa(before)

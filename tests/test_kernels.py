@@ -1,0 +1,176 @@
+"""The kernels as such: their exponential, every instruction set that runs here, and the same bits every time."""
+
+import itertools
+from collections.abc import Iterator
+
+import oracle
+import pytest
+import torch
+from test_cross_entropy import KINDS, LAYOUTS, Strategy, check_product
+from torch import Tensor
+
+import softmax_ext
+from softmax_ext import _C, cross_entropy
+
+
+@pytest.fixture(params=_C.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.selected_isa()
+    _C.select_isa(request.param)
+    yield request.param
+    _C.select_isa(before)
+
+
+# ---- exp -------------------------------------------------------------------------------------------------------------
+
+SMALLEST_NORMAL = -87.3365402  # the float32 of which the exponential is the smallest normal number
+
+
+def kernel_exp(x: Tensor) -> Tensor:
+    return torch.tensor(_C.exp_nonpositive(x.tolist()), dtype=torch.float32)
+
+
+def arguments() -> Tensor:
+    """Over all of [-87.3, 0]: evenly, by magnitude, and densely where the reduction changes its integer."""
+    even = torch.linspace(SMALLEST_NORMAL, 0, 200_000, dtype=torch.float64).float()
+    small = -torch.logspace(-38, 1.9, 50_000, dtype=torch.float64).float()
+    turns = -torch.arange(0.5, 126, dtype=torch.float64) * torch.log(torch.tensor(2.0, dtype=torch.float64))
+    around = (turns[:, None] * (1 + torch.arange(-50, 51) * oracle.roundoff(torch.float32))).float().flatten()
+    # The last is the worst of all float32 between -87.3 and -8.
+    x = torch.cat([even, small, around, torch.tensor([0.0, -0.0, SMALLEST_NORMAL, -59.921878814697266])])
+    return x[x >= torch.tensor(SMALLEST_NORMAL)]
+
+
+def test_exp_is_within_its_ulps(isa):
+    x = arguments()
+    exact = x.double().exp()
+    ulp = torch.finfo(torch.float32).eps * torch.exp2(exact.log2().floor())
+    error = (kernel_exp(x).double() - exact).abs() / ulp
+    worst = error.argmax()
+    assert error[worst] <= oracle.EXP_ULPS, f"{error[worst]:.3f} ULP at {x[worst].item()!r}"
+
+
+def test_exp_never_falls_where_its_argument_rises(isa):
+    """Softmax is monotone because of it. Also across the turns, where the polynomial starts again."""
+    assert torch.all(kernel_exp(arguments().sort().values).diff() >= 0)
+
+
+def test_exp_of_zero_is_one(isa):
+    assert torch.all(kernel_exp(torch.zeros(33)) == 1)
+
+
+def test_exp_is_zero_below_the_normal_numbers(isa):
+    below = torch.nextafter(torch.tensor(SMALLEST_NORMAL), torch.tensor(-100.0)).item()
+    x = torch.cat([torch.linspace(-200, below, 1000), torch.tensor([below, -1e4, -3e38, float("-inf")])])
+    x = x.clamp(max=below)
+    assert torch.all(kernel_exp(x) == 0)
+
+
+def test_exp_of_nan_is_nan(isa):
+    assert kernel_exp(torch.full((17,), float("nan"))).isnan().all()
+
+
+def test_exp_treats_every_position_alike(isa):
+    """Whole vectors and the rest of a run."""
+    x = torch.linspace(-5, 0, 67)
+    whole = kernel_exp(x)
+    for n in range(1, 40):
+        assert torch.equal(kernel_exp(x[:n]), whole[:n])
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+
+def test_an_isa_that_is_not_there_is_refused():
+    before = _C.selected_isa()
+    with pytest.raises(ValueError, match=r"select_isa: isa must be one of .*; got ALTIVEC\."):
+        _C.select_isa("ALTIVEC")
+    assert _C.selected_isa() == before
+
+
+def test_available_isas_are_among_the_compiled():
+    assert _C.selected_isa() in _C.available_isas()
+    assert set(_C.available_isas()) <= set(_C.compiled_isas())
+    assert _C.compiled_isas()[0] == "DEFAULT"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_cross_entropy_on_every_isa(isa, dtype, kind):
+    assert _C.selected_isa() == isa
+    strategies = [Strategy(False, False, False), Strategy(True, True, True)]
+    for shape in [(9,), (131, 3), (2, 33), (2, 40, 3), (1, 5000)]:
+        check_product(shape, dtype, kind, torch.device("cpu"), LAYOUTS[:2], strategies)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_softmax_on_every_isa(isa, dtype, log):
+    function = softmax_ext.log_softmax if log else softmax_ext.softmax
+    for shape, dim in [((9,), 0), ((131, 3), 1), ((2, 33), 1), ((2, 40, 3), 1), ((1, 5000), 1), ((5000, 2), 0)]:
+        values, upstream = ((3 * torch.randn(shape, dtype=torch.float64)).to(dtype) for _ in range(2))
+        exact, exact_grad = oracle.softmax(values, dim, log, upstream)
+        x = values.clone().requires_grad_()
+        y = function(x, dim)
+        y.backward(upstream)
+        oracle.assert_within(y, exact, oracle.softmax_tolerance(exact, dim, log, dtype), (shape, dim))
+        allowed = oracle.softmax_grad_tolerance(exact, exact_grad, upstream, dim, log, dtype)
+        oracle.assert_within(x.grad, exact_grad, allowed, ("gradient", shape, dim))
+
+
+# ---- the same bits ---------------------------------------------------------------------------------------------------
+
+THREADS = [1, 2, 3, 7]
+# Large enough that work is split: both layouts, many rows, few rows, many classes.
+SHAPES = [(2000, 100), (20000, 10), (3, 50257), (4, 21, 64, 32), (2, 1000, 100)]
+
+
+def everything(values: Tensor, target: Tensor, reduction: str, precompute: bool) -> list[Tensor]:
+    """Loss, statistics and gradients; softmax and its gradient."""
+    x = values.clone().requires_grad_()
+    loss, stats = cross_entropy(
+        x, target, reduction=reduction, label_smoothing=0.1, precompute_grad=precompute, return_stats=True
+    )
+    loss.backward(torch.full_like(loss, 0.5))
+    results = [loss.detach(), *(s.detach() for s in stats), x.grad]
+    for function in (softmax_ext.softmax, softmax_ext.log_softmax):
+        x = values.clone().requires_grad_()
+        y = function(x, 1)
+        y.backward(values)
+        results += [y.detach(), x.grad]
+    return results
+
+
+def assert_same_bits(a: list[Tensor], b: list[Tensor], what: object) -> None:
+    for i, (one, other) in enumerate(zip(a, b, strict=True)):
+        assert torch.equal(one, other), (i, what)
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_threads_or_run(shape, dtype, kind):
+    values = torch.randn(shape).to(dtype)
+    target = oracle.make_target(kind, shape, dtype)
+    for reduction, precompute in [("mean", False), ("mean", True), ("sum", False), ("none", True)]:
+        torch.set_num_threads(THREADS[0])
+        first = everything(values, target, reduction, precompute)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            assert_same_bits(first, everything(values, target, reduction, precompute), (threads, reduction, precompute))
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [3, 17, 40, 5000])
+def test_bits_of_a_row_do_not_depend_on_its_place(classes, dtype, kind):
+    """Within one layout: in another order, and in the company of fewer rows."""
+    rows = 6 if classes == 5000 else 300
+    values = (3 * torch.randn(rows, classes)).to(dtype)
+    target = oracle.make_target(kind, (rows, classes), dtype)
+    for order, precompute in itertools.product(
+        [torch.randperm(rows), torch.arange(1, rows), torch.arange(rows - 1), torch.arange(2)], [False, True]
+    ):
+        whole = everything(values, target, "none", precompute)
+        part = everything(values[order], target[order], "none", precompute)
+        assert_same_bits([t[order] for t in whole], part, (len(order), precompute))

@@ -1,0 +1,375 @@
+"""Where cross entropy is easily wrong although random logits look right.
+
+Peaked rows, outliers and offsets, infinite and NaN logits, ignored rows, no rows, one class. Everything is judged
+against float64; where torch itself gives NaN although the mathematics gives a number, the test says so.
+"""
+
+import itertools
+import math
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+from softmax_ext import cross_entropy
+
+INF, NAN = float("inf"), float("nan")
+ROWS = "rows of contiguous classes"
+COLUMNS = "classes outermost in memory"
+LAYOUTS = [ROWS, COLUMNS]
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    return values.clone() if layout == ROWS else values.t().contiguous().t()
+
+
+def run(values: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """(loss, gradient)"""
+    x = values.detach().requires_grad_()
+    loss = cross_entropy(x, target, **options)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach(), x.grad
+
+
+def check(values: Tensor, target: Tensor, weight: Tensor | None = None, exact_values: Tensor | None = None, **options):
+    """Loss and gradient for every reduction, layout and strategy; NaN and infinities where the oracle has them.
+
+    The oracle gets ``exact_values`` if given.
+    """
+    for reduction in ("none", "mean", "sum"):
+        exact = oracle.cross_entropy(
+            values if exact_values is None else exact_values, target, weight, reduction=reduction, **options
+        )
+        scale = oracle.gradient_scale(exact.grad, target, weight, reduction=reduction, **options)
+        for layout, precompute in itertools.product(LAYOUTS, [False, True]):
+            what = (reduction, layout, precompute, options)
+            loss, grad = run(
+                laid_out(values, layout),
+                target,
+                weight=weight,
+                reduction=reduction,
+                precompute_grad=precompute,
+                **options,
+            )
+            oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, values.dtype), ("loss", what))
+            roundings = oracle.gradient_roundings(values.dtype, precompute)
+            allowed = oracle.tolerance("grad", exact.grad, values.dtype, scale=scale, roundings=roundings)
+            oracle.assert_within(grad, exact.grad, allowed, ("gradient", what))
+
+
+# ---- peaked rows -----------------------------------------------------------------------------------------------------
+
+
+def peaked(doubt: float, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Three rows whose target has probability 1 - doubt, up to the rounding of its logit."""
+    x = torch.randn(3, classes, dtype=torch.float64).to(dtype).double()
+    target = torch.tensor([0, classes - 1, classes // 2])
+    others = x.scatter(1, target[:, None], -INF).logsumexp(1, keepdim=True)
+    return x.scatter(1, target[:, None], others + math.log((1 - doubt) / doubt)).to(dtype), target
+
+
+def exact_peaked(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, gradient) of each row in float64, with no subtraction after the exponential.
+
+    S = sum over the other classes of exp(x_c - x_y); then loss = log1p(S), p_c = exp(x_c - x_y) / (1 + S) and
+    p_y - 1 = -S / (1 + S).
+    """
+    x = x.detach().cpu().double()
+    index = target.cpu()[:, None]
+    e = (x - x.gather(1, index)).exp().scatter(1, index, 0.0)
+    s = torch.tensor([math.fsum(row) for row in e.tolist()], dtype=torch.float64)[:, None]
+    return s.log1p().squeeze(1), e.scatter(1, index, -s) / (1 + s)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("doubt", [1e-3, 1e-7])
+@pytest.mark.parametrize("classes", [2, 17, 40, 1000, 5000, 50257])
+def test_peaked_rows_keep_their_relative_precision(classes, doubt, dtype, layout, device):
+    """The loss and the true class's gradient, each relative to itself: not 100 % wrong where p_y rounds to 1."""
+    x, target = peaked(doubt, classes, dtype)
+    exact_loss, exact_grad = exact_peaked(x, target)
+    allowed_loss = oracle.tolerance("peaked", exact_loss, dtype)
+    allowed = oracle.tolerance("peaked", exact_grad, dtype, scale=oracle.largest(exact_grad, 1))
+    if dtype == torch.float64:  # here the reference is exact, unlike torch's
+        unit = oracle.TOLERANCE["peaked"][dtype] * oracle.roundoff(dtype)
+        allowed_loss, allowed = unit * exact_loss, unit * oracle.largest(exact_grad, 1)
+    for precompute in (False, True):
+        loss, grad = run(
+            laid_out(x, layout).to(device), target.to(device), reduction="none", precompute_grad=precompute
+        )
+        oracle.assert_within(loss, exact_loss, allowed_loss, "loss")
+        oracle.assert_within(grad, exact_grad, allowed, "gradient")
+        true_class = grad.cpu().gather(1, target[:, None])
+        assert torch.all(true_class < 0) or dtype == torch.float16, "float16 alone may underflow"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_peaked_rows_by_statistics(dtype, layout, device):
+    x, target = peaked(1e-7, 40, dtype)
+    exact_loss, _ = exact_peaked(x, target)
+    stats = cross_entropy(laid_out(x, layout).to(device), target.to(device), return_stats=True)[1]
+    work = oracle.arithmetic(dtype)
+    unit = oracle.TOLERANCE["peaked"][work] * oracle.roundoff(work)
+    oracle.assert_within(stats.nll, exact_loss, unit * exact_loss, "nll")
+
+
+@pytest.mark.parametrize("dtype", oracle.HALVES, ids=str)
+def test_gradient_of_a_certain_class_is_rounded_not_lost(dtype, device):
+    """At p_y = 0.999 it is -0.001, which bfloat16 can hold; 1 rounded to bfloat16 minus 1 is 0."""
+    x, target = peaked(1e-3, 1000, dtype)
+    _, exact_grad = exact_peaked(x, target)
+    _, grad = run(x.to(device), target.to(device), reduction="none")
+    ours, exact = (g.cpu().double().gather(1, target[:, None]) for g in (grad, exact_grad))
+    nearest = exact.to(dtype).double()
+    neighbours = torch.stack(
+        [torch.nextafter(nearest.to(dtype), torch.full_like(nearest, s).to(dtype)) for s in (-1, 1)]
+    )
+    assert torch.all((ours == nearest) | (ours == neighbours.double()).any(0))
+
+
+# ---- outliers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_an_offset_of_whole_rows_changes_nothing(dtype, offset, kind, device):
+    """The difference to the maximum is exact, so a row at 1e4 is as precise as the same row at 0."""
+    for classes in (3, 40, 5000):
+        # Multiples of 2^-9, of which the sum with 1e4 is exact in float32.
+        values = (torch.randn(3, classes) * 3 * 512).round().div(512).to(dtype)
+        target = oracle.make_target(kind, (3, classes), dtype)
+        assert torch.equal((values + offset) - offset, values)
+        check((values + offset).to(device), target.to(device), exact_values=values)
+        check((values + offset).to(device), target.to(device), exact_values=values, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_single_outliers(size, dtype, kind, device):
+    """At the first, a middle and the last class: as the maximum of a first block and of a later one."""
+    for classes in (3, 40, 5000):
+        values = torch.randn(4, classes).to(dtype)
+        values[0, 0] = values[1, classes // 2] = values[2, -1] = size
+        target = oracle.make_target(kind, (4, classes), dtype)
+        for smoothing in (0.0, 0.1):
+            check(values.to(device), target.to(device), label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_largest_finite_logit(dtype, device):
+    values = torch.randn(3, 40).to(dtype)
+    values[0, 1] = values[1, 1] = torch.finfo(dtype).max
+    values[2, 3] = torch.finfo(dtype).min
+    target = torch.tensor([1, 1, 2])
+    check(values.to(device), target.to(device))
+
+
+@pytest.mark.parametrize("precompute_grad", [False, True])
+@pytest.mark.parametrize("dtype", oracle.HALVES, ids=str)
+def test_loss_scaling_saves_small_gradients(dtype, precompute_grad, device):
+    """The mean over many rows is below float16's range; an upstream gradient has to lift it before it is lost."""
+    values = (3 * torch.randn(4096, 40)).to(dtype)
+    target = oracle.make_target("int64", (4096, 40), dtype)
+    upstream = 2.0**16
+    exact = oracle.cross_entropy(values, target, upstream=upstream)
+    scale = oracle.gradient_scale(exact.grad, target, None, upstream=upstream)
+    x = values.to(device).requires_grad_()
+    loss = cross_entropy(x, target.to(device), dtype=torch.float32, precompute_grad=precompute_grad)
+    (loss * upstream).backward()
+    roundings = oracle.gradient_roundings(dtype, precompute_grad, scaled=True)
+    allowed = oracle.tolerance("grad", exact.grad, dtype, scale=scale, roundings=roundings)
+    allowed += oracle.underflow(dtype) * upstream / len(values)  # of the sum's gradient, which is precomputed
+    oracle.assert_within(x.grad, exact.grad, allowed, precompute_grad)
+
+
+# ---- -inf, +inf, NaN -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [3, 17, 40, 5000])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_minus_infinity(dtype, classes, device):
+    """A class that cannot occur; as the target it costs +inf, and with smoothing anywhere in the row."""
+    values = torch.randn(5, classes).to(dtype)
+    values[0, 1] = -INF
+    values[1, :-1] = -INF  # the target alone is left: loss 0
+    values[2, 0] = -INF  # the target
+    values[3, : classes // 2 + 1] = -INF  # whole vectors, and with many classes a whole block
+    target = torch.tensor([0, classes - 1, 0, classes - 1, 1])
+    for smoothing in (0.0, 0.1):
+        check(values.to(device), target.to(device), label_smoothing=smoothing)
+    loss, _ = run(values.to(device), target.to(device), reduction="none")
+    assert loss[2] == INF
+    assert loss[1] == 0
+
+
+@pytest.mark.parametrize("classes", [3, 17, 40])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_minus_infinity_without_target_mass(dtype, classes, device):
+    """0 * inf is 0 for a class without mass: lim of q (lse - z). Torch gives NaN; the mathematics wins."""
+    values = torch.randn(3, classes).to(dtype)
+    target = oracle.make_target("probabilities", (3, classes), dtype)
+    values[0, 1] = values[2, 0] = values[2, 2] = -INF
+    target[values == -INF] = 0
+    torchs = torch.nn.functional.cross_entropy(values, target, reduction="none")
+    assert torchs[0].isnan(), "torch has changed: compare with it"
+    # A logit so low that its exponential is 0 in float64 too; the row's other terms do not see it.
+    finite = values.double().masked_fill(values == -INF, -1e4)
+    check(values.to(device), target.to(device), exact_values=finite)
+    # The same by a class weight of 0, where smoothing gives every class mass.
+    weight = oracle.make_weight(classes, dtype)
+    weight[:3] = 0
+    check(values.to(device), target.to(device), weight.to(device), exact_values=finite, label_smoothing=0.1)
+    indices = torch.full((3,), classes - 1)
+    if classes > 3:
+        check(values.to(device), indices.to(device), weight.to(device), exact_values=finite, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_softcap_of_infinities(dtype, device):
+    """Tanh(inf) = 1: ordinary capped logits of slope 0."""
+    values = torch.randn(2, 40).to(dtype)
+    values[0, 1], values[1, 2] = -INF, INF
+    target = torch.tensor([0, 2])
+    loss, grad = run(values.to(device), target.to(device), reduction="none", softcap=5.0)
+    finite = values.double().clamp(-1e4, 1e4)
+    exact = oracle.cross_entropy(finite, target, reduction="none", softcap=5.0)
+    rounded_z = oracle.conditioning(finite, softcap=5.0)
+    oracle.assert_within(
+        loss, exact.loss, oracle.tolerance("loss", exact.loss, dtype, scale=exact.loss * rounded_z), "loss"
+    )
+    scale = oracle.largest(exact.grad, 1) * rounded_z.unsqueeze(1)
+    oracle.assert_within(grad, exact.grad, oracle.tolerance("grad", exact.grad, dtype, scale=scale), "gradient")
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("classes", [3, 17, 40, 5000])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_rows_without_a_distribution(dtype, classes, kind, device):
+    """All -inf, a +inf, a NaN: NaN loss and gradients as in torch, and nothing of it in the other rows."""
+    values = torch.randn(8, classes).to(dtype)
+    values[1] = -INF
+    values[3, 1] = INF  # not the target
+    values[4, -1] = INF  # the target
+    values[5, 1] = NAN
+    values[6, 0] = values[6, 2] = NAN
+    target = oracle.make_target(kind, (8, classes), dtype)
+    if kind == "int64":
+        target[4], target[6] = classes - 1, 1
+    check(values.to(device), target.to(device))
+    loss, grad = run(values.to(device), target.to(device), reduction="none")
+    sick = torch.tensor([1, 3, 4, 5, 6])
+    well = torch.tensor([0, 2, 7])
+    assert loss[sick].isnan().all()
+    assert grad[sick].isnan().all()
+    assert loss[well].isfinite().all()
+    assert grad[well].isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_prediction_of_special_rows(classes, device):
+    """As torch.argmax: the first NaN, the first +inf, 0 for a row of -inf."""
+    values = torch.zeros(5, classes)
+    values[0, 2] = NAN
+    values[1, 1] = INF
+    values[1, 2] = NAN
+    values[2] = -INF
+    values[3, 1] = values[3, 2] = INF
+    values[4, :2] = -INF
+    target = torch.zeros(5, dtype=torch.int64)
+    for layout in LAYOUTS:
+        stats = cross_entropy(laid_out(values, layout).to(device), target.to(device), return_stats=True)[1]
+        assert stats.prediction.tolist() == values.argmax(1).tolist(), layout
+
+
+# ---- ignored rows, no rows, one class --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [3, 17, 40])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_ignored_rows_may_hold_anything(dtype, classes, smoothing, device):
+    """Their loss and gradient are 0 whatever their logits. Torch multiplies by 0, which leaves NaN of NaN."""
+    values = torch.randn(7, classes).to(dtype)
+    clean = values.clone()
+    values[1], values[2, 1], values[3, 0], values[5] = NAN, INF, -INF, -INF
+    target = torch.tensor([0, -100, -100, -100, 2, -100, 1])
+    check(values.to(device), target.to(device), exact_values=clean, label_smoothing=smoothing)
+    for layout in LAYOUTS:
+        x = laid_out(values, layout).to(device).requires_grad_()
+        loss, stats = cross_entropy(x, target.to(device), label_smoothing=smoothing, return_stats=True)
+        loss.backward()
+        assert torch.all(x.grad[target == -100] == 0)
+        assert torch.all(stats.nll[target == -100] == 0)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("ignore_index", [1, 200])
+@pytest.mark.parametrize("classes", [3, 40])
+def test_every_row_ignored(classes, ignore_index, index_dtype, device):
+    """Mean: 0/0 = NaN, and no gradient, whether the index is a class or not."""
+    values = torch.randn(5, classes, device=device)
+    target = torch.full((5,), ignore_index, dtype=index_dtype, device=device)
+    weight = oracle.make_weight(classes, torch.float32).to(device)
+    for w, smoothing, precompute in itertools.product([None, weight], [0.0, 0.1], [False, True]):
+        options = {
+            "weight": w,
+            "ignore_index": ignore_index,
+            "label_smoothing": smoothing,
+            "precompute_grad": precompute,
+        }
+        for reduction, right in (("mean", NAN), ("sum", 0.0), ("none", 0.0)):
+            loss, grad = run(values, target, reduction=reduction, **options)
+            assert torch.equal(loss.nan_to_num(7.0), torch.full_like(loss, right).nan_to_num(7.0)), reduction
+            assert torch.all(grad == 0), reduction
+
+
+@pytest.mark.parametrize("kind", ["int64", "uint8", "probabilities"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 1), (0, 40), (0, 5, 3), (2, 5, 0), (0, 40, 0)], ids=str)
+def test_no_rows(shape, kind, device):
+    values = torch.randn(shape, device=device)
+    batch = (shape[0], *shape[2:])
+    target = torch.rand(shape) if kind == "probabilities" else torch.zeros(batch, dtype=getattr(torch, kind))
+    target = target.to(device)
+    for precompute in (False, True):
+        loss, grad = run(values, target, precompute_grad=precompute)
+        assert loss.isnan()
+        assert grad.shape == shape
+        loss, grad = run(values, target, reduction="sum", precompute_grad=precompute)
+        assert loss == 0
+        loss, grad = run(values, target, reduction="none", precompute_grad=precompute)
+        assert loss.shape == batch
+        assert grad.shape == shape
+    _, stats = cross_entropy(values, target, return_stats=True)
+    assert all(s.shape == batch for s in stats)
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (131, 1), (2, 1, 3)], ids=str)
+def test_one_class(shape, dtype, device):
+    """p = 1: no loss and no gradient, exactly."""
+    values = (100 * torch.randn(shape)).to(dtype).to(device)
+    batch = shape[:1] * (len(shape) > 1) + shape[2:]
+    target = torch.zeros(batch, dtype=torch.int64, device=device)
+    for precompute in (False, True):
+        loss, grad = run(values, target, reduction="none", precompute_grad=precompute)
+        assert torch.all(loss == 0)
+        assert torch.all(grad == 0)
+    _, stats = cross_entropy(values, target, return_stats=True)
+    assert torch.all(stats.nll == 0)
+    assert torch.all(stats.entropy == 0)
+    assert torch.all(stats.prediction == 0)
+    assert torch.equal(stats.lse, values.select(min(1, values.dim() - 1), 0).to(stats.lse.dtype))
+
+
+def test_targets_of_no_weight(device):
+    """The mean divides by the sum of the targets' weights: 0/0, as in torch."""
+    values = torch.randn(3, 4, device=device)
+    weight = torch.tensor([0.0, 1, 1, 1], device=device)
+    target = torch.zeros(3, dtype=torch.int64, device=device)
+    assert cross_entropy(values, target, weight).isnan()
+    assert cross_entropy(values, target, weight, reduction="sum") == 0
