@@ -275,7 +275,9 @@ class OverwritingCrossEntropy(Function):
         ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable))
         ctx.set_materialize_grads(False)
         entropy = output[_ENTROPY] if ctx.stats else None
-        ctx.save_for_backward(input, target, weight, output[_STATE], output[_TOTAL], entropy)
+        # Already overwritten, it is saved by another name: it stands for the gradient, not for a value of the graph.
+        logits = input.detach() if ctx.overwritten else input
+        ctx.save_for_backward(logits, target, weight, output[_STATE], output[_TOTAL], entropy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -221,4 +221,4 @@ def cross_entropy(
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
     if not stats:
         return (loss,)
-    return loss, rows.lse, rows.nll(), rows.entropy(), input.argmax(options.dim)
+    return loss, rows.lse, rows.nll(), rows.entropy(), rows.z.argmax(-1)

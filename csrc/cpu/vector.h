@@ -43,7 +43,7 @@ inline int64_t next_block(int64_t remaining, bool direct) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// exp(x) for x <= 0 within 1 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest
+// exp(x) for x <= 0 within 1.01 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest
 // normal number. x = n ln 2 + r with |r| <= ln 2 / 2 in two steps (Cody and Waite), exp(r) = 1 + r + r^2 P(r) with the
 // minimax polynomial of degree 4 (relative error 3e-9). Float only: double takes Sleef's, within 1 ULP too.
 constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;

@@ -251,7 +251,7 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
   const Call call = checked_call("cross_entropy", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
   std::optional<Tensor> grad;
-  if (precompute_grad) grad = torch::stable::empty_like(input);
+  if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
   std::vector<Tensor> outputs = dispatch_forward(call, dtype, stats, grad);
   if (grad) outputs.push_back(*grad);
   return outputs;
@@ -340,8 +340,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
                                  label_smoothing, z_loss, softcap, logit_scale);
   STD_TORCH_CHECK(call.probabilities || !needs_target, call.op, ": class indices have no gradient.");
   std::optional<Tensor> grad_input, grad_target;
-  if (needs_input) grad_input = torch::stable::empty_like(input);
-  if (needs_target) grad_target = torch::stable::empty_like(target);
+  if (needs_input) grad_input = softmax_ext::empty_like(input, input.scalar_type());
+  if (needs_target) grad_target = softmax_ext::empty_like(target, target.scalar_type());
   if (needs_input || needs_target)
     dispatch_backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, grad_input,
                       grad_target);

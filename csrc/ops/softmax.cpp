@@ -31,23 +31,12 @@ void forward(const Tensor& input, const Tensor& output, int64_t dim, bool log) {
       joint);
 }
 
-// Of the input's shape and, where that is dense, its strides; of another dtype.
-Tensor empty_like(const Tensor& tensor, ScalarType type) {
-  if (tensor.scalar_type() == type) return torch::stable::empty_like(tensor);
-  std::array<StableIValue, 6> stack{
-      torch::stable::detail::from(tensor),       torch::stable::detail::from(std::optional<ScalarType>(type)),
-      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt), torch::stable::detail::from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 Tensor softmax(Tensor input, int64_t dim, bool log, std::optional<ScalarType> dtype) {
   const DType input_type = dtype_of(input, "softmax", "input");
   const ScalarType output_type = dtype.value_or(input.scalar_type());
   const DType stored = dtype_of(output_type, "softmax", "dtype");
   dim = wrap_dim(input, dim, "softmax");
-  const Tensor output = empty_like(input, output_type);
+  const Tensor output = softmax_ext::empty_like(input, output_type);
   if (arithmetic_type({input_type, stored}) == ScalarType::Double)
     forward<double>(input, output, dim, log);
   else
@@ -72,7 +61,7 @@ Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log
   STD_TORCH_CHECK(grad_output.scalar_type() == output.scalar_type(),
                   "softmax_backward: grad_output must have the output's dtype.");
   dim = wrap_dim(output, dim, "softmax_backward");
-  const Tensor grad_input = empty_like(output, dtype);
+  const Tensor grad_input = softmax_ext::empty_like(output, dtype);
   if (arithmetic_type({output_type, input_type}) == ScalarType::Double)
     backward<double>(grad_output, output, grad_input, dim, log);
   else

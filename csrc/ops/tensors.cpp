@@ -1,10 +1,13 @@
 // Checks, allocation and layouts; see tensors.h.
 #include "tensors.h"
 
+#include <sys/mman.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
 
 namespace softmax_ext {
 
@@ -86,6 +89,42 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+namespace {
+
+// Asks for huge pages below a large tensor that has just been allocated and not been touched: page faults at 4 KiB cost
+// several times what a kernel takes to fill the pages. Where the system refuses, nothing changes.
+void advise_huge_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (!tensor.is_cpu()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor empty_like_as(const Tensor& tensor, ScalarType type) {
+  if (tensor.scalar_type() == type) return torch::stable::empty_like(tensor);
+  const auto none = torch::stable::detail::from(std::nullopt);
+  std::array<StableIValue, 6> stack{torch::stable::detail::from(tensor),
+                                    torch::stable::detail::from(std::optional<ScalarType>(type)),
+                                    none,
+                                    none,
+                                    none,
+                                    none};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+Tensor empty_like(const Tensor& tensor, ScalarType type) {
+  Tensor result = empty_like_as(tensor, type);
+  advise_huge_pages(result);
+  return result;
 }
 
 Tensor as_contiguous(const Tensor& tensor) {

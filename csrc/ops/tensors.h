@@ -30,6 +30,9 @@ void set_value(void* data, DType type, double value);
 // Uninitialised and contiguous, on the device of `like`.
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);
 
+// Uninitialised, of the shape and, where that is dense, the strides of `tensor`.
+Tensor empty_like(const Tensor& tensor, ScalarType type);
+
 Tensor as_contiguous(const Tensor& tensor);
 
 std::vector<int64_t> sizes_of(const Tensor& tensor);
