@@ -103,13 +103,13 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if input.dim() == 0:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
+    if torch.compiler.is_compiling():
+        if _in_transform():  # as in _needs_plain_formulas
+            return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
+        return ops.softmax_traced(input, dim, log, dtype)  # type: ignore[no-any-return]
     if _only_values_wanted(input):
         return ops.softmax(input, dim, log, dtype)  # type: ignore[no-any-return]
-    if not torch.compiler.is_compiling():
-        return Softmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
-    if _in_transform():  # as in _needs_plain_formulas
-        return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-    return ops.softmax_traced(input, dim, log, dtype)  # type: ignore[no-any-return]
+    return Softmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
 
 
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -318,10 +318,10 @@ def _run(
         return plain_cross_entropy(input, target, weight, options, dtype, stats)
     dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
     call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
-    if _only_values_wanted(input, target):
-        results = ops.cross_entropy(*call)
-    elif torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         results = ops.cross_entropy_traced(*call)
+    elif _only_values_wanted(input, target):
+        results = ops.cross_entropy(*call)
     elif _may_overwrite(input, target, precompute_grad, inplace):
         results = OverwritingCrossEntropy.apply(input, target, weight, *options, dtype, stats, precompute_grad, inplace)
     else:

@@ -125,6 +125,28 @@ def test_probabilities(shape, options, reductions):
         )
 
 
+def test_logit_scale_of_zero():
+    """All classes are equal: the gradient to the logits is 0, that to the probabilities log C."""
+    inputs = logits_for((2, 3)), probabilities_for((2, 3))
+    check(lambda x, q: cross_entropy(x, q, logit_scale=0.0), inputs)
+    cross_entropy(*inputs, logit_scale=0.0, reduction="sum").backward()
+    assert torch.equal(inputs[0].grad, torch.zeros(2, 3).double())
+    assert_close(inputs[1].grad, torch.full((2, 3), 3.0).double().log())
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": True, "label_smoothing": 0.2}], ids=["plain", "weight"])
+def test_second_derivative_at_one_hot_probabilities(options):
+    """A q of 0 ends the class's loss, not its derivative."""
+    x, q, v = randn(3, 4), F.one_hot(classes_for((3, 4)), 4).double(), randn(3, 4, seed=3)
+    options = with_weight(options, (3, 4))
+    ours, theirs = (
+        torch.autograd.functional.hvp(lambda q: f(x, q, **options) ** 2, q, v)[1]  # noqa: B023
+        for f in (cross_entropy, F.cross_entropy)
+    )
+    assert theirs.abs().max() > 0
+    assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", [classes_for, probabilities_for])
 @pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["all"]], ids=["plain", "all"])
 def test_long_rows(kind, options):
@@ -239,6 +261,23 @@ def test_gradient_penalty(precompute_grad):
 
 
 @pytest.mark.parametrize("precompute_grad", [False, True])
+def test_double_backward_of_a_mean_in_float16(precompute_grad):
+    """The number of rows is no float16, and what is divided by it is lost unless the upstream gradient comes first."""
+    rows, scale = 70_000, 4096.0
+    x, target = randn(rows, 2).half(), classes_for((rows, 2))
+
+    def second(function: Callable[..., Tensor], x: Tensor, **options: Any) -> Tensor:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(scale * function(x, target, **options), x, create_graph=True)
+        return torch.autograd.grad(gradient[:, 0].sum(), x)[0]
+
+    ours = second(cross_entropy, x, precompute_grad=precompute_grad)
+    theirs = second(F.cross_entropy, x.float())
+    u = torch.finfo(torch.float16).eps
+    assert_close(ours.float(), theirs, rtol=u, atol=u * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("precompute_grad", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_retained_graph_gives_the_same_gradient_again(reduction, precompute_grad):
     """With another upstream gradient each time; the first precomputed one must survive the second."""
@@ -312,6 +351,31 @@ def test_weight_gets_a_gradient_with_probabilities(reduction, options):
     b.sum().backward()
     for our, their in zip(ours, theirs, strict=True):
         assert_close(our.grad, their.grad)
+
+
+@pytest.mark.parametrize("zero", ["weight", "probabilities", "both"])
+def test_weight_and_probabilities_of_zero_get_a_gradient(zero):
+    """Their product is 0 and so is the loss, but neither derivative."""
+    q, w = probabilities_for((3, 4)).detach(), randn(4, seed=2).abs() + 0.5
+    if zero != "weight":
+        q = F.one_hot(classes_for((3, 4)), 4).double()
+    if zero != "probabilities":
+        w[1] = 0
+    gradients = []
+    for function in (cross_entropy, F.cross_entropy):
+        inputs = logits_for((3, 4)), q.clone().requires_grad_(), w.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(function(*inputs, label_smoothing=0.2), inputs))
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("classes", [4, 40])
+def test_prediction_where_the_weight_gets_a_gradient(classes):
+    """Of the scaled logits, as elsewhere: a negative scale turns their order round."""
+    x, q = randn(3, classes), probabilities_for((3, classes)).detach()
+    for needs in (False, True):
+        weight = torch.ones(classes, dtype=torch.float64, requires_grad=needs)
+        stats = cross_entropy(x, q, weight, logit_scale=-0.7, return_stats=True)[1]
+        assert torch.equal(stats.prediction, x.argmin(1))
 
 
 def test_weight_gradient_with_every_option():

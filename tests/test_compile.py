@@ -350,6 +350,32 @@ def test_transforms_inside_compiled_code(transform, backend, function):
     right_or_raises(lambda: compiled(call, backend=backend)(x), call(x))
 
 
+TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda x: F.cross_entropy(x, Y),
+    "softmax": lambda x: F.softmax(x, 1)[:, 0].square().sum(),
+    "log_softmax": lambda x: F.log_softmax(x, 1)[:, 0].square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@each_backend
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap grad", "hessian"])
+def test_transforms_inside_compiled_code_are_torchs(transform, backend, name):
+    """Not refused: compiled as a whole, and right."""
+    from torch.func import grad, hessian, jvp, vmap
+
+    x, v = randn(3, 4), randn(3, 4, seed=1)
+    arguments = (torch.stack([x, v]),) if transform == "vmap grad" else (x,)
+    transformed = {
+        "grad": grad,
+        "jvp": lambda f: lambda x: jvp(f, (x,), (v,)),
+        "vmap grad": lambda f: vmap(grad(f)),
+        "hessian": hessian,
+    }[transform]
+    actual = compiled(transformed(FUNCTIONS[name]), backend=backend)(*arguments)
+    assert_close(actual, transformed(TORCHS[name])(*arguments))
+
+
 @each_function
 @each_backend
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
@@ -449,18 +475,38 @@ def test_export(options, strict):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_training_an_exported_program(strict):
-    """Export is for inference; whoever trains the result must get the gradient, or an exception."""
+@pytest.mark.parametrize("options", [{}, ALL, *STRATEGIES], ids=str)
+def test_training_an_exported_program(options, strict):
+    """Export is for inference; whoever trains the result gets the gradient of both results all the same."""
 
     def gradient(module: nn.Module) -> Tensor:
-        module(randn(3, 5), Y)[0].backward()
+        loss, probabilities = module(randn(3, 5), Y)
+        (loss + probabilities[:, 0].sum()).backward()
         (weight,) = (p for name, p in module.named_parameters() if name.endswith("layer.weight"))
         assert weight.grad is not None
         return weight.grad
 
-    model = Model()
-    program = torch.export.export(model, (randn(3, 5), Y), strict=strict)
-    right_or_raises(lambda: gradient(program.module()), gradient(model))
+    program = torch.export.export(Model(**options), (randn(3, 5), Y), strict=strict)
+    model = Model(**{k: v for k, v in options.items() if k not in STRATEGIES[-1]})
+    model.load_state_dict(program.state_dict)
+    assert_close(gradient(program.module()), gradient(model))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_gradient_of_a_program_exported_without_one(strict):
+    """Nothing requires grad at the export; logits that do, later, get their gradient."""
+
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(softmax_ext.log_softmax(x, 1), y)
+
+    program = torch.export.export(Loss(), (randn(3, 4), Y), strict=strict).module()
+    gradients = []
+    for loss in (program, Loss()):
+        x = randn(3, 4).requires_grad_()
+        loss(x, Y).backward()
+        gradients.append(x.grad)
+    assert_close(*gradients)
 
 
 # ---- the operators -------------------------------------------------------------------------------------------------
@@ -566,6 +612,21 @@ def test_opcheck_cross_entropy(name, precompute_grad):
     check_operator(OPS.cross_entropy.default, (*{**INPUTS, **EXPANDED}[name](), precompute_grad))
 
 
+def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The logits, and a target of probabilities, as leaves that require grad."""
+    x, *rest = arguments
+    target = [t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in rest[:1]]
+    return (x.detach().requires_grad_(), *target, *rest[1:])
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("name", [*INPUTS, *EXPANDED])
+def test_opcheck_cross_entropy_traced(name, with_grad):
+    """It has a derivative, which is checked where an input requires grad."""
+    arguments = {**INPUTS, **EXPANDED}[name]()
+    check_operator(OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False))
+
+
 @pytest.mark.parametrize("name", ["classes", "weight", "image", "transposed", "probabilities", "bfloat16 to float32"])
 def test_opcheck_cross_entropy_inplace(name):
     check_operator(OPS.cross_entropy_.default, INPUTS[name]())
@@ -591,6 +652,13 @@ def test_opcheck_softmax(name):
     check_operator(OPS.softmax_backward.default, (torch.rand_like(y), y, dim, log, x.dtype))
 
 
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("name", SOFTMAX_INPUTS)
+def test_opcheck_softmax_traced(name, with_grad):
+    arguments = SOFTMAX_INPUTS[name]()
+    check_operator(OPS.softmax_traced.default, requiring_grad(arguments) if with_grad else arguments)
+
+
 def test_opcheck_scale_rows():
     for factor in (torch.tensor(2.0), torch.tensor(1.0).double(), randn(3), randn(3, dtype=torch.float32)):
         for tensor in (randn(3, 4), randn(4, 3).T, randn(3, 40, dtype=torch.bfloat16)):
@@ -607,8 +675,10 @@ def test_every_operator_is_checked():
         "cross_entropy_",
         "cross_entropy_backward",
         "cross_entropy_backward_",
+        "cross_entropy_traced",
         "softmax",
         "softmax_backward",
+        "softmax_traced",
         "scale_rows_",
     }
 

@@ -169,12 +169,13 @@ def test_torchs_choice_is_followed():
         assert python("-c", ASK, ATEN_CPU_CAPABILITY="avx2").stdout.strip() == "AVX2"
 
 
-@pytest.mark.parametrize("value", ["AVX9", "1"])
+@pytest.mark.parametrize("value", ["AVX9", "1", "foo"])
 def test_wrong_value(value):
     """The error names the variable, what it got and what it may be."""
     result = python("-c", ASK, SOFTMAX_EXT_CPU_CAPABILITY=value)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
     assert "SOFTMAX_EXT_CPU_CAPABILITY" in last
     assert value.lower() in last.lower()
     for name in ops.extension.available_isas():

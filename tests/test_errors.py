@@ -262,6 +262,10 @@ OPTIONS = {
         loss(X, Y, softcap=NAN), ValueError, ("softcap must be finite and positive", "got nan"), OURS
     ),
     "softcap inf": Misuse(loss(X, Y, softcap=INF), ValueError, ("softcap must be finite", "or None", "got inf"), OURS),
+    "softcap no float32": Misuse(loss(X, Y, softcap=1e-50), ValueError, ("softcap must be", "got 1e-50"), OURS),
+    "softcap subnormal": Misuse(
+        loss(X, Y, softcap=1e-39, logit_scale=1e-3), ValueError, ("softcap must be", "got 1e-39"), OURS
+    ),
     "softcap str": Misuse(loss(X, Y, softcap="30"), TypeError, ("softcap must be a number", "'30' (str)"), OURS),
     "logit_scale NaN": Misuse(loss(X, Y, logit_scale=NAN), ValueError, ("logit_scale must be finite", "got nan"), OURS),
     "logit_scale inf": Misuse(loss(X, Y, logit_scale=INF), ValueError, ("logit_scale must be finite", "got inf"), OURS),
@@ -464,6 +468,19 @@ ACCEPTED = {
 @pytest.mark.parametrize("options", ACCEPTED.values(), ids=ACCEPTED)
 def test_numbers_that_torch_takes(options):
     torch.testing.assert_close(cross_entropy(X, Y, **options), F.cross_entropy(X, Y, **options))
+
+
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16, torch.tensor])
+def test_numbers_of_every_kind(number):
+    """Every option that is a number may be numpy's or a tensor of rank 0."""
+    integer = torch.tensor if number is torch.tensor else np.int64
+    amounts = {"label_smoothing": 0.125, "z_loss": 0.25, "softcap": 3.0, "logit_scale": 0.5}
+    given = {name: number(value) for name, value in amounts.items()}
+    for x in (X, X.clone().requires_grad_()):
+        ours = cross_entropy(x, Y, ignore_index=integer(2), **given)
+        assert torch.equal(ours, cross_entropy(x, Y, ignore_index=2, **amounts))
+        for function in (softmax_ext.softmax, softmax_ext.log_softmax):
+            assert torch.equal(function(x, integer(-1)), function(x, -1))
 
 
 def test_subclasses_of_tensor():

@@ -169,6 +169,64 @@ def test_largest_finite_logit(dtype, device):
     check(values.to(device), target.to(device))
 
 
+def masked(classes: int, count: int, mask: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, probabilities, weight); the first ``count`` classes are at ``mask`` and without mass."""
+    values = torch.randn(3, classes).to(dtype)
+    values[:, :count] = mask
+    probabilities, weight = torch.rand(3, classes).to(dtype), oracle.make_weight(classes, dtype)
+    probabilities[:, :count] = weight[:count] = 0
+    return values, probabilities / probabilities.sum(1, keepdim=True), weight
+
+
+# The mask fills the first block of a row, 4096 classes of contiguous ones and 32 of others, and goes on in the next.
+MASKED_BLOCKS = [(80, 40), (6000, 4500)]
+FINITE_MASKS = [-1e4, -1e9, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("mask", FINITE_MASKS)
+@pytest.mark.parametrize(("classes", "count"), MASKED_BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_finite_masks(dtype, classes, count, mask, device):
+    """Sums relative to a maximum of -1e9 must not stay in those relative to the real one."""
+    values, probabilities, weight = masked(classes, count, mask, dtype)
+    target = torch.tensor([count, classes - 1, (count + classes) // 2])
+    check(values.to(device), probabilities.to(device))
+    check(values.to(device), target.to(device), weight.to(device), label_smoothing=0.1)
+    for y in (probabilities, target):
+        exact = oracle.stats(oracle.double(values), oracle.double(y))
+        for layout in LAYOUTS:
+            _, stats = cross_entropy(laid_out(values, layout).to(device), y.to(device), return_stats=True)
+            for name, ours, right in zip(("lse", "nll", "entropy"), stats, exact, strict=False):
+                oracle.assert_within(ours, right, oracle.tolerance(name, right, dtype), (name, layout))
+
+
+@pytest.mark.parametrize("mask", FINITE_MASKS)
+def test_finite_masks_of_pixels(mask, device):
+    values, probabilities, _ = masked(80, 40, mask, torch.float32)
+    images = [t.t().reshape(1, 80, 3).to(device) for t in (values, probabilities)]
+    exact = oracle.cross_entropy(*images, reduction="none").loss
+    loss = cross_entropy(*images, reduction="none")
+    oracle.assert_within(loss, exact, oracle.tolerance("loss", exact, torch.float32), "loss")
+
+
+@pytest.mark.parametrize("mask", FINITE_MASKS)
+@pytest.mark.parametrize(("classes", "count"), MASKED_BLOCKS)
+def test_certain_class_behind_a_mask(classes, count, mask, device):
+    """A loss of 1e-10 is small, but not negative: the maximum, which has all mass, is in a later block."""
+    values, probabilities, _ = masked(classes, count, mask, torch.float32)
+    target = torch.full((3,), classes - 3)
+    values[:, -3] = 30
+    probabilities.zero_()[:, -3] = 1
+    exact, _ = exact_peaked(values, target)
+    allowed = oracle.tolerance("peaked", exact, torch.float32)
+    for layout, y in itertools.product(LAYOUTS, (probabilities, target)):
+        options = {"reduction": "none", "return_stats": True}
+        loss, stats = cross_entropy(laid_out(values, layout).to(device), y.to(device), **options)
+        for result in (loss, stats.nll):
+            assert torch.all(result > 0)
+            oracle.assert_within(result, exact, allowed, layout)
+
+
 @pytest.mark.parametrize("precompute_grad", [False, True])
 @pytest.mark.parametrize("dtype", oracle.HALVES, ids=str)
 def test_loss_scaling_saves_small_gradients(dtype, precompute_grad, device):
@@ -305,6 +363,20 @@ def test_ignored_rows_may_hold_anything(dtype, classes, smoothing, device):
         loss.backward()
         assert torch.all(x.grad[target == -100] == 0)
         assert torch.all(stats.nll[target == -100] == 0)
+
+
+@pytest.mark.parametrize("precompute_grad", [False, True])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_upstream_infinity_of_an_ignored_row(dtype, precompute_grad, device):
+    """Its gradient is 0, and not 0 * inf, also where it was written before the upstream gradient was known."""
+    for classes, layout in itertools.product((3, 40), LAYOUTS):
+        x = laid_out(torch.randn(3, classes).to(dtype), layout).to(device).requires_grad_()
+        target = torch.tensor([0, -100, 2], device=device)
+        loss = cross_entropy(x, target, reduction="none", precompute_grad=precompute_grad)
+        loss.backward(torch.tensor([1, INF, 1], dtype=dtype, device=device))
+        assert torch.all(x.grad[1] == 0)
+        assert torch.all(x.grad[[0, 2]].isfinite())
+        assert torch.all(x.grad[[0, 2]] != 0)
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.uint8], ids=str)

@@ -116,6 +116,12 @@ def test_forward_mode_to_the_weight_with_options():
     )
 
 
+def test_forward_mode_to_the_weight_of_classes_is_refused():
+    """Torch gives zero, which is wrong; ours has no derivative there in reverse mode either."""
+    with pytest.raises(RuntimeError, match=r"weight has no forward-mode derivative here.*weight\.detach\(\)"):
+        jvp(lambda w: softmax_ext.cross_entropy(X, Y, w), (W,), (randn(4),))
+
+
 @with_options
 @of_classes_or_probabilities
 def test_hessian(target, options):
@@ -356,6 +362,16 @@ def test_gradient_of_each_sample(in_dims, options):
         return vmap(grad(lambda x, y: f(x, y, **options).sum()), in_dims)(x, y)
 
     same(per_sample, softmax_ext.cross_entropy, F.cross_entropy)
+
+
+def test_gradient_of_each_sample_of_a_mean_in_float16():
+    """More rows than float16's largest number."""
+    rows, scale = 70_000, 4096.0
+    x, y = randn(2, rows, 2).half(), torch.arange(2 * rows).view(2, rows) % 2
+    ours = vmap(grad(lambda x, y: scale * softmax_ext.cross_entropy(x, y)))(x, y)
+    theirs = vmap(grad(lambda x, y: scale * F.cross_entropy(x, y)))(x.float(), y)
+    u = torch.finfo(torch.float16).eps
+    assert_close(ours.float(), theirs, rtol=u, atol=u * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
