@@ -12,7 +12,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EDITABLE := $(PIP) install --no-build-isolation --editable
+# In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
+EDITABLE := $(PIP) install --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
