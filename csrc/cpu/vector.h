@@ -153,35 +153,28 @@ inline void load_run_as(const S* src, int64_t n, T* dst) {
   for (int64_t i = 0; i < n; i++) dst[i] = static_cast<T>(src[i]);
 }
 
-inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) {
+inline void load_vector(const c10::BFloat16* src, Vec<float>& v) { at::vec::load_fp32_from_bf16(src, v); }
+inline void load_vector(const c10::Half* src, Vec<float>& v) { at::vec::load_fp32_from_fp16(src, v); }
+
+// The half types, whose conversion the compiler does not vectorise by itself.
+template <typename Half>
+inline void load_halves(const Half* src, int64_t n, float* dst) {
   constexpr int64_t L = kLanes<float>;
   int64_t i = 0;
   Vec<float> v;
   for (; i + L <= n; i += L) {
-    at::vec::load_fp32_from_bf16(src + i, v);
+    load_vector(src + i, v);
     v.store(dst + i);
   }
   if (i == n) return;
-  c10::BFloat16 tail[L] = {};
-  std::memcpy(tail, src + i, (n - i) * sizeof(c10::BFloat16));
-  at::vec::load_fp32_from_bf16(tail, v);
+  Half tail[L] = {};
+  std::memcpy(tail, src + i, (n - i) * sizeof(Half));
+  load_vector(tail, v);
   v.store(dst + i, n - i);
 }
 
-inline void load_run_as(const c10::Half* src, int64_t n, float* dst) {
-  constexpr int64_t L = kLanes<float>;
-  int64_t i = 0;
-  Vec<float> v;
-  for (; i + L <= n; i += L) {
-    at::vec::load_fp32_from_fp16(src + i, v);
-    v.store(dst + i);
-  }
-  if (i == n) return;
-  c10::Half tail[L] = {};
-  std::memcpy(tail, src + i, (n - i) * sizeof(c10::Half));
-  at::vec::load_fp32_from_fp16(tail, v);
-  v.store(dst + i, n - i);
-}
+inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) { load_halves(src, n, dst); }
+inline void load_run_as(const c10::Half* src, int64_t n, float* dst) { load_halves(src, n, dst); }
 
 // dst[0, n) = src[at, at + n), converted.
 template <typename T>
@@ -199,27 +192,27 @@ inline void store_run_as(const T* src, int64_t n, S* dst) {
   for (int64_t i = 0; i < n; i++) dst[i] = static_cast<S>(src[i]);
 }
 
-inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) {
-  constexpr int64_t L = kLanes<float>;
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L)
-    at::vec::convert_float_bfloat16(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L)).store(dst + i);
-  if (i == n) return;
-  const auto low = Vec<float>::loadu(src + i, std::min(L, n - i));
-  const auto high = n - i > L ? Vec<float>::loadu(src + i + L, n - i - L) : Vec<float>(0);
-  at::vec::convert_float_bfloat16(low, high).store(dst + i, n - i);
+inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::BFloat16*) {
+  return at::vec::convert_float_bfloat16(low, high);
+}
+inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*) {
+  return at::vec::convert_float_half(low, high);
 }
 
-inline void store_run_as(const float* src, int64_t n, c10::Half* dst) {
+template <typename Half>
+inline void store_halves(const float* src, int64_t n, Half* dst) {
   constexpr int64_t L = kLanes<float>;
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L)
-    at::vec::convert_float_half(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L)).store(dst + i);
+    to_halves(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L), dst).store(dst + i);
   if (i == n) return;
   const auto low = Vec<float>::loadu(src + i, std::min(L, n - i));
   const auto high = n - i > L ? Vec<float>::loadu(src + i + L, n - i - L) : Vec<float>(0);
-  at::vec::convert_float_half(low, high).store(dst + i, n - i);
+  to_halves(low, high, dst).store(dst + i, n - i);
 }
+
+inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) { store_halves(src, n, dst); }
+inline void store_run_as(const float* src, int64_t n, c10::Half* dst) { store_halves(src, n, dst); }
 
 // dst[at, at + n) = src[0, n), rounded to nearest.
 template <typename T>
