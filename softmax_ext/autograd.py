@@ -14,6 +14,7 @@ torch.export see an operator instead that has the same backward (at the end).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -402,6 +403,15 @@ class Softmax(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, dim: int, log: bool, dtype: Any) -> Any:
         return Softmax.apply(_to_front(input, in_dims[0], info.batch_size), dim + 1, log, dtype), 0
+
+
+# torch binds the arguments of ``forward`` to its signature at every call. Kept here, the signature need not be found
+# out each time, which took a quarter of a call on a small input.
+_forward: Any
+for _forward in (
+    f.forward for f in (CrossEntropyBackward, CrossEntropy, OverwritingCrossEntropy, SoftmaxBackward, Softmax)
+):
+    _forward.__signature__ = inspect.signature(_forward)
 
 
 # ---- torch.compile and torch.export ----
