@@ -141,9 +141,6 @@ inline bool is_own(DType type) {
   return type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
 }
 
-inline const void* address(const void* data, DType type, int64_t i) {
-  return static_cast<const char*>(data) + i * size_of(type);
-}
 inline void* address(void* data, DType type, int64_t i) { return static_cast<char*>(data) + i * size_of(type); }
 
 // ---- contiguous runs -----------------------------------------------------------------------------------------
