@@ -24,7 +24,7 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 from .ops import MEAN, NONE
-from .reference import Options, Rows, total_weight
+from .reference import Options, Rows, is_live, total_weight
 
 # Results of a cross-entropy operator: always three, with statistics seven.
 _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
@@ -75,7 +75,7 @@ def _per_sample_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_i
     """``total_weight`` of each target[i]; dim as in the target of one sample."""
     if target.is_floating_point():
         return total_weight(target[0], weight, dim, ignore_index).expand(target.shape[0])
-    live = target != ignore_index
+    live = is_live(target, ignore_index)
     value = live.double() if weight is None else weight.double()[torch.where(live, target, 0).long()] * live
     return _per_sample(value)
 
@@ -362,7 +362,7 @@ class SoftmaxBackward(Function):
             p, total = y.exp(), g.sum(ctx.dim, keepdim=True)
             out = dg - p * (dg.sum(ctx.dim, keepdim=True) + dy * total)
         else:
-            mean, change = ((t).sum(ctx.dim, keepdim=True) for t in (g * y, dg * y + g * dy))
+            mean, change = (t.sum(ctx.dim, keepdim=True) for t in (g * y, dg * y + g * dy))
             out = dy * (g - mean) + y * (dg - change)
         return out.to(ctx.dtype)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_CLASSES = (torch.int64, torch.uint8)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -106,9 +107,13 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
-    if target.dtype not in (torch.int64, torch.uint8) or list(target.shape) != batch:
-        # The types are torch's: another first dimension is a ValueError, everything else a RuntimeError.
-        error = ValueError if target.shape[:1] != input.shape[:1] else RuntimeError
+    if target.dtype not in _CLASSES or list(target.shape) != batch:
+        # The types are torch's: another number of rows is a ValueError, everything else a RuntimeError.
+        if input.dim() == 1:
+            other_size = target.dim() == 1 and target.dtype in _CLASSES
+        else:
+            other_size = target.shape[:1] != input.shape[:1]
+        error = ValueError if other_size else RuntimeError
         need = f"be int64 or uint8 of shape {batch}, or floating of the input's shape {list(input.shape)}"
         way_out = "" if list(target.shape) != batch else "Use target.long()."
         refuse(error, op, "target", need, describe(target), way_out)

@@ -46,12 +46,17 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * torch.where((a == 0) & ~b.isfinite(), 0.0, b)
 
 
+def is_live(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows are not ignored. In int64: as uint8, -100 would be class 156."""
+    return target.long() != ignore_index
+
+
 def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
     """The mean's denominator, float64: the sum of weight[target] over rows not ignored; rows, for probabilities."""
     if target.is_floating_point():
         rows = target.numel() // max(target.shape[dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
-    live = target != ignore_index
+    live = is_live(target, ignore_index)
     if weight is None:
         return live.sum(dtype=torch.float64)
     picked = weight.double()[torch.where(live, target, 0).long()]
@@ -96,10 +101,10 @@ class Rows:
             self.class_weight = kept * weights
             self.b = self.class_weight * self.y + share * weights
         else:
-            self.live = target != options.ignore_index
-            clean = torch.where(self.live, target, 0).long()
-            one_hot = torch.arange(classes, device=x.device) == clean.unsqueeze(-1)
-            self.y = (one_hot & self.live.unsqueeze(-1)).to(arithmetic)
+            self.live = is_live(target, options.ignore_index)
+            clean = torch.where(self.live, target, 0).long().unsqueeze(-1)
+            one_hot = torch.zeros_like(x).scatter(-1, clean, 1.0)  # refuses a class out of range
+            self.y = one_hot * self.live.unsqueeze(-1)
             self.class_weight = kept * weights
             self.b = (self.class_weight * self.y + share * weights) * self.live.unsqueeze(-1)
         self.b_sum = self.b.sum(-1)

@@ -418,6 +418,14 @@ def test_bad_class(dynamic):
     assert_close(f(x, Y), cross_entropy(x * 2, Y))
 
 
+def test_bad_class_in_a_compiled_transform():
+    """The plain formulas, which stand in there, refuse it too."""
+    f = compiled(lambda x, y: torch.func.grad(cross_entropy)(x, y), backend="aot_eager")
+    assert_close(f(randn(3, 4), Y), torch.func.grad(cross_entropy)(randn(3, 4), Y))
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        f(randn(3, 4), torch.tensor([0, 4, 2]))
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

@@ -100,6 +100,12 @@ TARGET = {
     "column": Misuse(loss(X, Y[:, None]), RuntimeError, (f"target must be {INDICES}", "got int64 [3, 1]")),
     "rank 2": Misuse(loss(X, Y[:, None].expand(3, 2)), RuntimeError, (f"target must be {INDICES}", "got int64 [3, 2]")),
     "rank 0": Misuse(loss(X, Y[0]), ValueError, (f"target must be {INDICES}", "got int64 []")),
+    "unbatched int32": Misuse(
+        loss(X[0], torch.tensor(0).int()), RuntimeError, ("target must be int64 or uint8 of shape []", "got int32 []")
+    ),
+    "unbatched with a matrix": Misuse(
+        loss(X[0], Y[None]), RuntimeError, ("target must be int64 or uint8 of shape []", "got int64 [1, 3]")
+    ),
     "two for one row": Misuse(
         loss(X[0], Y[:2]), ValueError, ("target must be int64 or uint8 of shape []", "got int64 [2]")
     ),

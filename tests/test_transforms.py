@@ -463,3 +463,20 @@ def test_jacobian_of_a_model_ending_in_softmax():
     layer = nn.Linear(3, 4).double()
     same(lambda m: jacfwd(jacrev(lambda x: m(layer(x))))(randn(3)), softmax_ext.Softmax(-1), nn.Softmax(-1))
     same(lambda m: jacfwd(jacrev(lambda x: m(layer(x))))(randn(3)), softmax_ext.LogSoftmax(-1), nn.LogSoftmax(-1))
+
+
+def test_class_156_in_a_byte_is_not_ignored():
+    """The default ignore_index, -100, is 156 as uint8; values, transforms and second derivatives tell them apart."""
+    x, y = randn(3, 200), torch.tensor([156, 3, 7])
+
+    def ours(x: Tensor) -> Tensor:
+        return softmax_ext.cross_entropy(x, y.byte())
+
+    def torchs(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, y)
+
+    assert_close(ours(x), torchs(x))
+    assert_close(jvp(ours, (x,), (x,)), jvp(torchs, (x,), (x,)))
+    assert_close(vmap(ours)(torch.stack([x, -x])), torch.stack([torchs(x), torchs(-x)]))
+    for second in (lambda f: jvp(grad(f), (x,), (x,))[1], lambda f: grad(lambda x: grad(f)(x).square().sum())(x)):
+        assert_close(second(ours), second(torchs))
