@@ -142,7 +142,7 @@ def find_units(version: str, compiler: str) -> list[Unit]:
             # GCC takes the operand that its AVX-512 intrinsics leave undefined on purpose for a
             # mistake (GCC bug 105593).
             quiet = isa == "AVX512" and "clang" not in compiler
-            warnings = ["-Wno-maybe-uninitialized"] if quiet else []
+            warnings = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if quiet else []
             units.append(unit(source, *torch_headers, *capability, *isa_flags, *warnings, isa=isa))
 
     print(f"softmax_ext {version}")

@@ -1,16 +1,26 @@
 // Softmax cross entropy of rows: forward, backward, or both in one visit (formulas: docs/math.md).
 //
-// Forward reads the logits once; a gradient asked for in the same call is a second pass over a row that is still in
-// cache. Backward reads the logits once and writes the gradient once. A row, or a tile of kTile rows, passes through an
-// L1 block; float32 logits that need no transformation are read where they lie.
+// Forward reads the logits once. Where the gradient is asked for in the same call, the exponentials are kept, in the
+// gradient itself or in a buffer, and become the gradient once the row's sum is known; a row too long for the cache, or
+// one whose gradient needs the logits again, is read a second time instead. Backward reads the logits once and writes
+// the gradient once. Float32 logits that need no transformation are read where they lie; everything else passes through
+// a buffer of the arithmetic's type.
 //
-// What depends on the target class alone is corrected after the loops, in double, with p_y - 1 as expm1(log p_y).
+// What depends on the target class alone is computed apart, per row and in double (row_batch.h).
+#include <memory>
+
 #include "isa_kernels.h"
-#include "logsumexp.h"
+#include "row_batch.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
+
+// Rows are taken together up to this many elements, so that their row_batch.h part fills vectors.
+constexpr int64_t kBatchElements = 8192, kBatchRows = 16;
+
+// The most elements of one row whose exponentials are kept: with 1 MiB of float they are still in L2 or close to it.
+constexpr int64_t kKeptElements = 262144;
 
 // ---- logits ----------------------------------------------------------------------------------------------------
 
@@ -40,16 +50,16 @@ bool needs_no_copy(const CrossEntropy<T>& p) {
   return is_own<T>(p.logits_type) && p.softcap == 0 && p.logit_scale == 1;
 }
 
-// z of the classes [first, first + n) of a row, padded with -inf to whole vectors.
+// z of the classes [at, at + n) of a row, padded with -inf to whole vectors; in `buffer` unless they can be used in place.
 template <typename T>
-const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, Block<T>& block) {
+const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buffer) {
   const int64_t padded = round_up(n, kLanes<T>);
   if (padded == n && needs_no_copy(p)) return static_cast<const T*>(p.logits) + at;
-  load_run(p.logits, p.logits_type, at, n, block.data);
-  for (int64_t i = n; i < padded; i++) block.data[i] = 0;
-  transform_run(p, block.data, padded);
-  for (int64_t i = n; i < padded; i++) block.data[i] = -kInfinity<T>;
-  return block.data;
+  load_run(p.logits, p.logits_type, at, n, buffer);
+  std::fill(buffer + n, buffer + padded, T(0));
+  transform_run(p, buffer, padded);
+  std::fill(buffer + n, buffer + padded, -kInfinity<T>);
+  return buffer;
 }
 
 // A block of a tile: z of class c and row r at data[c * stride + r]; columns beyond the tile's rows hold 0.
@@ -65,32 +75,67 @@ void load_tile_padded(const void* src, DType type, const Layout& layout, int ope
   load_tile(src, type, at, layout.class_stride[operand], layout.inner_stride[operand], classes, rows, dst);
   const int64_t padded = round_up(rows, kLanes<T>);
   if (padded == rows) return;
-  for (int64_t c = 0; c < classes; c++)
-    for (int64_t r = rows; r < padded; r++) dst[c * kTile + r] = 0;
+  for (int64_t c = 0; c < classes; c++) std::fill(dst + c * kTile + rows, dst + c * kTile + padded, T(0));
 }
 
 template <typename T>
-TileView<T> load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
-                            Block<T>& block) {
+TileView<T> load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
   const int64_t class_stride = p.layout.class_stride[kLogits];
   const int64_t offset = at.offset[kLogits] + first * class_stride;
   const bool whole = at.rows % kLanes<T> == 0 && p.layout.inner_stride[kLogits] == 1;
   if (whole && needs_no_copy(p)) return {static_cast<const T*>(p.logits) + offset, class_stride};
-  load_tile_padded(p.logits, p.logits_type, p.layout, kLogits, offset, classes, at.rows, block.data);
-  for (int64_t c = 0; c < classes; c++) transform_run(p, block.data + c * kTile, round_up(at.rows, kLanes<T>));
-  return {block.data, kTile};
+  load_tile_padded(p.logits, p.logits_type, p.layout, kLogits, offset, classes, at.rows, buffer);
+  for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
+  return {buffer, kTile};
+}
+
+// ---- targets -----------------------------------------------------------------------------------------------------
+
+// Appends a row to the batch.
+template <typename T>
+void add_row(const CrossEntropy<T>& p, RowBatch<T>& batch, int64_t number, int64_t logits_offset) {
+  const int64_t r = batch.rows++;
+  batch.number[r] = number;
+  batch.consecutive = batch.consecutive && number == batch.number[0] + r;
+  batch.y[r] = -1;
+  batch.live[r] = 1;
+  if (p.has_probabilities) return;
+  const int64_t y = p.index ? p.index[number] : p.index_u8[number];
+  batch.live[r] = y != p.ignore_index;
+  batch.z[r] = 0;
+  batch.weight[r] = 1;
+  if (y == p.ignore_index) {
+    batch.any_ignored = true;
+    return;
+  }
+  batch.y[r] = y;
+  const int64_t at = logits_offset + y * p.layout.class_stride[kLogits];
+  batch.z[r] = needs_no_copy(p) ? static_cast<const T*>(p.logits)[at] : load_logit(p, at);
+  if (p.weight) batch.weight[r] = p.weight[y];
+}
+
+// Fills the lanes beyond the last row.
+template <typename T>
+void close_batch(RowBatch<T>& batch) {
+  const int64_t padded = round_up(batch.rows, kLanes<double>);
+  for (int64_t r = batch.rows; r < padded; r++) {
+    batch.live[r] = batch.z[r] = batch.weight[r] = batch.sums.max[r] = batch.sums.rest[r] = 0;
+    batch.dot[r] = batch.b_sum[r] = batch.q_dot[r] = batch.q_sum[r] = batch.sums.weighted[r] = 0;
+  }
+}
+
+// Whether the gradient of an ignored row is 0: none of its statistics has one.
+template <typename T>
+bool ignored_has_no_gradient(const CrossEntropy<T>& p) {
+  return !p.grad_lse.data && !p.grad_entropy.data;
 }
 
 // ---- terms of the loss that run over the classes -----------------------------------------------------------------
 
-// b_c = w_c ((1 - eps) q_c + eps / C), or its smoothing part alone where the target is a class index. The sums are taken
-// of z - shift, with the row's maximum so far as the shift, so that nothing is rounded at the magnitude of the logits.
+// The sums of RowBatch for one row, taken of z - shift, with the row's maximum so far as the shift, so that nothing is
+// rounded at the magnitude of the logits.
 struct RowTerms {
-  double shift = 0;
-  double dot = 0;    // sum b_c (z_c - shift)
-  double b_sum = 0;  // sum b_c
-  double q_dot = 0;  // sum q_c (z_c - shift)
-  double q_sum = 0;  // sum q_c
+  double shift = 0, dot = 0, b_sum = 0, q_dot = 0, q_sum = 0;
 
   // Follows the maximum; before the first finite one nothing finite has been added.
   void move_to(double max) {
@@ -102,67 +147,94 @@ struct RowTerms {
 };
 
 template <typename T>
-bool has_terms(const CrossEntropy<T>& p) {
-  return p.has_probabilities || p.label_smoothing != 0;
-}
-
-template <typename T>
 struct TermSums {
   Vec<T> dot{0}, b_sum{0}, q_dot{0}, q_sum{0};
-};
 
-// Adds one vector: q and w where the target is probabilities, smoothing's share alone otherwise.
-template <typename T>
-inline void add_term(TermSums<T>& sums, const CrossEntropy<T>& p, const Vec<T>& d, const Vec<T>& q, const Vec<T>& w) {
-  const Vec<T> keep(1 - p.label_smoothing), share(p.label_smoothing / static_cast<T>(p.layout.classes));
-  const Vec<T> b = w * at::vec::fmadd(q, keep, share);
-  sums.dot = sums.dot + multiply_or_zero(b, d);
-  sums.b_sum = sums.b_sum + b;
-  sums.q_dot = sums.q_dot + multiply_or_zero(q, d);
-  sums.q_sum = sums.q_sum + q;
-}
+  // Class indices: the weights alone. The classes that smoothing shares are 1 / C of these sums.
+  void add_smoothing(const Vec<T>& d, const Vec<T>& w) {
+    dot = dot + multiply_or_zero(w, d);
+    b_sum = b_sum + w;
+  }
+
+  void add_plain_probabilities(const Vec<T>& d, const Vec<T>& q) {
+    q_dot = q_dot + multiply_or_zero(q, d);
+    q_sum = q_sum + q;
+  }
+
+  void add_probabilities(const CrossEntropy<T>& p, const Vec<T>& d, const Vec<T>& q, const Vec<T>& w) {
+    const Vec<T> keep(1 - p.label_smoothing), share(p.label_smoothing / static_cast<T>(p.layout.classes));
+    const Vec<T> b = w * at::vec::fmadd(q, keep, share);
+    dot = dot + multiply_or_zero(b, d);
+    b_sum = b_sum + b;
+    add_plain_probabilities(d, q);
+  }
+};
 
 template <typename T>
 Vec<T> load_weight(const CrossEntropy<T>& p, int64_t c) {
   return p.weight ? Vec<T>::loadu(p.weight + c) : Vec<T>(1);
 }
 
-template <typename T>
-void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n, int64_t first,
-                   Block<T>& q_block) {
+// Calls visit(i, count) for the vectors of [0, n), count being a constant in all but the last.
+template <typename T, typename Visit>
+inline void each_vector(int64_t n, const Visit& visit) {
   constexpr int64_t L = kLanes<T>;
-  const Vec<T> shift(static_cast<T>(terms.shift));
-  TermSums<T> sums;
-  if (p.has_probabilities)
-    load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block.data);
-  const auto add = [&](int64_t i, int64_t count) {
-    const Vec<T> zero(0);
-    const Vec<T> d = Vec<T>::set(zero, Vec<T>::loadu(z + i) - shift, count);
-    const Vec<T> q = p.has_probabilities ? Vec<T>::loadu(q_block.data + i, count) : zero;
-    const Vec<T> w = Vec<T>::set(zero, load_weight(p, first + i), count);
-    add_term(sums, p, d, count == L ? q : Vec<T>::set(zero, q, count), w);
-  };
   int64_t i = 0;
-  for (; i + L <= n; i += L) add(i, L);
-  if (i < n) add(i, n - i);
-  terms.dot += sum_lanes(sums.dot);
-  terms.b_sum += sum_lanes(sums.b_sum);
-  terms.q_dot += sum_lanes(sums.q_dot);
-  terms.q_sum += sum_lanes(sums.q_sum);
+  for (; i + L <= n; i += L) visit(i, L);
+  if (i < n) visit(i, n - i);
 }
 
-// One vector of rows of a tile.
+// z is padded to whole vectors.
+template <typename T>
+void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n, int64_t first,
+                   T* q_block) {
+  const Vec<T> shift(static_cast<T>(terms.shift)), zero(0);
+  TermSums<T> sums;
+  const auto shifted = [&](int64_t i, int64_t count) {
+    const Vec<T> d = Vec<T>::loadu(z + i) - shift;
+    return count == kLanes<T> ? d : Vec<T>::set(zero, d, count);
+  };
+  const auto weight = [&](int64_t i, int64_t count) {
+    const Vec<T> w = load_weight(p, first + i);
+    return count == kLanes<T> ? w : Vec<T>::set(zero, w, count);
+  };
+  if (p.has_probabilities) {
+    load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block);
+    std::fill(q_block + n, q_block + round_up(n, kLanes<T>), T(0));
+  }
+  if (!p.has_probabilities)
+    each_vector<T>(n, [&](int64_t i, int64_t count) { sums.add_smoothing(shifted(i, count), weight(i, count)); });
+  else if (is_plain(p))
+    each_vector<T>(n, [&](int64_t i, int64_t count) {
+      sums.add_plain_probabilities(shifted(i, count), Vec<T>::loadu(q_block + i));
+    });
+  else
+    each_vector<T>(n, [&](int64_t i, int64_t count) {
+      sums.add_probabilities(p, shifted(i, count), Vec<T>::loadu(q_block + i), weight(i, count));
+    });
+  terms.q_dot += sum_lanes(sums.q_dot);
+  terms.q_sum += sum_lanes(sums.q_sum);
+  const bool same = p.has_probabilities && is_plain(p);
+  terms.dot += sum_lanes(same ? sums.q_dot : sums.dot);
+  terms.b_sum += sum_lanes(same ? sums.q_sum : sums.b_sum);
+}
+
+// One vector of rows of a tile, terms' [0, lanes).
 template <typename T>
 void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const TileView<T>& z, const T* q, int64_t classes,
                       int64_t first) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T lanes[4][L];
   for (int64_t r = 0; r < L; r++) lanes[0][r] = static_cast<T>(terms[r].shift);
-  const Vec<T> shift = Vec<T>::loadu(lanes[0]), zero(0);
+  const Vec<T> shift = Vec<T>::loadu(lanes[0]);
   TermSums<T> sums;
-  for (int64_t c = 0; c < classes; c++)
-    add_term(sums, p, Vec<T>::loadu(z.data + c * z.stride) - shift, q ? Vec<T>::loadu(q + c * kTile) : zero,
-             Vec<T>(p.weight ? p.weight[first + c] : T(1)));
+  for (int64_t c = 0; c < classes; c++) {
+    const Vec<T> d = Vec<T>::loadu(z.data + c * z.stride) - shift, w(p.weight ? p.weight[first + c] : T(1));
+    if (q)
+      sums.add_probabilities(p, d, Vec<T>::loadu(q + c * kTile), w);
+    else
+      sums.add_smoothing(d, w);
+  }
   sums.dot.store(lanes[0]);
   sums.b_sum.store(lanes[1]);
   sums.q_dot.store(lanes[2]);
@@ -175,176 +247,33 @@ void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const TileView<
   }
 }
 
-// ---- one row: target, loss, coefficients of the gradient -----------------------------------------------------------
-
 template <typename T>
-struct Target {
-  bool ignored = false;
-  int64_t y = -1;     // -1 with probabilities
-  T z = 0;            // logit of class y
-  double weight = 1;  // of class y
-};
-
-template <typename T>
-Target<T> load_target(const CrossEntropy<T>& p, int64_t row, int64_t logits_offset) {
-  Target<T> target;
-  if (p.has_probabilities) return target;
-  target.y = p.index ? p.index[row] : p.index_u8[row];
-  target.ignored = target.y == p.ignore_index;
-  if (target.ignored) return target;
-  target.z = load_logit(p, logits_offset + target.y * p.layout.class_stride[kLogits]);
-  if (p.weight) target.weight = p.weight[target.y];
-  return target;
-}
-
-// What backward needs of a row.
-struct RowState {
-  double max, log_sum, b_sum, q_sum;
-};
-
-template <typename T>
-RowState load_state(const CrossEntropy<T>& p, int64_t row) {
-  RowState state{p.state[row], p.state[p.rows + row], 0, 0};
-  if (p.has_probabilities) {
-    state.b_sum = p.state[2 * p.rows + row];
-    state.q_sum = p.state[3 * p.rows + row];
-  }
-  return state;
-}
-
-template <typename T>
-void store_state(const CrossEntropy<T>& p, int64_t row, const RowState& state) {
-  p.state[row] = static_cast<T>(state.max);
-  p.state[p.rows + row] = static_cast<T>(state.log_sum);
-  if (p.has_probabilities) {
-    p.state[2 * p.rows + row] = static_cast<T>(state.b_sum);
-    p.state[3 * p.rows + row] = static_cast<T>(state.q_sum);
-  }
-}
-
-inline double multiply_or_zero(double b, double d) { return b == 0 ? 0 : b * d; }
-
-// Writes what forward writes of one row and returns its loss.
-template <typename T>
-double finish_row(const CrossEntropy<T>& p, int64_t row, const LogSumExp<T>& sums, const RowTerms& terms,
-                  const Target<T>& target) {
-  const double max = sums.max, log_sum = sums.log_sum();
-  double nll, loss;
-  if (p.has_probabilities) {
-    nll = multiply_or_zero(terms.q_sum, log_sum) - terms.q_dot;
-    loss = multiply_or_zero(terms.b_sum, log_sum) - terms.dot;
-  } else {
-    nll = log_sum - (static_cast<double>(target.z) - max);
-    loss = multiply_or_zero((1 - p.label_smoothing) * target.weight, nll);
-    if (p.label_smoothing != 0) loss += multiply_or_zero(terms.b_sum, log_sum) - terms.dot;
-  }
-  if (p.z_loss != 0) loss += p.z_loss * (max + log_sum) * (max + log_sum);
-  if (target.ignored) nll = loss = 0;
-  if (p.loss) store_value(loss, p.loss, p.loss_type, row);
-  store_state(p, row, {max, log_sum, terms.b_sum, terms.q_sum});
-  if (p.stats) {
-    p.lse[row] = static_cast<T>(max + log_sum);
-    p.nll[row] = static_cast<T>(nll);
-    p.entropy[row] = static_cast<T>(log_sum - sums.mean_shifted());
-    p.prediction[row] = sums.argmax;
-  }
-  return loss;
-}
-
-// An ignored row without statistics is not read.
-template <typename T>
-void skip_row(const CrossEntropy<T>& p, int64_t row) {
-  if (p.loss) store_value(0, p.loss, p.loss_type, row);
-  store_state(p, row, {0, 0, 0, 0});
-}
-
-inline double value_of(const RowValues& values, int64_t row) {
-  return values.data ? values.scale * load_value(values.data, values.type, row * values.stride) : 0;
-}
-
-// dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - b_c ]
-// with b_c = uniform + smooth * smooth_c                           (class index; smooth_c = eps / C w_c)
-//   or b_c = q_c (kept * w_c + nll) + shared * w_c                 (probabilities)
-// logit_scale is in alpha, beta, uniform and smooth, and a factor of the last line; slope_c is 1 - (z_c / softcap)^2, or 1.
-struct RowGradient {
-  bool zero = false;
-  double max = 0, alpha = 0, beta = 0, uniform = 0, smooth = 0, kept = 0, nll = 0, shared = 0;
-  double log_sum = 0;
-  double at_target = 0;  // the whole gradient of class y, slope included
-};
-
-template <typename T>
-RowGradient row_gradient(const CrossEntropy<T>& p, int64_t row, const RowState& state, const Target<T>& target) {
-  double g = value_of(p.grad_loss, row), g_nll = value_of(p.grad_nll, row);
-  const double g_lse = value_of(p.grad_lse, row), g_entropy = value_of(p.grad_entropy, row);
-  RowGradient out;
-  if (target.ignored) {
-    g = g_nll = 0;
-    if (!p.grad_lse.data && !p.grad_entropy.data) {
-      out.zero = true;
-      return out;
-    }
-  }
-  const double eps = p.label_smoothing, share = eps / p.layout.classes, scale = p.logit_scale;
-  const double lse = state.max + state.log_sum;
-  double all = 2 * g * p.z_loss * lse + g_lse;
-  if (p.grad_entropy.data) all += g_entropy * (state.log_sum - p.entropy[row]);  // E - max
-  double one_hot = 0;
-  if (p.has_probabilities) {
-    all += g * state.b_sum + g_nll * state.q_sum;
-    out.kept = g * (1 - eps);
-    out.nll = g_nll;
-    out.shared = g * share;
-  } else {
-    one_hot = g * (1 - eps) * target.weight + g_nll;
-    all += g * share * p.weight_sum;
-    if (p.smooth)
-      out.smooth = g * scale;
-    else
-      out.uniform = g * share * scale;
-  }
-  const double inverse_sum = std::exp(-state.log_sum) * scale;
-  out.max = state.max;
-  out.log_sum = state.log_sum;
-  out.alpha = (one_hot + all) * inverse_sum;
-  out.beta = -g_entropy * inverse_sum;
-  if (target.y >= 0 && !target.ignored) {
-    const double d = static_cast<double>(target.z) - state.max, log_p = d - state.log_sum, prob = std::exp(log_p);
-    const double tanh_z = p.softcap != 0 ? static_cast<double>(target.z) / p.softcap : 0;
-    const double smooth_b = p.smooth ? g * p.smooth[target.y] : g * share;
-    out.at_target = one_hot * std::expm1(log_p) + multiply_or_zero(prob, all - g_entropy * d) - smooth_b;
-    out.at_target *= scale * (1 - tanh_z * tanh_z);
-  }
-  return out;
+void set_terms(RowBatch<T>& batch, int64_t r, const RowTerms& terms) {
+  batch.dot[r] = terms.dot;
+  batch.b_sum[r] = terms.b_sum;
+  batch.q_dot[r] = terms.q_dot;
+  batch.q_sum[r] = terms.q_sum;
 }
 
 // ---- gradients over the classes ----------------------------------------------------------------------------------
 
-// The coefficients of RowGradient, one row for all lanes or a row for each.
+// The coefficients of RowBatch for one row in all lanes, or for a row in each.
 template <typename T>
 struct GradientVectors {
-  Vec<T> max, alpha, beta, uniform, smooth, kept, nll, shared, log_sum, zero;
+  Vec<T> max, alpha, beta, uniform, smooth, kept, nll, log_sum;
 };
 
 template <typename T>
-GradientVectors<T> broadcast(const RowGradient& g) {
-  const auto all = [](double v) { return Vec<T>(static_cast<T>(v)); };
-  return {all(g.max),  all(g.alpha), all(g.beta),   all(g.uniform), all(g.smooth),
-          all(g.kept), all(g.nll),   all(g.shared), all(g.log_sum), all(0)};
+GradientVectors<T> broadcast(const RowBatch<T>& b, int64_t r) {
+  return {Vec<T>(b.sums.max[r]), Vec<T>(b.alpha[r]), Vec<T>(b.beta[r]), Vec<T>(b.uniform[r]),
+          Vec<T>(b.smooth[r]),   Vec<T>(b.kept[r]),  Vec<T>(b.nll[r]),  Vec<T>(b.log_sum[r])};
 }
 
 template <typename T>
-GradientVectors<T> gather(const RowGradient* rows) {
-  const auto each = [&](double RowGradient::* member) {
-    alignas(64) T lanes[kLanes<T>];
-    for (int64_t r = 0; r < kLanes<T>; r++) lanes[r] = static_cast<T>(rows[r].*member);
-    return Vec<T>::loadu(lanes);
-  };
-  alignas(64) T dead[kLanes<T>];
-  for (int64_t r = 0; r < kLanes<T>; r++) dead[r] = rows[r].zero;
-  return {each(&RowGradient::max),     each(&RowGradient::alpha), each(&RowGradient::beta), each(&RowGradient::uniform),
-          each(&RowGradient::smooth),  each(&RowGradient::kept),  each(&RowGradient::nll),  each(&RowGradient::shared),
-          each(&RowGradient::log_sum), Vec<T>::loadu(dead)};
+GradientVectors<T> load_rows(const RowBatch<T>& b, int64_t r) {
+  const auto load = [&](const T* values) { return Vec<T>::loadu(values + r); };
+  return {load(b.sums.max), load(b.alpha), load(b.beta), load(b.uniform),
+          load(b.smooth),   load(b.kept),  load(b.nll),  load(b.log_sum)};
 }
 
 // Which of the terms of the gradient a call has beyond exp * alpha - uniform.
@@ -356,27 +285,36 @@ template <typename T>
 GradientTerms gradient_terms(const CrossEntropy<T>& p) {
   GradientTerms has{};
   has.entropy = p.grad_entropy.data;
-  has.smooth = p.smooth && !p.has_probabilities;
+  has.smooth = p.weight && p.label_smoothing != 0;
   has.probabilities = p.has_probabilities;
   has.softcap = p.softcap != 0;
   has.any = has.entropy || has.smooth || has.probabilities || has.softcap;
   return has;
 }
 
+// e = exp(z - max), or, with its own alpha, of any other shift.
 template <typename T>
-inline Vec<T> plain_gradient(const GradientVectors<T>& g, const Vec<T>& z) {
-  return exp_nonpositive(z - g.max) * g.alpha - g.uniform;
+inline Vec<T> plain_gradient(const GradientVectors<T>& g, const Vec<T>& e) {
+  return at::vec::fmsub(e, g.alpha, g.uniform);
+}
+
+// The terms that need the class itself, without those that need its logit again.
+template <typename T>
+inline Vec<T> gradient_without_logit(const CrossEntropy<T>& p, const GradientTerms& has, const GradientVectors<T>& g,
+                                     const Vec<T>& e, const Vec<T>& q, const Vec<T>& w) {
+  Vec<T> grad = plain_gradient(g, e);
+  if (has.smooth) grad = grad - g.smooth * w;
+  if (has.probabilities) grad = grad - q * at::vec::fmadd(g.kept, w, g.nll) * Vec<T>(p.logit_scale);
+  return grad;
 }
 
 template <typename T>
 inline Vec<T> full_gradient(const CrossEntropy<T>& p, const GradientTerms& has, const GradientVectors<T>& g,
-                            const Vec<T>& z, const Vec<T>& q, const Vec<T>& w, const Vec<T>& smooth) {
+                            const Vec<T>& z, const Vec<T>& q, const Vec<T>& w) {
   const Vec<T> d = z - g.max;
   const Vec<T> e = exp_nonpositive(d);
-  Vec<T> grad = has.entropy ? multiply_or_zero(e, g.alpha + g.beta * d) : e * g.alpha;
-  grad = grad - g.uniform;
-  if (has.smooth) grad = grad - g.smooth * smooth;
-  if (has.probabilities) grad = grad - (q * (g.kept * w + g.nll) + g.shared * w) * Vec<T>(p.logit_scale);
+  Vec<T> grad = gradient_without_logit(p, has, g, e, q, w);
+  if (has.entropy) grad = grad + multiply_or_zero(e, g.beta * d);
   if (has.softcap) {
     const Vec<T> t = z / Vec<T>(p.softcap);
     grad = grad * (Vec<T>(1) - t * t);
@@ -392,210 +330,412 @@ inline Vec<T> probability_gradient(const GradientVectors<T>& g, const Vec<T>& z,
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
+// Where the exponentials of a batch of rows are kept between the two halves of a visit, and the maximum that each block
+// of them was taken with.
 template <typename T>
-LogSumExp<T> reduce_row(const CrossEntropy<T>& p, const Position& at, RowTerms& terms) {
-  Block<T> z_block, q_block;
-  LogSumExp<T> sums;
-  const bool direct = needs_no_copy(p);
-  for (int64_t c = 0, n; c < p.layout.classes; c += n) {
-    n = next_block<T>(p.layout.classes - c, direct);
-    const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block);
-    const int64_t padded = round_up(n, kLanes<T>);
-    if (p.stats)
-      add_block<true>(sums, z, padded, c);
-    else
-      add_block<false>(sums, z, padded, c);
-    if (!has_terms(p)) continue;
-    terms.move_to(sums.max);
-    add_row_terms(terms, p, at, z, n, c, q_block);
+class KeptRows {
+ public:
+  explicit KeptRows(const CrossEntropy<T>& p, int64_t rows)
+      : active_(p.forward && p.grad_logits && p.softcap == 0 && p.layout.classes <= kKeptElements),
+        in_gradient_(needs_no_copy(p)),
+        stride_(round_up(p.layout.classes, kLanes<T>)),
+        blocks_(p.layout.classes / kBlock<T> + 2) {
+    if (!active_) return;
+    shifts_.reset(new T[rows * blocks_]);
+    if (!in_gradient_) buffer_.reset(new T[rows * stride_]);
   }
-  return sums;
-}
+
+  bool active() const { return active_; }
+  bool in_gradient() const { return in_gradient_; }
+  T* shifts(int64_t r) const { return shifts_.get() + r * blocks_; }
+  // exp of class 0 of row r of the batch
+  T* row(const CrossEntropy<T>& p, const Position& at, int64_t r) const {
+    if (!active_) return nullptr;
+    return in_gradient_ ? static_cast<T*>(p.grad_logits) + at.offset[kGradLogits] : buffer_.get() + r * stride_;
+  }
+
+ private:
+  bool active_, in_gradient_;
+  int64_t stride_, blocks_;
+  std::unique_ptr<T[]> shifts_, buffer_;
+};
 
 template <typename T>
-void write_row_gradient(const CrossEntropy<T>& p, const Position& at, const RowGradient& row, int64_t y) {
-  constexpr int64_t L = kLanes<T>;
-  Block<T> z_block, q_block, out_block;
+void add_block_of_row(const CrossEntropy<T>& p, LogSumExp<T>& sums, const T* z, int64_t padded, int64_t excluded,
+                      T* kept, const Ahead& ahead) {
+  if (p.stats && kept)
+    add_block<true, true>(sums, z, padded, excluded, kept, ahead);
+  else if (p.stats)
+    add_block<true, false>(sums, z, padded, excluded, kept, ahead);
+  else if (kept)
+    add_block<false, true>(sums, z, padded, excluded, kept, ahead);
+  else
+    add_block<false, false>(sums, z, padded, excluded, kept, ahead);
+}
+
+// The sums over the classes of row r of the batch.
+template <typename T>
+void reduce_row(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, int64_t r, const KeptRows<T>& keep) {
+  Block<T> z_block, q_block;
+  LogSumExp<T> sums;
+  RowTerms terms;
   const bool direct = needs_no_copy(p);
-  const GradientVectors<T> g = broadcast<T>(row);
+  T* const kept = keep.row(p, at, r);
+  for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
+    n = next_block<T>(p.layout.classes - c, direct);
+    const int64_t padded = round_up(n, kLanes<T>), from = at.offset[kLogits] + c;
+    T* const buffer = kept && !direct ? kept + c : z_block.data;
+    const T* z = load_row_block(p, from, n, buffer);
+    const int64_t excluded = p.stats ? follow_max<true>(sums, z, padded, c) : follow_max<false>(sums, z, padded, c);
+    if (has_terms(p)) {
+      terms.move_to(sums.max);
+      add_row_terms(terms, p, at, z, n, c, q_block.data);
+    }
+    T* const out = !kept ? nullptr : z == buffer ? buffer : kept + c;
+    add_block_of_row(p, sums, z, padded, excluded, out, ahead_of<T>(p.logits, p.logits_type, from + n));
+    if (!kept) continue;
+    if (out == z_block.data) std::copy(out, out + n, kept + c);
+    keep.shifts(r)[block] = sums.max;
+  }
+  batch.sums.set(r, sums);
+  set_terms(batch, r, terms);
+}
+
+// [at, at + n) of an operand = value(i), vector by vector; whole vectors of T itself are written where they lie.
+template <typename T, typename Value>
+inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value& value) {
+  constexpr int64_t L = kLanes<T>;
+  if (is_own<T>(type)) {
+    T* out = static_cast<T*>(dst) + at;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) value(i).store(out + i);
+    if (i < n) value(i).store(out + i, n - i);
+    return;
+  }
+  Block<T> block;
+  for (int64_t i = 0; i < n; i += L) value(i).store(block.data + i);
+  store_run(block.data, n, dst, type, at);
+}
+
+// The gradient of row r from its kept exponentials.
+template <typename T>
+void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r,
+                              const KeptRows<T>& keep) {
+  Block<T> q_block;
+  const bool direct = needs_no_copy(p);
+  const GradientTerms has = gradient_terms(p);
+  const T* const kept = keep.row(p, at, r);
+  GradientVectors<T> g = broadcast(batch, r);
+  const double alpha = batch.alpha[r], max = batch.sums.max[r];
+  for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
+    n = next_block<T>(p.layout.classes - c, direct);
+    const double shift = keep.shifts(r)[block];
+    g.alpha = Vec<T>(static_cast<T>(shift == max ? alpha : alpha * std::exp(shift - max)));
+    const T* e = kept + c;
+    Block<T> tail;
+    if (keep.in_gradient() && n < kLanes<T>) {  // the gradient ends with the row
+      std::copy(e, e + n, tail.data);
+      e = tail.data;
+    }
+    const auto write = [&](const auto& value) {
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
+    };
+    if (!has.any) {
+      write([&](int64_t i) { return plain_gradient(g, Vec<T>::loadu(e + i)); });
+    } else if (!has.probabilities) {
+      write([&](int64_t i) {
+        return gradient_without_logit(p, has, g, Vec<T>::loadu(e + i), Vec<T>(0), load_weight(p, c + i));
+      });
+    } else {
+      load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
+      write([&](int64_t i) {
+        return gradient_without_logit(p, has, g, Vec<T>::loadu(e + i), Vec<T>::loadu(q_block.data + i),
+                                      load_weight(p, c + i));
+      });
+    }
+  }
+}
+
+// The gradients of row r from its logits.
+template <typename T>
+void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r) {
+  constexpr int64_t L = kLanes<T>;
+  Block<T> z_block, q_block;
+  const bool direct = needs_no_copy(p);
+  const GradientVectors<T> g = broadcast(batch, r);
   const GradientTerms has = gradient_terms(p);
   for (int64_t c = 0, n; c < p.layout.classes; c += n) {
     n = next_block<T>(p.layout.classes - c, direct);
-    const int64_t padded = round_up(n, L);
-    const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block);
+    const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block.data);
     if (p.has_probabilities) {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
-      for (int64_t i = n; i < padded; i++) q_block.data[i] = 0;
+      std::fill(q_block.data + n, q_block.data + round_up(n, L), T(0));
     }
-    if (p.grad_probabilities) {
-      for (int64_t i = 0; i < padded; i += L)
-        probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i)).store(out_block.data + i);
-      store_run(out_block.data, n, p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c);
-    }
+    if (p.grad_probabilities)
+      write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n, [&](int64_t i) {
+        return probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i));
+      });
     if (!p.grad_logits) continue;
-    T* out = direct && padded == n ? static_cast<T*>(p.grad_logits) + at.offset[kGradLogits] + c : out_block.data;
+    const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, at.offset[kLogits] + c + n);
+    const auto write = [&](const auto& value) {
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
+    };
     if (!has.any) {
-      for (int64_t i = 0; i < padded; i += L) plain_gradient(g, Vec<T>::loadu(z + i)).store(out + i);
+      write([&](int64_t i) {
+        ahead.fetch(i / L);
+        return plain_gradient(g, exp_nonpositive(Vec<T>::loadu(z + i) - g.max));
+      });
     } else {
-      const Vec<T> none(0);
-      for (int64_t i = 0; i < padded; i += L)
-        full_gradient(p, has, g, Vec<T>::loadu(z + i), p.has_probabilities ? Vec<T>::loadu(q_block.data + i) : none,
-                      load_weight(p, c + i), has.smooth ? Vec<T>::loadu(p.smooth + c + i) : none)
-            .store(out + i);
+      write([&](int64_t i) {
+        ahead.fetch(i / L);
+        const Vec<T> q = p.has_probabilities ? Vec<T>::loadu(q_block.data + i) : Vec<T>(0);
+        return full_gradient(p, has, g, Vec<T>::loadu(z + i), q, load_weight(p, c + i));
+      });
     }
-    if (out == out_block.data) store_run(out, n, p.grad_logits, p.logits_type, at.offset[kGradLogits] + c);
   }
-  if (p.grad_logits && y >= 0) store_value(row.at_target, p.grad_logits, p.logits_type, at.offset[kGradLogits] + y);
+}
+
+// The rows [first, first + rows) of the layout.
+template <typename T>
+double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const KeptRows<T>& keep) {
+  RowBatch<T> batch;
+  Position at[kBatchRows];
+  for (int64_t r = 0; r < rows; r++) {
+    at[r] = locate(p.layout, first + r);
+    add_row(p, batch, at[r].offset[kRow], at[r].offset[kLogits]);
+  }
+  const bool skips_ignored = ignored_has_no_gradient(p) && !p.stats;
+  const auto skipped = [&](int64_t r) { return skips_ignored && batch.live[r] == 0; };
+  double loss = 0;
+  close_batch(batch);
+  if (p.forward) {
+    for (int64_t r = 0; r < rows; r++) {
+      if (skipped(r)) {
+        LogSumExp<T> none;
+        none.max = 0;
+        batch.sums.set(r, none);
+        set_terms(batch, r, {});
+      } else {
+        reduce_row(p, at[r], batch, r, keep);
+      }
+    }
+    loss = finish_rows(p, batch);
+  } else {
+    load_state(p, batch);
+  }
+  if (!p.grad_logits && !p.grad_probabilities) return loss;
+  prepare_gradients(p, batch);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t out = at[r].offset[kGradLogits];
+    if (batch.live[r] == 0 && ignored_has_no_gradient(p)) {
+      std::memset(address(p.grad_logits, p.logits_type, out), 0, p.layout.classes * size_of(p.logits_type));
+      continue;
+    }
+    if (keep.active())
+      write_gradient_from_kept(p, at[r], batch, r, keep);
+    else
+      write_gradient_from_logits(p, at[r], batch, r);
+    if (p.grad_logits && batch.y[r] >= 0)
+      store_value(batch.at_target[r], p.grad_logits, p.logits_type, out + batch.y[r]);
+  }
+  return loss;
 }
 
 template <typename T>
-double visit_row(const CrossEntropy<T>& p, int64_t unit) {
-  const Position at = locate(p.layout, unit);
-  const int64_t row = at.offset[kRow];
-  const Target<T> target = load_target(p, row, at.offset[kLogits]);
-  const bool wants_gradient = p.grad_logits || p.grad_probabilities;
+double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
+  const int64_t batch = std::clamp<int64_t>(kBatchElements / std::max<int64_t>(p.layout.classes, 1), 1, kBatchRows);
+  const KeptRows<T> keep(p, batch);
   double loss = 0;
-  RowState state{};
-  if (!p.forward) {
-    state = load_state(p, row);
-  } else if (target.ignored && !p.stats) {
-    skip_row(p, row);
-  } else {
-    RowTerms terms;
-    const LogSumExp<T> sums = reduce_row(p, at, terms);
-    loss = finish_row(p, row, sums, terms, target);
-    state = {static_cast<double>(sums.max), sums.log_sum(), terms.b_sum, terms.q_sum};
-  }
-  if (!wants_gradient) return loss;
-  const RowGradient gradient = row_gradient(p, row, state, target);
-  if (gradient.zero)
-    std::memset(address(p.grad_logits, p.logits_type, at.offset[kGradLogits]), 0,
-                p.layout.classes * size_of(p.logits_type));
-  else
-    write_row_gradient(p, at, gradient, target.ignored ? -1 : target.y);
+  for (int64_t first = begin; first < end; first += batch)
+    loss += visit_rows(p, first, std::min(batch, end - first), keep);
   return loss;
 }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
 
-// The rows of one tile.
+// Buffers of a tile: logits or exponentials, of all classes where the exponentials are kept, else of a block of them.
 template <typename T>
-struct Tile {
-  LogSumExp<T> sums[kTile];
-  RowTerms terms[kTile];
-  Target<T> targets[kTile];
-  RowGradient gradients[kTile];
+class TileBuffers {
+ public:
+  explicit TileBuffers(const CrossEntropy<T>& p)
+      : keeps_(p.forward && p.grad_logits && p.softcap == 0 && p.layout.classes * kTile <= kKeptElements),
+        classes_(keeps_ ? p.layout.classes : std::min(kTileClasses<T>, p.layout.classes)),
+        z_(new T[classes_ * kTile]),
+        q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr) {}
+
+  bool keeps() const { return keeps_; }
+  int64_t classes() const { return classes_; }  // at a time
+  T* z() const { return z_.get(); }
+  T* q() const { return q_.get(); }
+
+ private:
+  bool keeps_;
+  int64_t classes_;
+  std::unique_ptr<T[]> z_, q_;
 };
 
 template <typename T>
 const T* load_probability_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
-                                Block<T>& block) {
+                                T* buffer) {
   if (!p.has_probabilities) return nullptr;
   load_tile_padded(p.probabilities, p.probabilities_type, p.layout, kProbabilities,
-                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows,
-                   block.data);
-  return block.data;
+                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows, buffer);
+  return buffer;
+}
+
+// What the vector of rows r of the next tile needs, from class `first` on.
+template <typename T>
+Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t r) {
+  const int64_t bytes = size_of(p.logits_type), class_stride = p.layout.class_stride[kLogits];
+  const int64_t inner_stride = p.layout.inner_stride[kLogits];
+  const int64_t next = at.offset[kLogits] + first * class_stride + (kTile + r) * inner_stride;
+  const int64_t step = inner_stride == 1 ? class_stride : kLanes<T>;  // else rows of few adjacent classes
+  return {static_cast<const char*>(p.logits) + next * bytes, step * bytes};
 }
 
 template <typename T>
-void reduce_tile(const CrossEntropy<T>& p, const Position& at, Tile<T>& tile) {
+void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
-  Block<T> z_block, q_block;
-  for (int64_t c = 0; c < p.layout.classes; c += kTileClasses<T>) {
-    const int64_t n = std::min(kTileClasses<T>, p.layout.classes - c);
-    const TileView<T> z = load_tile_block(p, at, c, n, z_block);
-    const T* q = load_probability_block(p, at, c, n, q_block);
+  RowTerms terms[kTile];
+  for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
+    const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
+    const TileView<T> z = load_tile_block(p, at, c, n, buffers.z());
+    const T* q = load_probability_block(p, at, c, n, buffers.q());
     for (int64_t r = 0; r < at.rows; r += L) {
-      if (p.stats)
-        add_column_vector<true>(tile.sums + r, z.data + r, z.stride, n, c);
+      const T* zr = z.data + r;
+      const Ahead ahead = ahead_of_tile(p, at, c, r);
+      if (has_terms(p)) {  // before the exponentials take the place of the logits
+        const Vec<T> so_far = c == 0 ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(batch.sums.max + r);
+        alignas(64) T max[L];
+        Vec<T> none(-1);
+        max_of_columns<false>(zr, z.stride, n, so_far, none).store(max);
+        for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
+        add_column_terms(terms + r, p, TileView<T>{zr, z.stride}, q ? q + r : nullptr, n, c);
+      }
+      T* kept = buffers.z() + r;
+      if (p.stats && buffers.keeps())
+        add_columns<true, true>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+      else if (p.stats)
+        add_columns<true, false>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+      else if (buffers.keeps())
+        add_columns<false, true>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
       else
-        add_column_vector<false>(tile.sums + r, z.data + r, z.stride, n, c);
-      if (!has_terms(p)) continue;
-      for (int64_t i = r; i < r + L; i++) tile.terms[i].move_to(tile.sums[i].max);
-      add_column_terms(tile.terms + r, p, TileView<T>{z.data + r, z.stride}, q ? q + r : nullptr, n, c);
+        add_columns<false, false>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
     }
   }
+  for (int64_t r = 0; r < at.rows; r++) set_terms(batch, r, terms[r]);
+}
+
+// A gradient of the classes [first, first + classes) of a tile, in `values` [classes, kTile] or written by the vector.
+template <typename T, typename Value>
+void write_tile(void* dst, DType type, const Layout& layout, int operand, const Position& at, int64_t first,
+                int64_t classes, T* buffer, const Value& value) {
+  constexpr int64_t L = kLanes<T>;
+  const int64_t class_stride = layout.class_stride[operand], inner_stride = layout.inner_stride[operand];
+  const int64_t offset = at.offset[operand] + first * class_stride;
+  const bool direct = is_own<T>(type) && inner_stride == 1;
+  T* const out = direct ? static_cast<T*>(dst) + offset : buffer;
+  const int64_t stride = direct ? class_stride : kTile;
+  for (int64_t r = 0; r < at.rows; r += L) {
+    const auto value_of_class = value(r);
+    const int64_t count = std::min(L, at.rows - r);
+    for (int64_t i = 0; i < classes; i++) {
+      if (count == L || !direct)
+        value_of_class(i).store(out + i * stride + r);
+      else
+        value_of_class(i).store(out + i * stride + r, count);
+    }
+  }
+  if (!direct) store_tile(buffer, dst, type, offset, class_stride, inner_stride, classes, at.rows);
 }
 
 template <typename T>
-void write_tile_gradient(const CrossEntropy<T>& p, const Position& at, const Tile<T>& tile) {
-  constexpr int64_t L = kLanes<T>;
-  Block<T> z_block, q_block, out_block;
+void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch,
+                          const TileBuffers<T>& buffers) {
   const GradientTerms has = gradient_terms(p);
   const Layout& layout = p.layout;
   const Vec<T> none(0);
-  for (int64_t c = 0; c < layout.classes; c += kTileClasses<T>) {
-    const int64_t n = std::min(kTileClasses<T>, layout.classes - c);
-    const TileView<T> z = load_tile_block(p, at, c, n, z_block);
-    const T* q = load_probability_block(p, at, c, n, q_block);
-    const auto each_vector = [&](const auto& value) {  // value(coefficients, z, q, class) for the whole block
-      for (int64_t r = 0; r < at.rows; r += L) {
-        const GradientVectors<T> g = gather<T>(tile.gradients + r);
-        for (int64_t i = 0; i < n; i++) {
-          const Vec<T> v =
-              value(g, Vec<T>::loadu(z.data + i * z.stride + r), q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
-          Vec<T>::blendv(v, none, g.zero != none).store(out_block.data + i * kTile + r);
-        }
-      }
-    };
-    const auto weight_of = [&](int64_t i) { return Vec<T>(p.weight ? p.weight[i] : T(1)); };
-    if (p.grad_probabilities) {
-      each_vector([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t i) {
-        return probability_gradient(g, x, weight_of(i));
-      });
-      store_tile(out_block.data, p.grad_probabilities, p.probabilities_type,
-                 at.offset[kGradProbabilities] + c * layout.class_stride[kGradProbabilities],
-                 layout.class_stride[kGradProbabilities], layout.inner_stride[kGradProbabilities], n, at.rows);
-    }
+  const bool masks = batch.any_ignored && ignored_has_no_gradient(p);
+  std::unique_ptr<T[]> probability_buffer(p.grad_probabilities ? new T[buffers.classes() * kTile] : nullptr);
+  const auto weight_of = [&](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
+  for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
+    const int64_t n = std::min(buffers.classes(), layout.classes - c);
+    const TileView<T> z =
+        buffers.keeps() ? TileView<T>{buffers.z(), kTile} : load_tile_block(p, at, c, n, buffers.z());
+    const T* q = buffers.keeps() ? buffers.q() : load_probability_block(p, at, c, n, buffers.q());
+    if (p.grad_probabilities)
+      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n,
+                 probability_buffer.get(), [&](int64_t r) {
+                   return [&, r, g = load_rows(batch, r)](int64_t i) {
+                     return probability_gradient(g, Vec<T>::loadu(z.data + i * z.stride + r), weight_of(c + i));
+                   };
+                 });
     if (!p.grad_logits) continue;
-    if (!has.any)
-      each_vector(
-          [&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) { return plain_gradient(g, x); });
-    else
-      each_vector([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i) {
-        return full_gradient(p, has, g, x, y, weight_of(i), has.smooth ? Vec<T>(p.smooth[i]) : none);
+    const auto write = [&](const auto& value) {
+      write_tile(p.grad_logits, p.logits_type, layout, kGradLogits, at, c, n, buffers.z(), [&](int64_t r) {
+        alignas(64) T live[kLanes<T>];
+        for (int64_t i = 0; i < kLanes<T>; i++) live[i] = masks && batch.live[r + i] == 0 ? T(0) : T(1);
+        return [&, r, g = load_rows(batch, r), dead = Vec<T>::loadu(live) == none](int64_t i) {
+          const Vec<T> x = Vec<T>::loadu(z.data + i * z.stride + r);
+          const Vec<T> v = value(g, x, q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
+          return masks ? Vec<T>::blendv(v, none, dead) : v;
+        };
       });
-    store_tile(out_block.data, p.grad_logits, p.logits_type,
-               at.offset[kGradLogits] + c * layout.class_stride[kGradLogits], layout.class_stride[kGradLogits],
-               layout.inner_stride[kGradLogits], n, at.rows);
+    };
+    if (!has.any && buffers.keeps())
+      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>&, int64_t) { return plain_gradient(g, e); });
+    else if (!has.any)
+      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) {
+        return plain_gradient(g, exp_nonpositive(x - g.max));
+      });
+    else if (buffers.keeps())
+      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>& y, int64_t i) {
+        return gradient_without_logit(p, has, g, e, y, weight_of(i));
+      });
+    else
+      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i) {
+        return full_gradient(p, has, g, x, y, weight_of(i));
+      });
   }
-  if (!p.grad_logits || p.has_probabilities) return;
+  if (!p.grad_logits) return;
   for (int64_t r = 0; r < at.rows; r++)
-    if (!tile.targets[r].ignored)
-      store_value(tile.gradients[r].at_target, p.grad_logits, p.logits_type,
-                  at.offset[kGradLogits] + tile.targets[r].y * layout.class_stride[kGradLogits] +
+    if (batch.y[r] >= 0)
+      store_value(batch.at_target[r], p.grad_logits, p.logits_type,
+                  at.offset[kGradLogits] + batch.y[r] * layout.class_stride[kGradLogits] +
                       r * layout.inner_stride[kGradLogits]);
 }
 
 template <typename T>
-double visit_tile(const CrossEntropy<T>& p, int64_t unit) {
+double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& buffers) {
   const Position at = locate(p.layout, unit);
-  const auto row_of = [&](int64_t r) { return at.offset[kRow] + r * p.layout.inner_stride[kRow]; };
-  Tile<T> tile;
+  RowBatch<T> batch;
   for (int64_t r = 0; r < at.rows; r++)
-    tile.targets[r] = load_target(p, row_of(r), at.offset[kLogits] + r * p.layout.inner_stride[kLogits]);
+    add_row(p, batch, at.offset[kRow] + r * p.layout.inner_stride[kRow],
+            at.offset[kLogits] + r * p.layout.inner_stride[kLogits]);
   double loss = 0;
-  if (p.forward) {
-    reduce_tile(p, at, tile);
-    for (int64_t r = 0; r < at.rows; r++)
-      loss += finish_row(p, row_of(r), tile.sums[r], tile.terms[r], tile.targets[r]);
-  }
+  if (p.forward)
+    reduce_tile(p, at, batch, buffers);
+  else
+    load_state(p, batch);
+  close_batch(batch);
+  if (p.forward) loss = finish_rows(p, batch);
   if (!p.grad_logits && !p.grad_probabilities) return loss;
-  for (int64_t r = 0; r < at.rows; r++) {
-    const RowState state = p.forward ? RowState{static_cast<double>(tile.sums[r].max), tile.sums[r].log_sum(),
-                                                tile.terms[r].b_sum, tile.terms[r].q_sum}
-                                     : load_state(p, row_of(r));
-    tile.gradients[r] = row_gradient(p, row_of(r), state, tile.targets[r]);
-  }
-  write_tile_gradient(p, at, tile);
+  prepare_gradients(p, batch);
+  write_tile_gradients(p, at, batch, buffers);
+  return loss;
+}
+
+template <typename T>
+double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
+  const TileBuffers<T> buffers(p);
+  double loss = 0;
+  for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, buffers);
   return loss;
 }
 
 template <typename T>
 double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
-  double loss = 0;
-  for (int64_t unit = begin; unit < end; unit++) loss += p.layout.rows ? visit_row(p, unit) : visit_tile(p, unit);
-  return loss;
+  return p.layout.rows ? visit_all_rows(p, begin, end) : visit_all_tiles(p, begin, end);
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ struct RowValues {
   double scale;
 };
 
-// Readable values behind the last class of `weight` and `smooth`, so that whole vectors can be loaded.
+// Readable values behind the last class of `weight`, so that whole vectors can be loaded.
 constexpr int64_t kWeightPadding = 64;
 
 enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilities };
@@ -28,7 +28,7 @@ enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilit
 //              the row is visited again while it is in cache, and its gradient written
 //   backward   reads the logits and the state, writes the gradients
 //
-// The state of a row is (max, log_sum), log-sum-exp being their sum. Kept apart they are exact where their sum
+// The state of a row is (max, rest) with sum_c exp(z_c) = exp(max) (1 + rest): log-sum-exp is max + log1p(rest), which
 // would round at the magnitude of the maximum. With probabilities two more: sum of b, sum of q.
 template <typename T>
 struct CrossEntropy {
@@ -47,7 +47,6 @@ struct CrossEntropy {
   void* grad_probabilities;  // null: not wanted. Of probabilities_type.
 
   const T* weight;  // [classes], null: ones
-  const T* smooth;  // [classes]: label_smoothing / classes * weight; null without smoothing or weight
   T weight_sum;     // sum of weight, `classes` without
   int64_t ignore_index;
   T label_smoothing;

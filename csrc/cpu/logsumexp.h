@@ -3,34 +3,34 @@
 //   sum_c exp(z_c) = exp(max) (1 + rest),  rest = sum over all classes but one of largest logit of exp(z_c - max)
 //
 // (max, rest) merges like any such pair; with the 1 kept out of the sum, log1p(rest) keeps its full relative
-// precision when one class has nearly all the probability. Blocks are summed in T in whole vectors and merged in double.
+// precision when one class has nearly all the probability, and so does p - 1 = -rest / (1 + rest) of that class. Blocks
+// are summed in T in whole vectors and merged in double. The exponentials can be kept on the way.
 // Included only by units compiled per instruction set.
 #pragma once
 
-#include "vector.h"
+#include "tiles.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
 template <typename T>
 struct LogSumExp {
   T max = -kInfinity<T>;
-  double rest = 0;
+  double rest = 0;      // NaN if any logit so far was
   double weighted = 0;  // sum of exp(z_c - max) (z_c - max), where it is asked for
-  int64_t argmax = 0;   // first class of largest logit; of the first NaN if there is one
+  int64_t argmax = 0;   // first class of largest logit; where `weighted` is asked for, of the first NaN if there is one
 
   // A row without a finite maximum has no distribution: NaN, as in torch.
-  bool finite() const { return max > -kInfinity<T> && max < kInfinity<T>; }
-  double log_sum() const { return finite() ? std::log1p(rest) : std::numeric_limits<double>::quiet_NaN(); }
-  double sum() const { return finite() ? 1 + rest : std::numeric_limits<double>::quiet_NaN(); }
-  // mean of z - max under the distribution
-  double mean_shifted() const { return weighted / sum(); }
+  double rest_or_nan() const { return max > -kInfinity<T> && max < kInfinity<T> ? rest : kNaN; }
 
   // Rescales the sums to a larger maximum; the old maximum's own exponential joins `rest`.
   void raise(T larger) {
     if (max == -kInfinity<T>) {
-      rest = weighted = 0;
+      rest = std::isnan(rest) ? rest : 0;
+      weighted = 0;
     } else {
       const double step = static_cast<double>(max) - larger;
       const double scale = std::exp(step);
@@ -41,45 +41,88 @@ struct LogSumExp {
   }
 };
 
+// The same of up to kTile rows.
+template <typename T>
+struct RowSums {
+  alignas(64) T max[kTile];
+  alignas(64) double rest[kTile];
+  alignas(64) double weighted[kTile];
+  int64_t argmax[kTile];
+
+  LogSumExp<T> get(int64_t r) const { return {max[r], rest[r], weighted[r], argmax[r]}; }
+  void set(int64_t r, const LogSumExp<T>& row) {
+    max[r] = row.max;
+    rest[r] = row.rest;
+    weighted[r] = row.weighted;
+    argmax[r] = row.argmax;
+  }
+};
+
 // ---- rows: lanes along the classes; blocks padded with -inf to whole vectors ---------------------------------
 
-template <typename T>
+// The maximum of a run; with NanWins NaN if there is one, else NaN are passed over.
+template <bool NanWins, typename T>
 inline T max_of_run(const T* z, int64_t padded) {
   constexpr int64_t L = kLanes<T>;
+  const auto greater = [](const Vec<T>& best, const Vec<T>& x) {
+    if constexpr (NanWins) return at::vec::maximum(best, x);
+    return larger(best, x);
+  };
   Vec<T> best[4] = {Vec<T>(-kInfinity<T>), Vec<T>(-kInfinity<T>), Vec<T>(-kInfinity<T>), Vec<T>(-kInfinity<T>)};
   int64_t i = 0;
   for (; i + 4 * L <= padded; i += 4 * L)
-    for (int k = 0; k < 4; k++) best[k] = at::vec::maximum(best[k], Vec<T>::loadu(z + i + k * L));
-  for (; i < padded; i += L) best[0] = at::vec::maximum(best[0], Vec<T>::loadu(z + i));
-  return max_lanes(at::vec::maximum(at::vec::maximum(best[0], best[1]), at::vec::maximum(best[2], best[3])));
+    for (int k = 0; k < 4; k++) best[k] = greater(best[k], Vec<T>::loadu(z + i + k * L));
+  for (; i < padded; i += L) best[0] = greater(best[0], Vec<T>::loadu(z + i));
+  return max_lanes(greater(greater(best[0], best[1]), greater(best[2], best[3])));
 }
 
-// The first class that equals `value` or is NaN; there is one.
-template <typename T>
-inline int64_t first_of_run(const T* z, int64_t padded, T value) {
+// The first class for whose vectors `wanted` has a lane set; -1 if there is none.
+template <typename T, typename Wanted>
+inline int64_t first_of_run(const T* z, int64_t padded, const Wanted& wanted) {
   constexpr int64_t L = kLanes<T>;
   constexpr int kNoLane = (1 << L) - 1;
-  const Vec<T> wanted(value);
   for (int64_t i = 0; i < padded; i += L) {
-    const Vec<T> x = Vec<T>::loadu(z + i);
-    const int missed = ((x == wanted) | (x != x)).zero_mask();
+    const int missed = wanted(Vec<T>::loadu(z + i)).zero_mask();
     if (missed != kNoLane) return i + __builtin_ctz(~missed);
   }
-  return 0;
+  return -1;
 }
 
-// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`.
+// Brings row.max up to the classes [first, first + padded) of a row. Where they raise it, the position in z of a maximal
+// class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first NaN.
 template <bool Weighted, typename T>
-inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded) {
+inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t first) {
+  const auto is_nan = [](const Vec<T>& x) { return x != x; };
+  if (std::isnan(row.max)) return -1;
+  const T block_max = max_of_run<Weighted>(z, padded);
+  if (block_max == -kInfinity<T>) {
+    if (row.max == block_max && first_of_run(z, padded, is_nan) >= 0) row.rest = kNaN;
+    return -1;
+  }
+  if (block_max <= row.max) return -1;
+  const int64_t k = std::isnan(block_max)
+                        ? first_of_run(z, padded, is_nan)
+                        : first_of_run(z, padded, [&](const Vec<T>& x) { return x == Vec<T>(block_max); });
+  row.raise(block_max);
+  row.argmax = first + k;
+  return k;
+}
+
+// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`; with `Keep`
+// writes the exponentials to `kept`, which may be z.
+template <bool Weighted, bool Keep, typename T>
+inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* kept, const Ahead& ahead) {
   constexpr int64_t L = kLanes<T>;
   const Vec<T> max(row.max);
   Vec<T> sum[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
   Vec<T> weighted[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
   const auto add = [&](int k, int64_t i) {
+    ahead.fetch(i / L);
     const Vec<T> d = Vec<T>::loadu(z + i) - max;
     const Vec<T> e = exp_nonpositive(d);
     sum[k] = sum[k] + e;
     if constexpr (Weighted) weighted[k] = weighted[k] + multiply_or_zero(e, d);
+    if constexpr (Keep) e.store(kept + i);
   };
   int64_t i = 0;
   for (; i + 4 * L <= padded; i += 4 * L)
@@ -89,78 +132,113 @@ inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded) {
   if constexpr (Weighted) row.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
 }
 
-// Merges classes [first, first + padded) of a row.
-template <bool Weighted, typename T>
-inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t first) {
+// Adds the exponentials of a block to the sums, without that of class `excluded` if not -1 (follow_max).
+template <bool Weighted, bool Keep, typename T>
+inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t excluded, T* kept, const Ahead& ahead) {
   constexpr int64_t L = kLanes<T>;
-  if (std::isnan(row.max)) return;
-  const T block_max = max_of_run(z, padded);
-  if (block_max == -kInfinity<T>) return;
-  if (block_max <= row.max) {
-    add_run<Weighted>(row, z, padded);
+  if (row.max == -kInfinity<T>) {
+    if constexpr (Keep) std::fill(kept, kept + padded, T(0));
     return;
   }
-  const int64_t k = first_of_run(z, padded, block_max);
-  row.raise(block_max);
-  row.argmax = first + k;
-  // Around the vector of the maximum, whose own exponential is the 1 outside `rest`.
-  const int64_t v = k / L * L;
-  alignas(64) T others[kLanes<T>];
+  if (excluded < 0) {
+    add_run<Weighted, Keep>(row, z, padded, kept, ahead);
+    return;
+  }
+  const int64_t v = excluded / L * L, next = v + L;
+  alignas(64) T others[L];
   std::memcpy(others, z + v, sizeof(others));
-  others[k - v] = -kInfinity<T>;
-  add_run<Weighted>(row, z, v);
-  add_run<Weighted>(row, others, L);
-  add_run<Weighted>(row, z + v + L, padded - v - L);
+  others[excluded - v] = -kInfinity<T>;
+  add_run<Weighted, Keep>(row, z, v, kept, ahead);
+  add_run<Weighted, Keep>(row, others, L, Keep ? kept + v : kept, ahead);
+  if constexpr (Keep) kept[excluded] = 1;
+  add_run<Weighted, Keep>(row, z + next, padded - next, Keep ? kept + next : kept,
+                          Ahead{ahead.at + next / L * ahead.step, ahead.step});
 }
 
 // ---- columns: a tile [classes, stride] with one row per lane ---------------------------------------------------
 
-// One vector of rows, rows[0, lanes): merges `classes` classes, each at z + c * stride.
+// The maximum of a vector of rows over `classes` classes and the maximum so far. With Weighted NaN wins, and the class
+// where it was first reached goes to `where` (-1: none raised it).
 template <bool Weighted, typename T>
-inline void add_column_vector(LogSumExp<T>* rows, const T* z, int64_t stride, int64_t classes, int64_t first) {
-  constexpr int64_t L = kLanes<T>;
-  alignas(64) T old_max[L], new_max[L], sum[L], weighted[L], ties[L], where[L];
-  for (int64_t r = 0; r < L; r++) old_max[r] = rows[r].max;
-  const Vec<T> previous = Vec<T>::loadu(old_max);
-  const Vec<T> infinity(kInfinity<T>), zero(0), one(1);
-
-  Vec<T> max = previous, at(-1);
+inline Vec<T> max_of_columns(const T* z, int64_t stride, int64_t classes, const Vec<T>& previous, Vec<T>& where) {
+  Vec<T> max = previous;
   for (int64_t c = 0; c < classes; c++) {
     const Vec<T> x = Vec<T>::loadu(z + c * stride);
-    if constexpr (Weighted) {  // the statistics want the class too: x > max, or x NaN and max not yet
+    if constexpr (Weighted) {  // x > max, or x NaN and max not yet
       const Vec<T> later = (x > max) | ((x != x) & (max == max));
-      at = Vec<T>::blendv(at, Vec<T>(static_cast<T>(c)), later);
+      where = Vec<T>::blendv(where, Vec<T>(static_cast<T>(c)), later);
+      max = at::vec::maximum(max, x);
+    } else {
+      max = larger(max, x);
     }
-    max = at::vec::maximum(max, x);
   }
-  const Vec<T> shift = Vec<T>::blendv(max, zero, max == zero - infinity);  // a row of -inf so far: exp(-inf) = 0
-  Vec<T> s(0), w(0), n(0);
-  for (int64_t c = 0; c < classes; c++) {
-    const Vec<T> x = Vec<T>::loadu(z + c * stride);
-    const Vec<T> d = x - shift;
-    const Vec<T> tie = x == max;
-    const Vec<T> e = exp_nonpositive(d);
-    s = s + Vec<T>::blendv(e, zero, tie);
-    n = n + Vec<T>::blendv(zero, one, tie);
-    if constexpr (Weighted) w = w + multiply_or_zero(e, d);
+  return max;
+}
+
+// Classes that are summed in T before they join the sum in double.
+constexpr int64_t kSummedClasses = 32;
+
+// Merges into row r the sums of a block, whose `maximal` classes that reach the new maximum are not in `rest`.
+template <typename T>
+inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double maximal, double weighted) {
+  LogSumExp<T> row = sums.get(r);
+  if (!(max == row.max)) {
+    row.raise(max);
+    maximal -= 1;
   }
-  max.store(new_max);
-  s.store(sum);
-  w.store(weighted);
-  n.store(ties);
-  at.store(where);
-  for (int64_t r = 0; r < L; r++) {
-    LogSumExp<T>& row = rows[r];
-    double count = ties[r];
-    if (!(new_max[r] == old_max[r])) {
-      row.raise(new_max[r]);
-      count -= 1;
+  if (max == -kInfinity<T>) maximal = weighted = 0;
+  row.rest += rest + maximal;
+  row.weighted += weighted;
+  sums.set(r, row);
+}
+
+// One vector of rows, sums' [r, r + lanes): merges the classes [first, first + classes), each at z + (c - first) * stride.
+// With Keep the exponentials go to kept + c * kTile; then all classes of the rows must come in one call.
+template <bool Weighted, bool Keep, typename T>
+inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride, int64_t classes, int64_t first,
+                        T* kept, const Ahead& ahead) {
+  constexpr int64_t L = kLanes<T>;
+  const bool begins = first == 0;
+  Vec<T> where(-1);
+  const Vec<T> previous = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r);
+  const Vec<T> max = max_of_columns<Weighted>(z, stride, classes, previous, where);
+  alignas(64) T sum[L], ties[L], weighted[L];
+  alignas(64) double rest[L] = {}, maximal[L] = {}, weighted_sum[L] = {};
+  for (int64_t begin = 0; begin < classes; begin += kSummedClasses) {
+    Vec<T> s(0), w(0), n(0);
+    for (int64_t c = begin; c < std::min(classes, begin + kSummedClasses); c++) {
+      ahead.fetch(c);
+      const Vec<T> x = Vec<T>::loadu(z + c * stride);
+      const Vec<T> d = x - max;
+      const Vec<T> e = exp_nonpositive(d);
+      add_apart(s, n, e, x, max);
+      if constexpr (Weighted) w = w + multiply_or_zero(e, d);
+      if constexpr (Keep) e.store(kept + c * kTile);
     }
-    row.rest += sum[r] + count;
-    if constexpr (Weighted) {
-      row.weighted += weighted[r];
-      if (where[r] >= 0) row.argmax = first + static_cast<int64_t>(where[r]);
+    s.store(sum);
+    n.store(ties);
+    if constexpr (Weighted) w.store(weighted);
+    for (int64_t i = 0; i < L; i++) {
+      rest[i] += sum[i];
+      maximal[i] += ties[i];
+      if constexpr (Weighted) weighted_sum[i] += weighted[i];
     }
+  }
+  if (begins) {
+    max.store(sums.max + r);
+    for (int64_t i = 0; i < L; i++) sums.rest[r + i] = rest[i] + (maximal[i] - 1);
+    if constexpr (Weighted) std::copy(weighted_sum, weighted_sum + L, sums.weighted + r);
+    if constexpr (Weighted) std::fill(sums.argmax + r, sums.argmax + r + L, int64_t{0});
+  } else {
+    alignas(64) T new_max[L];
+    max.store(new_max);
+    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i], weighted_sum[i]);
+  }
+  if constexpr (Weighted) {
+    alignas(64) T classes_where[L];
+    where.store(classes_where);
+    for (int64_t i = 0; i < L; i++)
+      if (classes_where[i] >= 0) sums.argmax[r + i] = first + static_cast<int64_t>(classes_where[i]);
   }
 }
 

@@ -60,6 +60,7 @@ void write_run(void* dst, DType type, int64_t at, int64_t n, Block<T>& block, co
   if (!direct) store_run(out, n, dst, type, at);
 }
 
+// The exponentials are kept in the output where it is of type T, until their sum is known.
 template <typename T>
 void softmax_row(const Softmax<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
@@ -71,9 +72,14 @@ void softmax_row(const Softmax<T>& p, const Position& at) {
     }
   };
   LogSumExp<T> sums;
-  each_block([&](const T* z, int64_t n, int64_t c) { add_block<false>(sums, z, round_up(n, L), c); });
-  const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(sums.log_sum())),
-                         Vec<T>(static_cast<T>(1 / sums.sum()))};
+  each_block([&](const T* z, int64_t n, int64_t c) {
+    const int64_t padded = round_up(n, L), excluded = follow_max<false>(sums, z, padded, c);
+    const Ahead ahead = ahead_of<T>(p.input, p.input_type, at.offset[kSoftmaxInput] + c + n);
+    add_block<false, false>(sums, z, padded, excluded, static_cast<T*>(nullptr), ahead);
+  });
+  const double rest = sums.rest_or_nan();
+  const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(std::log1p(rest))),
+                         Vec<T>(static_cast<T>(1 / (1 + rest)))};
   each_block([&](const T* z, int64_t n, int64_t c) {
     write_run(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, out_block,
               [&](int64_t i) { return normalise(p.log, by, Vec<T>::loadu(z + i)); });
@@ -135,21 +141,22 @@ template <typename T>
 void softmax_tile(const Softmax<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
   Block<T> block{};
-  LogSumExp<T> sums[kTile];
+  RowSums<T> sums;
   each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
     load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, block);
-    for (int64_t r = 0; r < at.rows; r += L) add_column_vector<false>(sums + r, block.data + r, kTile, n, c);
+    for (int64_t r = 0; r < at.rows; r += L)
+      add_columns<false, false>(sums, r, block.data + r, kTile, n, c, static_cast<T*>(nullptr), Ahead());
   });
-  alignas(64) T max[kTile], log_sum[kTile], inverse_sum[kTile];
-  for (int64_t r = 0; r < kTile; r++) {
-    max[r] = sums[r].max;
-    log_sum[r] = static_cast<T>(sums[r].log_sum());
-    inverse_sum[r] = static_cast<T>(1 / sums[r].sum());
+  alignas(64) T log_sum[kTile], inverse_sum[kTile];
+  for (int64_t r = 0; r < at.rows; r++) {
+    const double rest = sums.get(r).rest_or_nan();
+    log_sum[r] = static_cast<T>(p.log ? std::log1p(rest) : 0);
+    inverse_sum[r] = static_cast<T>(1 / (1 + rest));
   }
   each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
     load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, block);
     for (int64_t r = 0; r < at.rows; r += L) {
-      const Normaliser<T> by{Vec<T>::loadu(max + r), Vec<T>::loadu(log_sum + r), Vec<T>::loadu(inverse_sum + r)};
+      const Normaliser<T> by{Vec<T>::loadu(sums.max + r), Vec<T>::loadu(log_sum + r), Vec<T>::loadu(inverse_sum + r)};
       for (int64_t i = 0; i < n; i++) {
         T* z = block.data + i * kTile + r;
         normalise(p.log, by, Vec<T>::loadu(z)).store(z);

@@ -1,4 +1,4 @@
-// Vectors, their exponential, and the movement of blocks between memory of any dtype and L1 buffers of the
+// Vectors, their exponential, and the movement of runs between memory of any dtype and L1 buffers of the
 // arithmetic's type T. Included only by the units that are compiled once per instruction set; everything in it is
 // internal to the unit, so that no code built for one set can be linked into another.
 #pragma once
@@ -10,6 +10,10 @@
 #include <limits>
 
 #include "layout.h"
+
+#ifdef CPU_CAPABILITY_AVX512
+#include <immintrin.h>
+#endif
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -24,8 +28,8 @@ constexpr int64_t kLanes = Vec<T>::size();
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// An L1-resident buffer of a block: 16 KiB, whole vectors, aligned.
-constexpr int64_t kBlockBytes = 16384;
+// An L1-resident buffer of a block: 8 KiB, whole vectors, aligned. Two blocks and what is fetched ahead fit into L1.
+constexpr int64_t kBlockBytes = 8192;
 template <typename T>
 constexpr int64_t kBlock = kBlockBytes / sizeof(T);
 template <typename T>
@@ -43,49 +47,64 @@ inline int64_t next_block(int64_t remaining, bool direct) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// exp(x) for x <= 0 within 1.01 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest
-// normal number. x = n ln 2 + r with |r| <= ln 2 / 2 in two steps (Cody and Waite), exp(r) = 1 + r + r^2 P(r) with the
-// minimax polynomial of degree 4 (relative error 3e-9). Float only: double takes Sleef's, within 1 ULP too.
-constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
+// What is to be read soon: the line at `at` is fetched with the first vector of a loop, the one `step` bytes further with
+// the next. An address beyond the tensor does no harm. Without this the memory would rest while a block is computed.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0;
 
-inline Vec<float> exp_of_reduced(const Vec<float>& x, const Vec<float>& n) {
+  void fetch(int64_t vector) const { __builtin_prefetch(at + vector * step); }
+};
+
+// exp(x) for x <= 0 within 1.1 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest normal
+// number. Float only: double takes Sleef's, within 1 ULP too.
+constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite
+
+#ifdef CPU_CAPABILITY_AVX512
+// x = m ln 2 + r with m a multiple of 1/16 and |r| <= ln 2 / 32: exp(x) = 2^floor(m) 2^(j/16) exp(r), j the low bits of 16 m.
+// The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), minimax with relative error 3e-9.
+inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   using at::vec::fmadd;
-  Vec<float> r = fmadd(n, Vec<float>(-0.693359375f), x);
-  r = fmadd(n, Vec<float>(2.12194440e-4f), r);
+  const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
+                                       1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
+                                       1.75625216f, 1.83400809f, 1.91520656f);
+  const Vec<float> round_to_sixteenth(786432.f);  // 1.5 * 2^19: the sum's lowest mantissa bit is worth 1/16
+  const Vec<float> shifted = fmadd(x, Vec<float>(kLog2E), round_to_sixteenth);
+  const Vec<float> m = shifted - round_to_sixteenth;
+  const Vec<float> r = fmadd(m, Vec<float>(-kLn2Low), fmadd(m, Vec<float>(-kLn2High), x));
+  const Vec<float> power = _mm512_permutexvar_ps(_mm512_castps_si512(shifted), powers);
+  const Vec<float> slope = fmadd(fmadd(r, Vec<float>(1.6666667e-1f), Vec<float>(5.0001466e-1f)), r, Vec<float>(1.f));
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallestExponent), _CMP_NLT_UQ);  // or NaN
+  return _mm512_maskz_scalef_ps(normal, fmadd(power * r, slope, power), m);
+}
+#else
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative error
+// 3e-9).
+inline Vec<float> exp_nonpositive(const Vec<float>& x) {
+  using at::vec::fmadd;
+  const Vec<float> round_to_integer(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
+  const Vec<float> shifted = fmadd(x, Vec<float>(kLog2E), round_to_integer);
+  const Vec<float> n = shifted - round_to_integer;
+  const Vec<float> r = fmadd(n, Vec<float>(-kLn2Low), fmadd(n, Vec<float>(-kLn2High), x));
   Vec<float> p(1.381459865e-3f);
   p = fmadd(p, r, Vec<float>(8.36871688e-3f));
   p = fmadd(p, r, Vec<float>(4.166838805e-2f));
   p = fmadd(p, r, Vec<float>(1.666652063e-1f));
   p = fmadd(p, r, Vec<float>(4.999999345e-1f));
-  return fmadd(p, r * r, r) + Vec<float>(1.f);
-}
-
-#ifdef CPU_CAPABILITY_AVX512
-inline Vec<float> exp_nonpositive(const Vec<float>& x) {
-  const __m512 n = _mm512_roundscale_ps(x * Vec<float>(kLog2E), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kSmallestExponent), _CMP_NLT_UQ);  // or NaN
-  return _mm512_maskz_scalef_ps(normal, exp_of_reduced(x, n), n);
-}
-#else
-inline Vec<float> exp_nonpositive(const Vec<float>& x) {
-  const Vec<float> round_to_integer(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
-  const Vec<float> shifted = at::vec::fmadd(x, Vec<float>(kLog2E), round_to_integer);
   const auto exponent = at::vec::cast<int32_t, float>(shifted) << Vec<int32_t>(23);
   const Vec<float> power = at::vec::cast<float, int32_t>(exponent + Vec<int32_t>(0x3f800000));
-  const Vec<float> exp = exp_of_reduced(x, shifted - round_to_integer) * power;
+  const Vec<float> exp = (fmadd(p, r * r, r) + Vec<float>(1.f)) * power;
   return Vec<float>::blendv(exp, Vec<float>(0.f), x < Vec<float>(kSmallestExponent));
 }
 #endif
 
 inline Vec<double> exp_nonpositive(const Vec<double>& x) { return x.exp(); }
 
+// The larger of the two; a NaN in x is passed over (on some machines it wins).
 template <typename T>
-inline double sum_lanes(const Vec<T>& v) {
-  alignas(64) T lanes[kLanes<T>];
-  v.store(lanes);
-  double sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; i++) sum += lanes[i];
-  return sum;
+inline Vec<T> larger(const Vec<T>& best, const Vec<T>& x) {
+  return at::vec::clamp_min(best, x);
 }
 
 // NaN if any lane is.
@@ -99,12 +118,50 @@ inline T max_lanes(const Vec<T>& v) {
   return best;
 }
 
+template <typename T>
+inline double sum_lanes(const Vec<T>& v) {
+  alignas(64) T lanes[kLanes<T>];
+  v.store(lanes);
+  double sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; i++) sum += lanes[i];
+  return sum;
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline double sum_lanes(const Vec<float>& v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+#endif
+
 // 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.
 template <typename T>
 inline Vec<T> multiply_or_zero(const Vec<T>& b, const Vec<T>& d) {
   const Vec<T> zero(0);
   return Vec<T>::blendv(b * d, zero, b == zero);
 }
+
+// Adds e to `sum` where x is not `max`, and 1 to `ties` where it is.
+template <typename T>
+inline void add_apart(Vec<T>& sum, Vec<T>& ties, const Vec<T>& e, const Vec<T>& x, const Vec<T>& max) {
+  const Vec<T> tie = x == max, zero(0);
+  sum = sum + Vec<T>::blendv(e, zero, tie);
+  ties = ties + Vec<T>::blendv(zero, Vec<T>(1), tie);
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline Vec<float> multiply_or_zero(const Vec<float>& b, const Vec<float>& d) {
+  return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(b, _mm512_setzero_ps(), _CMP_NEQ_UQ), b, d);
+}
+
+inline void add_apart(Vec<float>& sum, Vec<float>& ties, const Vec<float>& e, const Vec<float>& x,
+                      const Vec<float>& max) {
+  const __mmask16 tie = _mm512_cmp_ps_mask(x, max, _CMP_EQ_OQ);
+  sum = _mm512_mask_add_ps(sum, _knot_mask16(tie), sum, e);
+  ties = _mm512_mask_add_ps(ties, tie, ties, _mm512_set1_ps(1.f));
+}
+#endif
 
 // ---- one value -----------------------------------------------------------------------------------------------
 
@@ -143,6 +200,12 @@ inline bool is_own(DType type) {
 
 inline void* address(void* data, DType type, int64_t i) { return static_cast<char*>(data) + i * size_of(type); }
 
+// For a loop over vectors of data that is followed by element `next`.
+template <typename T>
+Ahead ahead_of(const void* data, DType type, int64_t next) {
+  return {static_cast<const char*>(data) + next * size_of(type), kLanes<T> * size_of(type)};
+}
+
 // ---- contiguous runs -----------------------------------------------------------------------------------------
 
 template <typename T, typename S>
@@ -173,15 +236,29 @@ inline void load_halves(const Half* src, int64_t n, float* dst) {
 inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) { load_halves(src, n, dst); }
 inline void load_run_as(const c10::Half* src, int64_t n, float* dst) { load_halves(src, n, dst); }
 
+template <typename S>
+struct TypeTag {
+  using Type = S;
+};
+
+// Calls visit with the tag of the type.
+template <typename Visit>
+inline void with_type(DType type, const Visit& visit) {
+  switch (type) {
+    case DType::kFloat64: visit(TypeTag<double>()); break;
+    case DType::kFloat32: visit(TypeTag<float>()); break;
+    case DType::kBFloat16: visit(TypeTag<c10::BFloat16>()); break;
+    case DType::kFloat16: visit(TypeTag<c10::Half>()); break;
+  }
+}
+
 // dst[0, n) = src[at, at + n), converted.
 template <typename T>
 inline void load_run(const void* src, DType type, int64_t at, int64_t n, T* dst) {
-  switch (type) {
-    case DType::kFloat64: load_run_as(static_cast<const double*>(src) + at, n, dst); break;
-    case DType::kFloat32: load_run_as(static_cast<const float*>(src) + at, n, dst); break;
-    case DType::kBFloat16: load_run_as(static_cast<const c10::BFloat16*>(src) + at, n, dst); break;
-    case DType::kFloat16: load_run_as(static_cast<const c10::Half*>(src) + at, n, dst); break;
-  }
+  with_type(type, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    load_run_as(static_cast<const S*>(src) + at, n, dst);
+  });
 }
 
 template <typename T, typename S>
@@ -214,103 +291,10 @@ inline void store_run_as(const float* src, int64_t n, c10::Half* dst) { store_ha
 // dst[at, at + n) = src[0, n), rounded to nearest.
 template <typename T>
 inline void store_run(const T* src, int64_t n, void* dst, DType type, int64_t at) {
-  switch (type) {
-    case DType::kFloat64: store_run_as(src, n, static_cast<double*>(dst) + at); break;
-    case DType::kFloat32: store_run_as(src, n, static_cast<float*>(dst) + at); break;
-    case DType::kBFloat16: store_run_as(src, n, static_cast<c10::BFloat16*>(dst) + at); break;
-    case DType::kFloat16: store_run_as(src, n, static_cast<c10::Half*>(dst) + at); break;
-  }
-}
-
-// ---- tiles: [classes, kTile] in a buffer, one row per column ---------------------------------------------------
-
-template <typename T, typename S>
-inline void load_tile_as(const S* src, int64_t class_stride, int64_t inner_stride, int64_t classes, int64_t rows,
-                         T* dst) {
-  if (inner_stride == 1) {
-    for (int64_t c = 0; c < classes; c++) load_run_as(src + c * class_stride, rows, dst + c * kTile);
-    return;
-  }
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < classes; c++) dst[c * kTile + r] = static_cast<T>(src[c * class_stride + r * inner_stride]);
-}
-
-// dst[c, r] = src[at + c * class_stride + r * inner_stride] for r < rows; the columns beyond are left as they are.
-template <typename T>
-inline void load_tile(const void* src, DType type, int64_t at, int64_t class_stride, int64_t inner_stride,
-                      int64_t classes, int64_t rows, T* dst) {
-  switch (type) {
-    case DType::kFloat64:
-      load_tile_as(static_cast<const double*>(src) + at, class_stride, inner_stride, classes, rows, dst);
-      break;
-    case DType::kFloat32:
-      load_tile_as(static_cast<const float*>(src) + at, class_stride, inner_stride, classes, rows, dst);
-      break;
-    case DType::kBFloat16:
-      load_tile_as(static_cast<const c10::BFloat16*>(src) + at, class_stride, inner_stride, classes, rows, dst);
-      break;
-    case DType::kFloat16:
-      load_tile_as(static_cast<const c10::Half*>(src) + at, class_stride, inner_stride, classes, rows, dst);
-      break;
-  }
-}
-
-template <typename T, typename S>
-inline void store_tile_as(const T* src, int64_t class_stride, int64_t inner_stride, int64_t classes, int64_t rows,
-                          S* dst) {
-  if (inner_stride == 1) {
-    for (int64_t c = 0; c < classes; c++) store_run_as(src + c * kTile, rows, dst + c * class_stride);
-    return;
-  }
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < classes; c++) dst[c * class_stride + r * inner_stride] = static_cast<S>(src[c * kTile + r]);
-}
-
-template <typename T>
-inline void store_tile(const T* src, void* dst, DType type, int64_t at, int64_t class_stride, int64_t inner_stride,
-                       int64_t classes, int64_t rows) {
-  switch (type) {
-    case DType::kFloat64:
-      store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<double*>(dst) + at);
-      break;
-    case DType::kFloat32:
-      store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<float*>(dst) + at);
-      break;
-    case DType::kBFloat16:
-      store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<c10::BFloat16*>(dst) + at);
-      break;
-    case DType::kFloat16:
-      store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<c10::Half*>(dst) + at);
-      break;
-  }
-}
-
-// Classes of a tile that are held in a block at a time.
-template <typename T>
-constexpr int64_t kTileClasses = kBlock<T> / kTile;
-
-// ---- where a unit of work lies ---------------------------------------------------------------------------------
-
-// Offsets of each operand for one unit: a row, or a tile of up to kTile rows along `inner`.
-struct Position {
-  int64_t offset[kOperands];
-  int64_t rows;
-};
-
-inline Position locate(const Layout& layout, int64_t unit) {
-  Position at{};
-  const int64_t tiles = layout.rows ? 1 : (layout.inner + kTile - 1) / kTile;
-  int64_t outer = unit / tiles;
-  const int64_t first = (unit % tiles) * kTile;
-  at.rows = layout.rows ? 1 : (layout.inner - first < kTile ? layout.inner - first : kTile);
-  for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
-  for (int d = layout.outer_dims - 1; d >= 0; d--) {
-    const OuterDim& dim = layout.dims[d];
-    const int64_t index = outer % dim.size;
-    outer /= dim.size;
-    for (int i = 0; i < kOperands; i++) at.offset[i] += index * dim.stride[i];
-  }
-  return at;
+  with_type(type, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    store_run_as(src, n, static_cast<S*>(dst) + at);
+  });
 }
 
 }  // namespace

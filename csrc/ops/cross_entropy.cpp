@@ -67,7 +67,7 @@ Call checked_call(const char* op, const Tensor& input, const Tensor& target, con
 // The class weights in the type of the arithmetic, as the kernels read them.
 template <typename T>
 struct Weights {
-  std::vector<T> weight, smooth;
+  std::vector<T> weight;
   double sum;
 
   explicit Weights(const Call& call) : sum(static_cast<double>(call.classes)) {
@@ -81,14 +81,9 @@ struct Weights {
       weight[c] = static_cast<T>(value_at(data, type, c));
       sum += weight[c];
     }
-    if (call.label_smoothing == 0) return;
-    smooth.resize(weight.size());
-    for (size_t c = 0; c < weight.size(); c++)
-      smooth[c] = static_cast<T>(call.label_smoothing / static_cast<double>(call.classes) * weight[c]);
   }
 
   const T* weight_data() const { return weight.empty() ? nullptr : weight.data(); }
-  const T* smooth_data() const { return smooth.empty() ? nullptr : smooth.data(); }
 };
 
 int64_t class_at(const Call& call, const void* data, int64_t row) {
@@ -153,7 +148,6 @@ CrossEntropy<T> kernel_call(const Call& call, const Layout& layout, const Weight
     k.index_u8 = static_cast<const uint8_t*>(target);
   k.probabilities_type = call.target_type;
   k.weight = weights.weight_data();
-  k.smooth = weights.smooth_data();
   k.weight_sum = static_cast<T>(weights.sum);
   k.ignore_index = call.ignore_index;
   k.label_smoothing = static_cast<T>(call.label_smoothing);
