@@ -7,10 +7,11 @@
 // a buffer of the arithmetic's type.
 //
 // What depends on the target class alone is computed apart, per row and in double (row_batch.h).
-#include <memory>
+#include <array>
 
 #include "isa_kernels.h"
 #include "row_batch.h"
+#include "row_visit.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -18,9 +19,6 @@ namespace {
 
 // Rows are taken together up to this many elements, so that their row_batch.h part fills vectors.
 constexpr int64_t kBatchElements = 8192, kBatchRows = 16;
-
-// The most elements of one row whose exponentials are kept: with 1 MiB of float they are still in L2 or close to it.
-constexpr int64_t kKeptElements = 262144;
 
 // ---- logits ----------------------------------------------------------------------------------------------------
 
@@ -91,27 +89,45 @@ TileView<T> load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_
 
 // ---- targets -----------------------------------------------------------------------------------------------------
 
-// Appends a row to the batch.
+template <typename T, typename Index>
+void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* classes) {
+  int64_t live_rows = 0;
+  for (int64_t r = 0; r < batch.rows; r++) {
+    const int64_t y = classes[batch.number[r]];
+    const bool live = y != p.ignore_index;
+    batch.y[r] = live ? y : -1;
+    batch.live[r] = live;
+    live_rows += live;
+  }
+  batch.any_ignored = live_rows < batch.rows;
+}
+
+// The targets of a batch whose `rows`, `number` and `logits` are set.
 template <typename T>
-void add_row(const CrossEntropy<T>& p, RowBatch<T>& batch, int64_t number, int64_t logits_offset) {
-  const int64_t r = batch.rows++;
-  batch.number[r] = number;
-  batch.consecutive = batch.consecutive && number == batch.number[0] + r;
-  batch.y[r] = -1;
-  batch.live[r] = 1;
-  if (p.has_probabilities) return;
-  const int64_t y = p.index ? p.index[number] : p.index_u8[number];
-  batch.live[r] = y != p.ignore_index;
-  batch.z[r] = 0;
-  batch.weight[r] = 1;
-  if (y == p.ignore_index) {
-    batch.any_ignored = true;
+void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
+  if (p.has_probabilities) {
+    std::fill(batch.y, batch.y + batch.rows, int64_t{-1});
+    std::fill(batch.live, batch.live + batch.rows, 1.0);
     return;
   }
-  batch.y[r] = y;
-  const int64_t at = logits_offset + y * p.layout.class_stride[kLogits];
-  batch.z[r] = needs_no_copy(p) ? static_cast<const T*>(p.logits)[at] : load_logit(p, at);
-  if (p.weight) batch.weight[r] = p.weight[y];
+  if (p.index)
+    load_classes(p, batch, p.index);
+  else
+    load_classes(p, batch, p.index_u8);
+  const int64_t class_stride = p.layout.class_stride[kLogits];
+  std::fill(batch.z, batch.z + batch.rows, 0.0);
+  std::fill(batch.weight, batch.weight + batch.rows, 1.0);
+  if (needs_no_copy(p)) {
+    const T* logits = static_cast<const T*>(p.logits);
+    for (int64_t r = 0; r < batch.rows; r++)
+      if (batch.y[r] >= 0) batch.z[r] = logits[batch.logits[r] + batch.y[r] * class_stride];
+  } else {
+    for (int64_t r = 0; r < batch.rows; r++)
+      if (batch.y[r] >= 0) batch.z[r] = load_logit(p, batch.logits[r] + batch.y[r] * class_stride);
+  }
+  if (!p.weight) return;
+  for (int64_t r = 0; r < batch.rows; r++)
+    if (batch.y[r] >= 0) batch.weight[r] = p.weight[batch.y[r]];
 }
 
 // Fills the lanes beyond the last row.
@@ -255,6 +271,21 @@ void set_terms(RowBatch<T>& batch, int64_t r, const RowTerms& terms) {
   batch.q_sum[r] = terms.q_sum;
 }
 
+// Writes the gradient of class y of each row, which the loops over the classes leave aside.
+template <typename T>
+void write_at_targets(const CrossEntropy<T>& p, const RowBatch<T>& batch, const int64_t* rows_at) {
+  const int64_t class_stride = p.layout.class_stride[kGradLogits];
+  T* const own = is_own<T>(p.logits_type) ? static_cast<T*>(p.grad_logits) : nullptr;
+  for (int64_t r = 0; r < batch.rows; r++) {
+    if (batch.y[r] < 0) continue;
+    const int64_t at = rows_at[r] + batch.y[r] * class_stride;
+    if (own)
+      own[at] = static_cast<T>(batch.at_target[r]);
+    else
+      store_value(batch.at_target[r], p.grad_logits, p.logits_type, at);
+  }
+}
+
 // ---- gradients over the classes ----------------------------------------------------------------------------------
 
 // The coefficients of RowBatch for one row in all lanes, or for a row in each.
@@ -330,126 +361,58 @@ inline Vec<T> probability_gradient(const GradientVectors<T>& g, const Vec<T>& z,
 
 // ---- rows ----------------------------------------------------------------------------------------------------------
 
-// Where the exponentials of a batch of rows are kept between the two halves of a visit, and the maximum that each block
-// of them was taken with.
 template <typename T>
-class KeptRows {
- public:
-  explicit KeptRows(const CrossEntropy<T>& p, int64_t rows)
-      : active_(p.forward && p.grad_logits && p.softcap == 0 && p.layout.classes <= kKeptElements),
-        in_gradient_(needs_no_copy(p)),
-        stride_(round_up(p.layout.classes, kLanes<T>)),
-        blocks_(p.layout.classes / kBlock<T> + 2) {
-    if (!active_) return;
-    shifts_.reset(new T[rows * blocks_]);
-    if (!in_gradient_) buffer_.reset(new T[rows * stride_]);
-  }
-
-  bool active() const { return active_; }
-  bool in_gradient() const { return in_gradient_; }
-  T* shifts(int64_t r) const { return shifts_.get() + r * blocks_; }
-  // exp of class 0 of row r of the batch
-  T* row(const CrossEntropy<T>& p, const Position& at, int64_t r) const {
-    if (!active_) return nullptr;
-    return in_gradient_ ? static_cast<T*>(p.grad_logits) + at.offset[kGradLogits] : buffer_.get() + r * stride_;
-  }
-
- private:
-  bool active_, in_gradient_;
-  int64_t stride_, blocks_;
-  std::unique_ptr<T[]> shifts_, buffer_;
-};
-
-template <typename T>
-void add_block_of_row(const CrossEntropy<T>& p, LogSumExp<T>& sums, const T* z, int64_t padded, int64_t excluded,
-                      T* kept, const Ahead& ahead) {
-  if (p.stats && kept)
-    add_block<true, true>(sums, z, padded, excluded, kept, ahead);
-  else if (p.stats)
-    add_block<true, false>(sums, z, padded, excluded, kept, ahead);
-  else if (kept)
-    add_block<false, true>(sums, z, padded, excluded, kept, ahead);
-  else
-    add_block<false, false>(sums, z, padded, excluded, kept, ahead);
+KeptRow<T> kept_row(const CrossEntropy<T>& p, const Position& at, const KeptRows<T>& keep, int64_t r) {
+  return keep.row(r, p.grad_logits, at.offset[kGradLogits]);
 }
 
 // The sums over the classes of row r of the batch.
 template <typename T>
 void reduce_row(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, int64_t r, const KeptRows<T>& keep) {
-  Block<T> z_block, q_block;
-  LogSumExp<T> sums;
+  Block<T> q_block;
   RowTerms terms;
+  const int64_t first = at.offset[kLogits];
+  const auto load = [&](int64_t c, int64_t n, T* buffer) { return load_row_block(p, first + c, n, buffer); };
+  const auto add_terms = [&](T max, const T* z, int64_t c, int64_t n) {
+    if (!has_terms(p)) return;
+    terms.move_to(max);
+    add_row_terms(terms, p, at, z, n, c, q_block.data);
+  };
+  const KeptRow<T> kept = kept_row(p, at, keep, r);
+  const int64_t classes = p.layout.classes;
   const bool direct = needs_no_copy(p);
-  T* const kept = keep.row(p, at, r);
-  for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
-    n = next_block<T>(p.layout.classes - c, direct);
-    const int64_t padded = round_up(n, kLanes<T>), from = at.offset[kLogits] + c;
-    T* const buffer = kept && !direct ? kept + c : z_block.data;
-    const T* z = load_row_block(p, from, n, buffer);
-    const int64_t excluded = p.stats ? follow_max<true>(sums, z, padded, c) : follow_max<false>(sums, z, padded, c);
-    if (has_terms(p)) {
-      terms.move_to(sums.max);
-      add_row_terms(terms, p, at, z, n, c, q_block.data);
-    }
-    T* const out = !kept ? nullptr : z == buffer ? buffer : kept + c;
-    add_block_of_row(p, sums, z, padded, excluded, out, ahead_of<T>(p.logits, p.logits_type, from + n));
-    if (!kept) continue;
-    if (out == z_block.data) std::copy(out, out + n, kept + c);
-    keep.shifts(r)[block] = sums.max;
-  }
-  batch.sums.set(r, sums);
+  batch.sums.set(r, p.stats ? reduce_row<true>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms)
+                            : reduce_row<false>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms));
   set_terms(batch, r, terms);
-}
-
-// [at, at + n) of an operand = value(i), vector by vector; whole vectors of T itself are written where they lie.
-template <typename T, typename Value>
-inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value& value) {
-  constexpr int64_t L = kLanes<T>;
-  if (is_own<T>(type)) {
-    T* out = static_cast<T*>(dst) + at;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) value(i).store(out + i);
-    if (i < n) value(i).store(out + i, n - i);
-    return;
-  }
-  Block<T> block;
-  for (int64_t i = 0; i < n; i += L) value(i).store(block.data + i);
-  store_run(block.data, n, dst, type, at);
 }
 
 // The gradient of row r from its kept exponentials.
 template <typename T>
 void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r,
-                              const KeptRows<T>& keep) {
+                              const KeptRow<T>& kept) {
   Block<T> q_block;
   const bool direct = needs_no_copy(p);
   const GradientTerms has = gradient_terms(p);
-  const T* const kept = keep.row(p, at, r);
   GradientVectors<T> g = broadcast(batch, r);
   const double alpha = batch.alpha[r], max = batch.sums.max[r];
   for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
-    n = next_block<T>(p.layout.classes - c, direct);
-    const double shift = keep.shifts(r)[block];
+    n = next_block<T>(p.layout.classes - c, p.layout.classes, direct);
+    const double shift = kept.shifts[block];
     g.alpha = Vec<T>(static_cast<T>(shift == max ? alpha : alpha * std::exp(shift - max)));
-    const T* e = kept + c;
-    Block<T> tail;
-    if (keep.in_gradient() && n < kLanes<T>) {  // the gradient ends with the row
-      std::copy(e, e + n, tail.data);
-      e = tail.data;
-    }
+    const T* const e = kept.data + c;
     const auto write = [&](const auto& value) {
       write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
     };
     if (!has.any) {
-      write([&](int64_t i) { return plain_gradient(g, Vec<T>::loadu(e + i)); });
+      write([&](int64_t i, int64_t count) { return plain_gradient(g, load_some(e + i, count)); });
     } else if (!has.probabilities) {
-      write([&](int64_t i) {
-        return gradient_without_logit(p, has, g, Vec<T>::loadu(e + i), Vec<T>(0), load_weight(p, c + i));
+      write([&](int64_t i, int64_t count) {
+        return gradient_without_logit(p, has, g, load_some(e + i, count), Vec<T>(0), load_weight(p, c + i));
       });
     } else {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
-      write([&](int64_t i) {
-        return gradient_without_logit(p, has, g, Vec<T>::loadu(e + i), Vec<T>::loadu(q_block.data + i),
+      write([&](int64_t i, int64_t count) {
+        return gradient_without_logit(p, has, g, load_some(e + i, count), Vec<T>::loadu(q_block.data + i),
                                       load_weight(p, c + i));
       });
     }
@@ -461,32 +424,32 @@ template <typename T>
 void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r) {
   constexpr int64_t L = kLanes<T>;
   Block<T> z_block, q_block;
-  const bool direct = needs_no_copy(p);
   const GradientVectors<T> g = broadcast(batch, r);
   const GradientTerms has = gradient_terms(p);
   for (int64_t c = 0, n; c < p.layout.classes; c += n) {
-    n = next_block<T>(p.layout.classes - c, direct);
+    n = next_block<T>(p.layout.classes - c, p.layout.classes, needs_no_copy(p));
     const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block.data);
     if (p.has_probabilities) {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
       std::fill(q_block.data + n, q_block.data + round_up(n, L), T(0));
     }
     if (p.grad_probabilities)
-      write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n, [&](int64_t i) {
-        return probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i));
-      });
+      write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n,
+                   [&](int64_t i, int64_t) {
+                     return probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i));
+                   });
     if (!p.grad_logits) continue;
     const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, at.offset[kLogits] + c + n);
     const auto write = [&](const auto& value) {
       write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
     };
     if (!has.any) {
-      write([&](int64_t i) {
+      write([&](int64_t i, int64_t) {
         ahead.fetch(i / L);
         return plain_gradient(g, exp_nonpositive(Vec<T>::loadu(z + i) - g.max));
       });
     } else {
-      write([&](int64_t i) {
+      write([&](int64_t i, int64_t) {
         ahead.fetch(i / L);
         const Vec<T> q = p.has_probabilities ? Vec<T>::loadu(q_block.data + i) : Vec<T>(0);
         return full_gradient(p, has, g, Vec<T>::loadu(z + i), q, load_weight(p, c + i));
@@ -500,10 +463,14 @@ template <typename T>
 double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const KeptRows<T>& keep) {
   RowBatch<T> batch;
   Position at[kBatchRows];
+  batch.rows = rows;
   for (int64_t r = 0; r < rows; r++) {
     at[r] = locate(p.layout, first + r);
-    add_row(p, batch, at[r].offset[kRow], at[r].offset[kLogits]);
+    batch.number[r] = at[r].offset[kRow];
+    batch.logits[r] = at[r].offset[kLogits];
+    batch.consecutive = batch.consecutive && batch.number[r] == batch.number[0] + r;
   }
+  load_targets(p, batch);
   const bool skips_ignored = ignored_has_no_gradient(p) && !p.stats;
   const auto skipped = [&](int64_t r) { return skips_ignored && batch.live[r] == 0; };
   double loss = 0;
@@ -525,26 +492,26 @@ double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const K
   }
   if (!p.grad_logits && !p.grad_probabilities) return loss;
   prepare_gradients(p, batch);
+  int64_t rows_at[kBatchRows];
   for (int64_t r = 0; r < rows; r++) {
-    const int64_t out = at[r].offset[kGradLogits];
+    rows_at[r] = at[r].offset[kGradLogits];
     if (batch.live[r] == 0 && ignored_has_no_gradient(p)) {
-      std::memset(address(p.grad_logits, p.logits_type, out), 0, p.layout.classes * size_of(p.logits_type));
-      continue;
-    }
-    if (keep.active())
-      write_gradient_from_kept(p, at[r], batch, r, keep);
-    else
+      std::memset(address(p.grad_logits, p.logits_type, rows_at[r]), 0, p.layout.classes * size_of(p.logits_type));
+    } else if (keep.active()) {
+      write_gradient_from_kept(p, at[r], batch, r, kept_row(p, at[r], keep, r));
+    } else {
       write_gradient_from_logits(p, at[r], batch, r);
-    if (p.grad_logits && batch.y[r] >= 0)
-      store_value(batch.at_target[r], p.grad_logits, p.logits_type, out + batch.y[r]);
+    }
   }
+  if (p.grad_logits) write_at_targets(p, batch, rows_at);
   return loss;
 }
 
 template <typename T>
 double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
   const int64_t batch = std::clamp<int64_t>(kBatchElements / std::max<int64_t>(p.layout.classes, 1), 1, kBatchRows);
-  const KeptRows<T> keep(p, batch);
+  const bool keeps = p.forward && p.grad_logits && p.softcap == 0;
+  const KeptRows<T> keep(keeps, needs_no_copy(p), p.layout.classes, batch);
   double loss = 0;
   for (int64_t first = begin; first < end; first += batch)
     loss += visit_rows(p, first, std::min(batch, end - first), keep);
@@ -596,7 +563,8 @@ Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first,
 template <typename T>
 void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
-  RowTerms terms[kTile];
+  std::array<RowTerms, kTile> terms;
+  if (has_terms(p)) terms.fill({});
   for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
     const TileView<T> z = load_tile_block(p, at, c, n, buffers.z());
@@ -610,7 +578,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
         Vec<T> none(-1);
         max_of_columns<false>(zr, z.stride, n, so_far, none).store(max);
         for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
-        add_column_terms(terms + r, p, TileView<T>{zr, z.stride}, q ? q + r : nullptr, n, c);
+        add_column_terms(terms.data() + r, p, TileView<T>{zr, z.stride}, q ? q + r : nullptr, n, c);
       }
       T* kept = buffers.z() + r;
       if (p.stats && buffers.keeps())
@@ -623,6 +591,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
         add_columns<false, false>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
     }
   }
+  if (!has_terms(p)) return;
   for (int64_t r = 0; r < at.rows; r++) set_terms(batch, r, terms[r]);
 }
 
@@ -697,21 +666,19 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
         return full_gradient(p, has, g, x, y, weight_of(i));
       });
   }
-  if (!p.grad_logits) return;
-  for (int64_t r = 0; r < at.rows; r++)
-    if (batch.y[r] >= 0)
-      store_value(batch.at_target[r], p.grad_logits, p.logits_type,
-                  at.offset[kGradLogits] + batch.y[r] * layout.class_stride[kGradLogits] +
-                      r * layout.inner_stride[kGradLogits]);
 }
 
 template <typename T>
 double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& buffers) {
   const Position at = locate(p.layout, unit);
   RowBatch<T> batch;
-  for (int64_t r = 0; r < at.rows; r++)
-    add_row(p, batch, at.offset[kRow] + r * p.layout.inner_stride[kRow],
-            at.offset[kLogits] + r * p.layout.inner_stride[kLogits]);
+  batch.rows = at.rows;
+  batch.consecutive = p.layout.inner_stride[kRow] == 1;
+  for (int64_t r = 0; r < at.rows; r++) {
+    batch.number[r] = at.offset[kRow] + r * p.layout.inner_stride[kRow];
+    batch.logits[r] = at.offset[kLogits] + r * p.layout.inner_stride[kLogits];
+  }
+  load_targets(p, batch);
   double loss = 0;
   if (p.forward)
     reduce_tile(p, at, batch, buffers);
@@ -722,6 +689,11 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
   if (!p.grad_logits && !p.grad_probabilities) return loss;
   prepare_gradients(p, batch);
   write_tile_gradients(p, at, batch, buffers);
+  if (!p.grad_logits) return loss;
+  int64_t rows_at[kTile];
+  for (int64_t r = 0; r < at.rows; r++)
+    rows_at[r] = at.offset[kGradLogits] + r * p.layout.inner_stride[kGradLogits];
+  write_at_targets(p, batch, rows_at);
   return loss;
 }
 

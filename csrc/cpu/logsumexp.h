@@ -73,7 +73,8 @@ inline T max_of_run(const T* z, int64_t padded) {
   for (; i + 4 * L <= padded; i += 4 * L)
     for (int k = 0; k < 4; k++) best[k] = greater(best[k], Vec<T>::loadu(z + i + k * L));
   for (; i < padded; i += L) best[0] = greater(best[0], Vec<T>::loadu(z + i));
-  return max_lanes(greater(greater(best[0], best[1]), greater(best[2], best[3])));
+  const Vec<T> greatest = greater(greater(best[0], best[1]), greater(best[2], best[3]));
+  return NanWins ? max_lanes(greatest) : max_number(greatest);
 }
 
 // The first class for whose vectors `wanted` has a lane set; -1 if there is none.
@@ -155,6 +156,19 @@ inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t exc
                           Ahead{ahead.at + next / L * ahead.step, ahead.step});
 }
 
+// The same for a block that may be written to: one loop instead of three, which counts where rows are short.
+template <bool Weighted, bool Keep, typename T>
+inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t excluded, T* kept,
+                               const Ahead& ahead) {
+  if (excluded < 0) {
+    add_block<Weighted, Keep>(row, z, padded, excluded, kept, ahead);
+    return;
+  }
+  z[excluded] = -kInfinity<T>;
+  add_run<Weighted, Keep>(row, z, padded, kept, ahead);
+  if constexpr (Keep) kept[excluded] = 1;
+}
+
 // ---- columns: a tile [classes, stride] with one row per lane ---------------------------------------------------
 
 // The maximum of a vector of rows over `classes` classes and the maximum so far. With Weighted NaN wins, and the class
@@ -202,7 +216,6 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
   Vec<T> where(-1);
   const Vec<T> previous = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r);
   const Vec<T> max = max_of_columns<Weighted>(z, stride, classes, previous, where);
-  alignas(64) T sum[L], ties[L], weighted[L];
   alignas(64) double rest[L] = {}, maximal[L] = {}, weighted_sum[L] = {};
   for (int64_t begin = 0; begin < classes; begin += kSummedClasses) {
     Vec<T> s(0), w(0), n(0);
@@ -215,14 +228,9 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
       if constexpr (Weighted) w = w + multiply_or_zero(e, d);
       if constexpr (Keep) e.store(kept + c * kTile);
     }
-    s.store(sum);
-    n.store(ties);
-    if constexpr (Weighted) w.store(weighted);
-    for (int64_t i = 0; i < L; i++) {
-      rest[i] += sum[i];
-      maximal[i] += ties[i];
-      if constexpr (Weighted) weighted_sum[i] += weighted[i];
-    }
+    add_to(rest, s);
+    add_to(maximal, n);
+    if constexpr (Weighted) add_to(weighted_sum, w);
   }
   if (begins) {
     max.store(sums.max + r);

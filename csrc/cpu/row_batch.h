@@ -10,8 +10,6 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-using DoubleVec = Vec<double>;
-
 // Up to kTile rows. Arrays are filled for whole vectors: a lane beyond the last row is a row that is ignored.
 template <typename T>
 struct RowBatch {
@@ -19,6 +17,7 @@ struct RowBatch {
   bool consecutive = true;  // their numbers are number[0], number[0] + 1, ...
   bool any_ignored = false;
   int64_t number[kTile];
+  int64_t logits[kTile];  // where class 0 lies
   int64_t y[kTile];  // class; -1 with probabilities and where ignored
   alignas(64) double live[kTile];    // 0 where ignored, else 1
   alignas(64) double z[kTile];       // logit of class y
@@ -118,19 +117,6 @@ inline void load_state(const CrossEntropy<T>& p, RowBatch<T>& batch) {
 }
 
 // ---- loss --------------------------------------------------------------------------------------------------------
-
-inline DoubleVec load_double(const double* values) { return DoubleVec::loadu(values); }
-inline DoubleVec load_double(const float* values) {
-  alignas(64) double wide[kLanes<double>];
-  for (int64_t i = 0; i < kLanes<double>; i++) wide[i] = values[i];
-  return DoubleVec::loadu(wide);
-}
-inline void store_double(const DoubleVec& v, double* out) { v.store(out); }
-inline void store_double(const DoubleVec& v, float* out) {
-  alignas(64) double wide[kLanes<double>];
-  v.store(wide);
-  for (int64_t i = 0; i < kLanes<double>; i++) out[i] = static_cast<float>(wide[i]);
-}
 
 inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
   return DoubleVec::blendv(v, DoubleVec(0), condition);

@@ -1,9 +1,9 @@
 // Softmax and log-softmax over the classes, their backward, and the scaling of rows by an upstream gradient.
 //
-// Forward reads a row once from memory and once from cache, and writes it once. Backward reads the upstream gradient
-// and the saved output the same way.
+// Forward reads a row once from memory and keeps its exponentials, in the output where that is possible, until their sum
+// is known. Backward reads the upstream gradient and the saved output once from memory and once from cache.
 #include "isa_kernels.h"
-#include "logsumexp.h"
+#include "row_visit.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -35,169 +35,221 @@ inline Vec<T> backward_value(bool log, const Vec<T>& sum, const Vec<T>& grad, co
 
 // ---- rows --------------------------------------------------------------------------------------------------------------
 
-// Whole vectors of T itself are read and written where they lie.
+// [at, at + n) of an operand, padded to whole vectors; in `buffer` unless they can be used in place.
 template <typename T>
-bool is_direct(DType type, int64_t n) {
-  return is_own<T>(type) && n % kLanes<T> == 0;
-}
-
-// [at, at + n) of an operand, padded to whole vectors.
-template <typename T>
-const T* load_padded(const void* src, DType type, int64_t at, int64_t n, T padding, Block<T>& block) {
+const T* load_padded(const void* src, DType type, int64_t at, int64_t n, T padding, T* buffer) {
   const int64_t padded = round_up(n, kLanes<T>);
-  if (is_direct<T>(type, n)) return static_cast<const T*>(src) + at;
-  load_run(src, type, at, n, block.data);
-  for (int64_t i = n; i < padded; i++) block.data[i] = padding;
-  return block.data;
+  if (is_own<T>(type) && n == padded) return static_cast<const T*>(src) + at;
+  load_run(src, type, at, n, buffer);
+  std::fill(buffer + n, buffer + padded, padding);
+  return buffer;
 }
 
-// [at, at + n) of an operand = value(i), vector by vector.
-template <typename T, typename Value>
-void write_run(void* dst, DType type, int64_t at, int64_t n, Block<T>& block, const Value& value) {
-  const bool direct = is_direct<T>(type, n);
-  T* out = direct ? static_cast<T*>(dst) + at : block.data;
-  for (int64_t i = 0; i < n; i += kLanes<T>) value(i).store(out + i);
-  if (!direct) store_run(out, n, dst, type, at);
-}
-
-// The exponentials are kept in the output where it is of type T, until their sum is known.
 template <typename T>
-void softmax_row(const Softmax<T>& p, const Position& at) {
-  constexpr int64_t L = kLanes<T>;
-  Block<T> z_block, out_block;
-  const auto each_block = [&](const auto& visit) {
-    for (int64_t c = 0, n; c < p.layout.classes; c += n) {
-      n = next_block<T>(p.layout.classes - c, is_own<T>(p.input_type));
-      visit(load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, -kInfinity<T>, z_block), n, c);
-    }
-  };
-  LogSumExp<T> sums;
-  each_block([&](const T* z, int64_t n, int64_t c) {
-    const int64_t padded = round_up(n, L), excluded = follow_max<false>(sums, z, padded, c);
-    const Ahead ahead = ahead_of<T>(p.input, p.input_type, at.offset[kSoftmaxInput] + c + n);
-    add_block<false, false>(sums, z, padded, excluded, static_cast<T*>(nullptr), ahead);
-  });
+void write_kept_softmax(const Softmax<T>& p, const Position& at, const LogSumExp<T>& sums, const KeptRow<T>& kept) {
+  const double inverse_sum = 1 / (1 + sums.rest_or_nan());
+  for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
+    n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
+    const double shift = kept.shifts[block], max = sums.max;
+    const Vec<T> factor(static_cast<T>(shift == max ? inverse_sum : inverse_sum * std::exp(shift - max)));
+    write_run<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, [&](int64_t i, int64_t count) {
+      return load_some(kept.data + c + i, count) * factor;
+    });
+  }
+}
+
+template <typename T>
+void write_log_softmax_or_long_row(const Softmax<T>& p, const Position& at, const LogSumExp<T>& sums) {
   const double rest = sums.rest_or_nan();
   const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(std::log1p(rest))),
                          Vec<T>(static_cast<T>(1 / (1 + rest)))};
-  each_block([&](const T* z, int64_t n, int64_t c) {
-    write_run(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, out_block,
-              [&](int64_t i) { return normalise(p.log, by, Vec<T>::loadu(z + i)); });
-  });
+  Block<T> block;
+  for (int64_t c = 0, n; c < p.layout.classes; c += n) {
+    n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
+    const T* z = load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, T(0), block.data);
+    write_run<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n,
+                 [&](int64_t i, int64_t) { return normalise(p.log, by, Vec<T>::loadu(z + i)); });
+  }
+}
+
+template <typename T>
+void softmax_row(const Softmax<T>& p, const Position& at, const KeptRows<T>& keep) {
+  const KeptRow<T> kept = keep.row(0, p.output, at.offset[kSoftmaxOutput]);
+  const int64_t first = at.offset[kSoftmaxInput];
+  const LogSumExp<T> sums = reduce_row<false>(
+      p.layout.classes, is_own<T>(p.input_type), kept, p.input, p.input_type, first,
+      [&](int64_t c, int64_t n, T* buffer) {
+        return load_padded(p.input, p.input_type, first + c, n, -kInfinity<T>, buffer);
+      },
+      [](T, const T*, int64_t, int64_t) {});
+  if (keep.active())
+    write_kept_softmax(p, at, sums, kept);
+  else
+    write_log_softmax_or_long_row(p, at, sums);
 }
 
 template <typename T>
 void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
-  Block<T> g_block, y_block, out_block;
+  Block<T> g_block, y_block;
+  const int64_t classes = p.layout.classes;
   const auto each_block = [&](const auto& visit) {
-    for (int64_t c = 0, n; c < p.layout.classes; c += n) {
-      n = next_block<T>(p.layout.classes - c, is_own<T>(p.output_type));
-      const T* g = load_padded(p.grad_output, p.output_type, at.offset[kSoftmaxGrad] + c, n, T(0), g_block);
-      const T* y = load_padded(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, T(0), y_block);
-      visit(g, y, n, c);
+    for (int64_t c = 0, n; c < classes; c += n) {
+      n = next_block<T>(classes - c, classes, is_own<T>(p.output_type));
+      const int64_t g_at = at.offset[kSoftmaxGrad] + c, y_at = at.offset[kSoftmaxOutput] + c;
+      visit(load_padded(p.grad_output, p.output_type, g_at, n, T(0), g_block.data),
+            load_padded(p.output, p.output_type, y_at, n, T(0), y_block.data), n, c);
     }
   };
   double sum = 0;
-  each_block([&](const T* g, const T* y, int64_t n, int64_t) {
-    Vec<T> s[2] = {Vec<T>(0), Vec<T>(0)};
+  each_block([&](const T* g, const T* y, int64_t n, int64_t c) {
+    const Ahead g_ahead = ahead_of<T>(p.grad_output, p.output_type, at.offset[kSoftmaxGrad] + c + n);
+    const Ahead y_ahead = ahead_of<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c + n);
+    Vec<T> s[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
+    const auto add = [&](int k, int64_t i) {
+      g_ahead.fetch(i / L);
+      y_ahead.fetch(i / L);
+      s[k] = s[k] + backward_summand(p.log, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i));
+    };
     int64_t i = 0;
-    for (; i + 2 * L <= n; i += 2 * L)
-      for (int k = 0; k < 2; k++)
-        s[k] = s[k] + backward_summand(p.log, Vec<T>::loadu(g + i + k * L), Vec<T>::loadu(y + i + k * L));
-    for (; i < n; i += L) s[0] = s[0] + backward_summand(p.log, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i));
-    sum += sum_lanes(s[0] + s[1]);
+    for (; i + 4 * L <= n; i += 4 * L)
+      for (int k = 0; k < 4; k++) add(k, i + k * L);
+    for (; i < n; i += L) add(0, i);
+    sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
   });
   const Vec<T> total(static_cast<T>(sum));
   each_block([&](const T* g, const T* y, int64_t n, int64_t c) {
-    write_run(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, n, out_block,
-              [&](int64_t i) { return backward_value(p.log, total, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i)); });
+    write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, n, [&](int64_t i, int64_t) {
+      return backward_value(p.log, total, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i));
+    });
   });
 }
 
 // ---- columns -----------------------------------------------------------------------------------------------------------
 
-// Calls visit(first class, classes) for each block of a tile.
-template <typename T, typename Visit>
-inline void each_tile_block(const Layout& layout, const Visit& visit) {
-  for (int64_t c = 0; c < layout.classes; c += kTileClasses<T>) visit(c, std::min(kTileClasses<T>, layout.classes - c));
-}
+// Buffers [classes, kTile] of a tile: of all classes as long as these are few enough to stay in cache, and then each
+// operand is loaded once; else of a block of them at a time.
+template <typename T>
+class TileBuffers {
+ public:
+  TileBuffers(const Layout& layout, int count)
+      : whole_(layout.classes * kTile <= kKeptElements),
+        classes_(whole_ ? layout.classes : kTileClasses<T>),
+        data_(layout.rows ? nullptr : new T[count * classes_ * kTile]) {}
+
+  bool whole() const { return whole_; }
+  T* get(int i) const { return data_.get() + i * classes_ * kTile; }
+
+  // Calls visit(first class, classes) for each block of a tile.
+  template <typename Visit>
+  void each_block(const Layout& layout, const Visit& visit) const {
+    for (int64_t c = 0; c < layout.classes; c += classes_) visit(c, std::min(classes_, layout.classes - c));
+  }
+
+ private:
+  bool whole_;
+  int64_t classes_;
+  std::unique_ptr<T[]> data_;
+};
 
 template <typename T>
 void load_operand_tile(const Layout& layout, int operand, const void* src, DType type, const Position& at,
-                       int64_t first, int64_t classes, Block<T>& block) {
+                       int64_t first, int64_t classes, T* buffer) {
   load_tile(src, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
-            layout.inner_stride[operand], classes, at.rows, block.data);
+            layout.inner_stride[operand], classes, at.rows, buffer);
+  for (int64_t c = 0; c < classes; c++)  // whole vectors
+    std::fill(buffer + c * kTile + at.rows, buffer + c * kTile + round_up(at.rows, kLanes<T>), T(0));
 }
 
 template <typename T>
-void store_operand_tile(const Layout& layout, int operand, const Block<T>& block, void* dst, DType type,
-                        const Position& at, int64_t first, int64_t classes) {
-  store_tile(block.data, dst, type, at.offset[operand] + first * layout.class_stride[operand],
+void store_operand_tile(const Layout& layout, int operand, const T* buffer, void* dst, DType type, const Position& at,
+                        int64_t first, int64_t classes) {
+  store_tile(buffer, dst, type, at.offset[operand] + first * layout.class_stride[operand],
              layout.class_stride[operand], layout.inner_stride[operand], classes, at.rows);
 }
 
-template <typename T>
-void softmax_tile(const Softmax<T>& p, const Position& at) {
-  constexpr int64_t L = kLanes<T>;
-  Block<T> block{};
-  RowSums<T> sums;
-  each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
-    load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, block);
-    for (int64_t r = 0; r < at.rows; r += L)
-      add_columns<false, false>(sums, r, block.data + r, kTile, n, c, static_cast<T*>(nullptr), Ahead());
-  });
-  alignas(64) T log_sum[kTile], inverse_sum[kTile];
-  for (int64_t r = 0; r < at.rows; r++) {
-    const double rest = sums.get(r).rest_or_nan();
-    log_sum[r] = static_cast<T>(p.log ? std::log1p(rest) : 0);
-    inverse_sum[r] = static_cast<T>(1 / (1 + rest));
-  }
-  each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
-    load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, block);
-    for (int64_t r = 0; r < at.rows; r += L) {
-      const Normaliser<T> by{Vec<T>::loadu(sums.max + r), Vec<T>::loadu(log_sum + r), Vec<T>::loadu(inverse_sum + r)};
-      for (int64_t i = 0; i < n; i++) {
-        T* z = block.data + i * kTile + r;
-        normalise(p.log, by, Vec<T>::loadu(z)).store(z);
-      }
+// Replaces each element of the first `classes` classes of a tile by value(normaliser of its row, element).
+template <typename T, typename Value>
+void normalise_tile(const RowSums<T>& sums, const T* log_sum, const T* inverse_sum, int64_t rows, int64_t classes,
+                    T* buffer, const Value& value) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    const Normaliser<T> by{Vec<T>::loadu(sums.max + r), Vec<T>::loadu(log_sum + r), Vec<T>::loadu(inverse_sum + r)};
+    for (int64_t i = 0; i < classes; i++) {
+      T* z = buffer + i * kTile + r;
+      value(by, Vec<T>::loadu(z)).store(z);
     }
-    store_operand_tile(p.layout, kSoftmaxOutput, block, p.output, p.output_type, at, c, n);
+  }
+}
+
+template <typename T>
+void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>& buffers) {
+  T* const buffer = buffers.get(0);
+  const bool keeps = buffers.whole() && !p.log;
+  const auto load = [&](int64_t c, int64_t n) {
+    load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, buffer);
+  };
+  RowSums<T> sums;
+  buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
+    load(c, n);
+    for (int64_t r = 0; r < at.rows; r += kLanes<T>) {
+      if (keeps)
+        add_columns<false, true>(sums, r, buffer + r, kTile, n, c, buffer + r, Ahead());
+      else
+        add_columns<false, false>(sums, r, buffer + r, kTile, n, c, buffer + r, Ahead());
+    }
+  });
+  alignas(64) double rest[kTile];
+  alignas(64) T log_sum[kTile], inverse_sum[kTile];
+  for (int64_t r = 0; r < at.rows; r++) rest[r] = sums.get(r).rest_or_nan();
+  for (int64_t r = 0; r < at.rows; r++) inverse_sum[r] = static_cast<T>(1 / (1 + rest[r]));
+  if (p.log)
+    for (int64_t r = 0; r < at.rows; r += kLanes<double>)
+      store_double(Vec<double>::loadu(rest + r).log1p(), log_sum + r);
+  buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
+    if (!buffers.whole()) load(c, n);
+    const auto normalise_each = [&](const auto& value) {
+      normalise_tile(sums, log_sum, inverse_sum, at.rows, n, buffer, value);
+    };
+    if (keeps)
+      normalise_each([](const Normaliser<T>& by, const Vec<T>& e) { return e * by.inverse_sum; });
+    else
+      normalise_each([&](const Normaliser<T>& by, const Vec<T>& z) { return normalise(p.log, by, z); });
+    store_operand_tile(p.layout, kSoftmaxOutput, buffer, p.output, p.output_type, at, c, n);
   });
 }
 
 template <typename T>
-void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at) {
+void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
-  Block<T> g_block{}, y_block{};
-  double sum[kTile] = {};
+  T* const g = buffers.get(0);
+  T* const y = buffers.get(1);
   const auto load = [&](int64_t c, int64_t n) {
-    load_operand_tile(p.layout, kSoftmaxGrad, p.grad_output, p.output_type, at, c, n, g_block);
-    load_operand_tile(p.layout, kSoftmaxOutput, p.output, p.output_type, at, c, n, y_block);
+    load_operand_tile(p.layout, kSoftmaxGrad, p.grad_output, p.output_type, at, c, n, g);
+    load_operand_tile(p.layout, kSoftmaxOutput, p.output, p.output_type, at, c, n, y);
   };
-  alignas(64) T lanes[kTile];
-  each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
+  alignas(64) double sum[kTile] = {};
+  alignas(64) T total[kTile];
+  buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
-    for (int64_t r = 0; r < at.rows; r += L) {
-      Vec<T> s(0);
-      for (int64_t i = 0; i < n; i++)
-        s = s + backward_summand(p.log, Vec<T>::loadu(g_block.data + i * kTile + r),
-                                 Vec<T>::loadu(y_block.data + i * kTile + r));
-      s.store(lanes + r);
-      for (int64_t k = r; k < r + L; k++) sum[k] += lanes[k];
-    }
+    for (int64_t r = 0; r < at.rows; r += L)
+      for (int64_t begin = 0; begin < n; begin += kSummedClasses) {
+        Vec<T> s(0);
+        for (int64_t i = begin; i < std::min(n, begin + kSummedClasses); i++)
+          s = s + backward_summand(p.log, Vec<T>::loadu(g + i * kTile + r), Vec<T>::loadu(y + i * kTile + r));
+        add_to(sum + r, s);
+      }
   });
-  for (int64_t r = 0; r < kTile; r++) lanes[r] = static_cast<T>(sum[r]);
-  each_tile_block<T>(p.layout, [&](int64_t c, int64_t n) {
-    load(c, n);
+  for (int64_t r = 0; r < kTile; r++) total[r] = static_cast<T>(sum[r]);
+  buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
+    if (!buffers.whole()) load(c, n);
     for (int64_t r = 0; r < at.rows; r += L) {
-      const Vec<T> total = Vec<T>::loadu(lanes + r);
+      const Vec<T> row_total = Vec<T>::loadu(total + r);
       for (int64_t i = 0; i < n; i++) {
-        T* g = g_block.data + i * kTile + r;
-        backward_value(p.log, total, Vec<T>::loadu(g), Vec<T>::loadu(y_block.data + i * kTile + r)).store(g);
+        T* gi = g + i * kTile + r;
+        backward_value(p.log, row_total, Vec<T>::loadu(gi), Vec<T>::loadu(y + i * kTile + r)).store(gi);
       }
     }
-    store_operand_tile(p.layout, kSoftmaxInput, g_block, p.grad_input, p.grad_input_type, at, c, n);
+    store_operand_tile(p.layout, kSoftmaxInput, g, p.grad_input, p.grad_input_type, at, c, n);
   });
 }
 
@@ -226,15 +278,16 @@ void scale_tile(const ScaleRows& p, const Position& at) {
   Block<double> block;
   double factor[kTile] = {};
   for (int64_t r = 0; r < at.rows; r++) factor[r] = factor_of(p, at.offset[kRow] + r * p.layout.inner_stride[kRow]);
-  each_tile_block<double>(p.layout, [&](int64_t c, int64_t n) {
-    load_operand_tile(p.layout, 0, p.data, p.type, at, c, n, block);
+  for (int64_t c = 0; c < p.layout.classes; c += kTileClasses<double>) {
+    const int64_t n = std::min(kTileClasses<double>, p.layout.classes - c);
+    load_operand_tile(p.layout, 0, p.data, p.type, at, c, n, block.data);
     for (int64_t i = 0; i < n; i++)
       for (int64_t r = 0; r < at.rows; r++) {
         double& value = block.data[i * kTile + r];
         value = scaled(value, factor[r]);
       }
-    store_operand_tile(p.layout, 0, block, p.data, p.type, at, c, n);
-  });
+    store_operand_tile(p.layout, 0, block.data, p.data, p.type, at, c, n);
+  }
 }
 
 template <typename Params, typename Row, typename Tile>
@@ -248,19 +301,34 @@ inline void each_unit(const Params& p, int64_t begin, int64_t end, const Row& ro
   }
 }
 
+template <typename T>
+void softmax(const Softmax<T>& p, int64_t begin, int64_t end) {
+  const bool in_output = is_own<T>(p.input_type) && is_own<T>(p.output_type);
+  const KeptRows<T> keep(p.layout.rows && !p.log, in_output, p.layout.classes, 1);
+  const auto row = [&](const Softmax<T>& call, const Position& at) { softmax_row(call, at, keep); };
+  const TileBuffers<T> buffers(p.layout, 1);
+  const auto tile = [&](const Softmax<T>& call, const Position& at) { softmax_tile(call, at, buffers); };
+  each_unit(p, begin, end, row, tile);
+}
+
+template <typename T>
+void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end) {
+  const TileBuffers<T> buffers(p.layout, 2);
+  const auto tile = [&](const SoftmaxBackward<T>& call, const Position& at) {
+    softmax_backward_tile(call, at, buffers);
+  };
+  each_unit(p, begin, end, softmax_backward_row<T>, tile);
+}
+
 }  // namespace
 
-void softmax_float(const Softmax<float>& p, int64_t begin, int64_t end) {
-  each_unit(p, begin, end, softmax_row<float>, softmax_tile<float>);
-}
-void softmax_double(const Softmax<double>& p, int64_t begin, int64_t end) {
-  each_unit(p, begin, end, softmax_row<double>, softmax_tile<double>);
-}
+void softmax_float(const Softmax<float>& p, int64_t begin, int64_t end) { softmax(p, begin, end); }
+void softmax_double(const Softmax<double>& p, int64_t begin, int64_t end) { softmax(p, begin, end); }
 void softmax_backward_float(const SoftmaxBackward<float>& p, int64_t begin, int64_t end) {
-  each_unit(p, begin, end, softmax_backward_row<float>, softmax_backward_tile<float>);
+  softmax_backward(p, begin, end);
 }
 void softmax_backward_double(const SoftmaxBackward<double>& p, int64_t begin, int64_t end) {
-  each_unit(p, begin, end, softmax_backward_row<double>, softmax_backward_tile<double>);
+  softmax_backward(p, begin, end);
 }
 void scale_rows(const ScaleRows& p, int64_t begin, int64_t end) { each_unit(p, begin, end, scale_row, scale_tile); }
 

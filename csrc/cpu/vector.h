@@ -37,12 +37,15 @@ struct alignas(64) Block {
   T data[kBlock<T>];
 };
 
-// How many of the `remaining` classes of a row the next block takes. Where the row is used where it lies (`direct`), the
-// last partial vector is a block of its own, so that only that is copied.
+// Rows of up to this many classes that do not fill their vectors are copied whole, so that they are one block.
+constexpr int64_t kCopiedClasses = 1024;
+
+// How many of the `remaining` classes of a row the next block takes. Where a long row is used where it lies (`direct`),
+// the last partial vector is a block of its own, so that only that is copied.
 template <typename T>
-inline int64_t next_block(int64_t remaining, bool direct) {
+inline int64_t next_block(int64_t remaining, int64_t classes, bool direct) {
   const int64_t n = remaining < kBlock<T> ? remaining : kBlock<T>;
-  return direct && n > kLanes<T> ? n / kLanes<T> * kLanes<T> : n;
+  return direct && classes > kCopiedClasses && n > kLanes<T> ? n / kLanes<T> * kLanes<T> : n;
 }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -127,13 +130,55 @@ inline double sum_lanes(const Vec<T>& v) {
   return sum;
 }
 
+// Of values that are not NaN.
+template <typename T>
+inline T max_number(const Vec<T>& v) {
+  return max_lanes(v);
+}
+
 #ifdef CPU_CAPABILITY_AVX512
+inline float max_number(const Vec<float>& v) { return _mm512_reduce_max_ps(v); }
+
 inline double sum_lanes(const Vec<float>& v) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 }
 #endif
+
+// sums[i] += v[i]
+template <typename T>
+inline void add_to(double* sums, const Vec<T>& v) {
+  alignas(64) T lanes[kLanes<T>];
+  v.store(lanes);
+  for (int64_t i = 0; i < kLanes<T>; i++) sums[i] += lanes[i];
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline void add_to(double* sums, const Vec<float>& v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+#endif
+
+// ---- vectors of double from and to arrays of either type ----
+
+using DoubleVec = Vec<double>;
+
+inline DoubleVec load_double(const double* values) { return DoubleVec::loadu(values); }
+inline DoubleVec load_double(const float* values) {
+  alignas(64) double wide[kLanes<double>];
+  for (int64_t i = 0; i < kLanes<double>; i++) wide[i] = values[i];
+  return DoubleVec::loadu(wide);
+}
+inline void store_double(const DoubleVec& v, double* out) { v.store(out); }
+inline void store_double(const DoubleVec& v, float* out) {
+  alignas(64) double wide[kLanes<double>];
+  v.store(wide);
+  for (int64_t i = 0; i < kLanes<double>; i++) out[i] = static_cast<float>(wide[i]);
+}
 
 // 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.
 template <typename T>

@@ -2,7 +2,6 @@
 //
 // The targets are scanned before any output is allocated: a class out of range is an IndexError, and the mean's
 // denominator is known before the kernel runs, so that it can write final gradients in the same visit.
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -86,11 +85,6 @@ struct Weights {
   const T* weight_data() const { return weight.empty() ? nullptr : weight.data(); }
 };
 
-int64_t class_at(const Call& call, const void* data, int64_t row) {
-  return call.target.scalar_type() == ScalarType::Long ? static_cast<const int64_t*>(data)[row]
-                                                       : static_cast<const uint8_t*>(data)[row];
-}
-
 [[noreturn]] void throw_bad_class(const Call& call, int64_t row, int64_t y) {
   std::string index;
   for (size_t d = call.batch.size(), rest = row; d-- > 0; rest /= call.batch[d])
@@ -100,35 +94,49 @@ int64_t class_at(const Call& call, const void* data, int64_t row) {
                           "); got " + std::to_string(y) + " at position [" + index + "].");
 }
 
-// Checks every class and returns the mean's denominator: the sum of weight[target] over the rows not ignored.
+// Checks every class and returns the sum of weight[target] over the rows not ignored.
+template <typename T, typename Index>
+double scan_classes(const Call& call, const Index* classes, const T* weight) {
+  const Groups groups(call.rows, 1);
+  std::vector<double> sums(groups.count());
+  std::vector<int64_t> bad(groups.count(), call.rows);  // the first row of a class out of range
+  groups.run([&](int64_t group, int64_t begin, int64_t end) {
+    const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.ignore_index; };
+    const auto out_of_range = [&](int64_t row) {
+      return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
+    };
+    bool any_bad = false;
+    int64_t live = 0;
+    for (int64_t row = begin; row < end; row++) {
+      any_bad |= out_of_range(row);
+      live += !ignored(row);
+    }
+    sums[group] = static_cast<double>(live);
+    if (any_bad) {
+      for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
+    } else if (weight) {
+      double sum = 0;
+      for (int64_t row = begin; row < end; row++)
+        if (!ignored(row)) sum += weight[classes[row]];
+      sums[group] = sum;
+    }
+  });
+  double total = 0;
+  for (int64_t group = 0; group < groups.count(); group++) {
+    if (bad[group] != call.rows) throw_bad_class(call, bad[group], classes[bad[group]]);
+    total += sums[group];
+  }
+  return total;
+}
+
+// Checks the target and returns the mean's denominator.
 template <typename T>
 double scan_targets(const Call& call, const Weights<T>& weights) {
   if (call.probabilities) return static_cast<double>(call.classes > 0 ? call.rows : 0);  // numel / classes
   const void* data = call.target.const_data_ptr();
-  const T* weight = weights.weight_data();
-  const Groups groups(call.rows, 1);
-  constexpr int64_t kNoRow = std::numeric_limits<int64_t>::max();
-  std::vector<double> sums(groups.count(), 0.0);
-  std::vector<int64_t> bad(groups.count(), kNoRow);
-  groups.run([&](int64_t group, int64_t begin, int64_t end) {
-    double sum = 0;
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t y = class_at(call, data, row);
-      if (y == call.ignore_index) continue;
-      if (y < 0 || y >= call.classes) {
-        bad[group] = row;
-        break;
-      }
-      sum += weight ? static_cast<double>(weight[y]) : 1.0;
-    }
-    sums[group] = sum;
-  });
-  double total = 0;
-  for (int64_t group = 0; group < groups.count(); group++) {
-    if (bad[group] != kNoRow) throw_bad_class(call, bad[group], class_at(call, data, bad[group]));
-    total += sums[group];
-  }
-  return total;
+  return call.target.scalar_type() == ScalarType::Long
+             ? scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data())
+             : scan_classes(call, static_cast<const uint8_t*>(data), weights.weight_data());
 }
 
 // What is the same in a forward and a backward call of the kernel.

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kParallelElements = 32768;
 
 // Rows of at most this many classes share vectors (columns layout) although their classes are contiguous.
-constexpr int64_t kSmallClasses = 32;
+constexpr int64_t kSmallClasses = 128;
 
 constexpr int64_t kMaxGroups = 1024;
 

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -65,6 +67,9 @@ class JointLayout {
 
 // Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
 // run(group, begin unit, end unit). Sums over groups taken in order are the same for any number of threads.
+//
+// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups' work
+// differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
 class Groups {
  public:
   Groups(int64_t units, int64_t elements_per_unit);
@@ -72,8 +77,16 @@ class Groups {
 
   template <typename F>
   void run(const F& f) const {
-    torch::stable::parallel_for(0, count_, grain_, [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; g++) f(g, g * size_, std::min(units_, (g + 1) * size_));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, count_, grain_, [&](int64_t share_begin, int64_t share_end) {
+      const int64_t threads = (count_ + share_end - share_begin - 1) / (share_end - share_begin);
+      for (int64_t begin = next, size; begin < count_; begin = next) {
+        size = std::max<int64_t>(1, (count_ - begin) / (2 * threads));
+        if (threads == 1) size = count_;
+        if (!next.compare_exchange_strong(begin, begin + size)) continue;
+        const int64_t end = std::min(count_, begin + size);
+        for (int64_t g = begin; g < end; g++) f(g, g * size_, std::min(units_, (g + 1) * size_));
+      }
     });
   }
 

@@ -1,0 +1,112 @@
+// The visit of a row whose classes are adjacent: a first pass that reduces it, block by block, and can keep the exponentials
+// on the way, and a second that writes a result of the same shape. Included only by units compiled per instruction set.
+#pragma once
+
+#include <memory>
+
+#include "logsumexp.h"
+
+namespace softmax_ext {
+namespace CPU_CAPABILITY {
+namespace {
+
+// The most elements of one row whose exponentials are kept: with 1 MiB of float they are still in L2 or close to it.
+constexpr int64_t kKeptElements = 262144;
+
+// Where the exponentials of one row are kept (null: nowhere), and the shift that those of each block were taken with.
+template <typename T>
+struct KeptRow {
+  T* data = nullptr;
+  T* shifts = nullptr;
+};
+
+// The same for a batch of rows: in the result itself, where it is of type T and the logits are used where they lie, or in
+// a buffer.
+template <typename T>
+class KeptRows {
+ public:
+  KeptRows(bool keeps, bool in_result, int64_t classes, int64_t rows)
+      : active_(keeps && classes <= kKeptElements),
+        in_result_(in_result),
+        stride_(round_up(classes, kLanes<T>)),
+        blocks_(classes / kBlock<T> + 2) {
+    if (!active_) return;
+    shifts_.reset(new T[rows * blocks_]);
+    if (!in_result_) buffer_.reset(new T[rows * stride_]);
+  }
+
+  bool active() const { return active_; }
+
+  // Row r of the batch, whose result is of type T at `result` or of another type.
+  KeptRow<T> row(int64_t r, void* result, int64_t offset) const {
+    if (!active_) return {};
+    T* const data = in_result_ ? static_cast<T*>(result) + offset : buffer_.get() + r * stride_;
+    return {data, shifts_.get() + r * blocks_};
+  }
+
+ private:
+  bool active_, in_result_;
+  int64_t stride_, blocks_;
+  std::unique_ptr<T[]> shifts_, buffer_;
+};
+
+// Reduces a row of classes. load(c, n, buffer) returns z of the classes [c, c + n) padded with -inf to whole vectors, in
+// `buffer` or, if `direct`, where they lie; visit(max so far, z, c, n) sees each block before its exponentials take its
+// place; source and type are those of the logits, class 0 being element `at`.
+template <bool Weighted, typename T, typename Load, typename Visit>
+inline LogSumExp<T> reduce_row(int64_t classes, bool direct, const KeptRow<T>& kept, const void* source, DType type,
+                               int64_t at, const Load& load, const Visit& visit) {
+  Block<T> block;
+  LogSumExp<T> sums;
+  int64_t number = 0;
+  for (int64_t c = 0, n; c < classes; c += n, number++) {
+    n = next_block<T>(classes - c, classes, direct);
+    const int64_t padded = round_up(n, kLanes<T>);
+    T* const buffer = kept.data && !direct ? kept.data + c : block.data;
+    const T* z = load(c, n, buffer);
+    const int64_t excluded = follow_max<Weighted>(sums, z, padded, c);
+    visit(sums.max, z, c, n);
+    const Ahead ahead = ahead_of<T>(source, type, at + c + n);
+    if (!kept.data) {
+      if (z == buffer)
+        add_buffered_block<Weighted, false>(sums, buffer, padded, excluded, buffer, ahead);
+      else
+        add_block<Weighted, false>(sums, z, padded, excluded, buffer, ahead);
+      continue;
+    }
+    kept.shifts[number] = sums.max;
+    if (z == buffer)
+      add_buffered_block<Weighted, true>(sums, buffer, padded, excluded, buffer, ahead);
+    else
+      add_block<Weighted, true>(sums, z, padded, excluded, kept.data + c, ahead);
+    if (buffer == block.data && z == buffer) std::copy(buffer, buffer + n, kept.data + c);
+  }
+  return sums;
+}
+
+// `count` values at `from`; known to be a whole vector in all but the last turn of a loop.
+template <typename T>
+inline Vec<T> load_some(const T* from, int64_t count) {
+  return count == kLanes<T> ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+}
+
+// [at, at + n) of an operand = value(i, count), vector by vector. Of an operand of type T the last one may be partial and
+// is asked for with its count.
+template <typename T, typename Value>
+inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value& value) {
+  constexpr int64_t L = kLanes<T>;
+  if (is_own<T>(type)) {
+    T* out = static_cast<T*>(dst) + at;
+    int64_t i = 0;
+    for (; i + L <= n; i += L) value(i, L).store(out + i);
+    if (i < n) value(i, n - i).store(out + i, n - i);
+    return;
+  }
+  Block<T> block;
+  for (int64_t i = 0; i < n; i += L) value(i, L).store(block.data + i);
+  store_run(block.data, n, dst, type, at);
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+}  // namespace softmax_ext
