@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import ops
@@ -86,12 +87,18 @@ def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[T
     return [next(remaining) if needed else None for needed in needs]
 
 
-def _gradients(call: tuple[Any, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """(grad_input, grad_target), None where not needed, by the operator or differentiably."""
-    if _plain_backward():
-        grads = ops.cross_entropy_backward(*call, *needs)
-        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return _spread(CrossEntropyBackward.apply(*call, *needs), needs)
+def _gradients(
+    ctx: Any, loss: Tensor | None, lse: Tensor | None = None, nll: Tensor | None = None, entropy: Tensor | None = None
+) -> Sequence[Tensor | None]:
+    """(grad_input, grad_target) from the upstream gradients, None where not needed."""
+    if loss is None and lse is None and nll is None and entropy is None:
+        return None, None
+    needs = needs_input, needs_target = ctx.needs_input_grad[:2]
+    call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
+    if not _plain_backward():
+        return _spread(CrossEntropyBackward.apply(*call), needs)
+    grad_input, grad_target = ops.cross_entropy_backward(*call)
+    return grad_input if needs_input else None, grad_target if needs_target else None
 
 
 class CrossEntropyBackward(Function):
@@ -204,10 +211,7 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
-        if grads[_LOSS] is None and all(g is None for g in stats):
-            return (None,) * 12
-        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
-        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 10)
+        return *_gradients(ctx, grads[_LOSS], *stats), *[None] * 10
 
     @staticmethod
     @_nested_forward_mode
@@ -243,8 +247,44 @@ class CrossEntropy(Function):
         return (loss.to(loss_dtype), state, total, *rest), (0, 1, 0, *[0] * len(rest))
 
 
+class EagerCrossEntropy(Function):
+    """CrossEntropy where no transform is at work: (input, target, weight, options, dtype, stats) -> loss or a tuple.
+
+    A call on a small input costs what surrounds the kernels, which is why there is this second form. One ``forward``
+    that knows ``ctx`` returns only what the caller gets, and nothing is kept for forward mode or bound to a signature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        stats: bool,
+    ) -> Any:
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
+        loss, state, total, *rest = ops.cross_entropy(
+            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
+        )
+        if not stats:
+            ctx.save_for_backward(input, target, weight, state, total, None)
+            return loss
+        lse, nll, entropy, prediction = rest
+        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.mark_non_differentiable(prediction)
+        return loss, lse, nll, entropy, prediction
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, *grads[:4]), None, None, None, None
+
+
 class OverwritingCrossEntropy(Function):
-    """CrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
+    """EagerCrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
 
     The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
     handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
@@ -254,47 +294,53 @@ class OverwritingCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, dtype, stats, precompute_grad, inplace = args
-        input, target, weight, dim, reduction, ignore, smoothing, z_loss, softcap, scale = tensors
-        call = (target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
-        if precompute_grad and inplace:
-            results = ops.cross_entropy_(input, *call)
-            torch.autograd.graph.increment_version(input)
-            return tuple(results if stats else results[:_LSE])
-        return tuple(ops.cross_entropy(input, *call, precompute_grad))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight = inputs[:3]
-        ctx.options, ctx.stats = inputs[3:10], inputs[11]
-        ctx.precomputed, ctx.inplace = inputs[12:]
-        ctx.overwritten = ctx.precomputed and ctx.inplace
-        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
-        ctx.gradient = output[-1] if ctx.precomputed and not ctx.inplace else None
-        differentiable = (_LOSS, _LSE, _NLL, _ENTROPY) if ctx.stats else (_LOSS,)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable))
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        stats: bool,
+        precompute_grad: bool,
+        inplace: bool,
+    ) -> Any:
+        ctx.options, ctx.precomputed, ctx.inplace = options, precompute_grad, inplace
+        ctx.overwritten = precompute_grad and inplace
         ctx.set_materialize_grads(False)
-        entropy = output[_ENTROPY] if ctx.stats else None
-        # Already overwritten, it is saved by another name: it stands for the gradient, not for a value of the graph.
-        logits = input.detach() if ctx.overwritten else input
-        ctx.save_for_backward(logits, target, weight, output[_STATE], output[_TOTAL], entropy)
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
+        call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
+        if ctx.overwritten:
+            results = ops.cross_entropy_(*call)
+            torch.autograd.graph.increment_version(input)
+            input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
+        else:
+            results = ops.cross_entropy(*call, precompute_grad)
+        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
+        ctx.gradient = results[-1] if precompute_grad and not inplace else None
+        loss, state, total = results[:_LSE]
+        if not stats:
+            ctx.save_for_backward(input, target, weight, state, total, None)
+            return loss
+        lse, nll, entropy, prediction = results[_LSE : _PREDICTION + 1]
+        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.mark_non_differentiable(prediction)
+        return loss, lse, nll, entropy, prediction
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
-        given = [g for g in (grads[_LOSS], *stats) if g is not None]
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = grads[:3] or (None, None, None)
+        given = [g for g in (grad_loss, *stats) if g is not None]
         if not given:
-            return (None,) * 14
+            return (None,) * 8
         plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
         if ctx.inplace:
-            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grads[_LOSS], stats), *[None] * 13
+            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), *[None] * 7
         gradient, ctx.gradient = ctx.gradient, None
-        if plain and gradient is not None and len(given) == 1 and grads[_LOSS] is not None:
-            OverwritingCrossEntropy._scale(ctx, gradient, grads[_LOSS])
-            return (gradient, *[None] * 13)
-        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
-        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 12)
+        if plain and gradient is not None and len(given) == 1 and grad_loss is not None:
+            OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
+            return gradient, *[None] * 7
+        return *_gradients(ctx, grad_loss, *stats), *[None] * 6
 
     @staticmethod
     def _backward_inplace(ctx: Any, plain: bool, grad_loss: Tensor | None, stats: tuple[Tensor | None, ...]) -> Tensor:
@@ -409,9 +455,44 @@ class Softmax(Function):
 # out each time, which took a quarter of a call on a small input.
 _forward: Any
 for _forward in (
-    f.forward for f in (CrossEntropyBackward, CrossEntropy, OverwritingCrossEntropy, SoftmaxBackward, Softmax)
+    f.forward for f in (CrossEntropyBackward, CrossEntropy, SoftmaxBackward, Softmax)
 ):
     _forward.__signature__ = inspect.signature(_forward)
+
+
+# ---- eager calls ----
+
+
+def _plain_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for eager calls alone: what torch's calls itself where no functorch transform is active.
+
+    Before that torch binds the arguments to a signature and takes dead wrappers off them (tensors that have outlived
+    their transform), one by one: as much time as the call itself takes on a small input.
+    """
+    base: Any = super(Function, function)
+    return base.apply  # type: ignore[no-any-return]
+
+
+_apply_cross_entropy = _plain_apply(EagerCrossEntropy)
+_apply_overwriting = _plain_apply(OverwritingCrossEntropy)
+_apply_softmax = _plain_apply(Softmax)
+
+
+def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Any:
+    """EagerCrossEntropy on its arguments."""
+    weight = None if weight is None else unwrap_if_dead(weight)
+    return _apply_cross_entropy(unwrap_if_dead(input), unwrap_if_dead(target), weight, *rest)
+
+
+def overwriting_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Any:
+    """OverwritingCrossEntropy on its arguments."""
+    weight = None if weight is None else unwrap_if_dead(weight)
+    return _apply_overwriting(unwrap_if_dead(input), unwrap_if_dead(target), weight, *rest)
+
+
+def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+    """Softmax on its arguments."""
+    return _apply_softmax(unwrap_if_dead(input), dim, log, dtype)  # type: ignore[no-any-return]
 
 
 # ---- torch.compile and torch.export ----

@@ -94,8 +94,12 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
     check_tensor(op, "target", target)
     check_strided(op, "target", target)
     check_device(op, "target", target, input)
-    dim = 0 if input.dim() == 1 else 1
-    if input.shape == target.shape:
+    shape = input.shape
+    dim = 0 if len(shape) == 1 else 1
+    batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
+    if target.shape == batch and target.dtype in _CLASSES:
+        return dim, target
+    if target.shape == shape:
         if not target.is_floating_point():
             need = "be floating (class probabilities) if it has the input's shape"
             way_out = "Class indices have the input's shape without the dimension of the classes."
@@ -104,26 +108,23 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
         return dim, target
-    batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
-    if target.dtype not in _CLASSES or list(target.shape) != batch:
+    if target.dtype not in _CLASSES or target.shape != batch:
         # The types are torch's: another number of rows is a ValueError, everything else a RuntimeError.
         if input.dim() == 1:
             other_size = target.dim() == 1 and target.dtype in _CLASSES
         else:
             other_size = target.shape[:1] != input.shape[:1]
         error = ValueError if other_size else RuntimeError
-        need = f"be int64 or uint8 of shape {batch}, or floating of the input's shape {list(input.shape)}"
-        way_out = "" if list(target.shape) != batch else "Use target.long()."
+        need = f"be int64 or uint8 of shape {list(batch)}, or floating of the input's shape {list(input.shape)}"
+        way_out = "" if target.shape != batch else "Use target.long()."
         refuse(error, op, "target", need, describe(target), way_out)
     return dim, target
 
 
-def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, indices: bool) -> None:
+def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
     """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
-    if weight is None:
-        return
     check_tensor(op, "weight", weight)
     check_strided(op, "weight", weight)
     if list(weight.shape) != [classes]:
