@@ -2,7 +2,8 @@
 
 Cross entropy has one Function for each way to hold the gradient:
 
-    CrossEntropy             keeps the logits; backward reads them again. All of autograd works.
+    CrossEntropy             keeps the logits; backward reads them again. All of autograd works, transforms included.
+    EagerCrossEntropy        the same for every other call, where the Function itself must cost little.
     OverwritingCrossEntropy  precompute_grad and inplace: a gradient that is consumed, logits that are overwritten.
 
 The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
@@ -88,12 +89,12 @@ def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[T
 
 
 def _gradients(
-    ctx: Any, loss: Tensor | None, lse: Tensor | None = None, nll: Tensor | None = None, entropy: Tensor | None = None
+    ctx: Any, loss: Tensor | None, lse: Tensor | None, nll: Tensor | None, entropy: Tensor | None
 ) -> Sequence[Tensor | None]:
     """(grad_input, grad_target) from the upstream gradients, None where not needed."""
     if loss is None and lse is None and nll is None and entropy is None:
         return None, None
-    needs = needs_input, needs_target = ctx.needs_input_grad[:2]
+    needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
     if not _plain_backward():
         return _spread(CrossEntropyBackward.apply(*call), needs)
@@ -248,25 +249,17 @@ class CrossEntropy(Function):
 
 
 class EagerCrossEntropy(Function):
-    """CrossEntropy where no transform is at work: (input, target, weight, options, dtype, stats) -> loss or a tuple.
+    """CrossEntropy where no transform is at work: (input, target, weight, (options, dtype, stats)) -> loss or a tuple.
 
-    A call on a small input costs what surrounds the kernels, which is why there is this second form. One ``forward``
-    that knows ``ctx`` returns only what the caller gets, and nothing is kept for forward mode or bound to a signature.
+    A call on a small input costs what surrounds the kernels, which is why there is this second form: its ``forward``
+    sees ``ctx`` and returns only what the caller gets, nothing is kept for forward mode, and the arguments are few.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: tuple[Any, ...],
-        dtype: torch.dtype | None,
-        stats: bool,
-    ) -> Any:
-        ctx.options = options
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
+        ctx.options, dtype, stats = call
         ctx.set_materialize_grads(False)
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
         loss, state, total, *rest = ops.cross_entropy(
             input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
         )
@@ -279,12 +272,20 @@ class EagerCrossEntropy(Function):
         return loss, lse, nll, entropy, prediction
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_gradients(ctx, *grads[:4]), None, None, None, None
+    def backward(
+        ctx: Any,
+        loss: Tensor | None,
+        lse: Tensor | None = None,
+        nll: Tensor | None = None,
+        entropy: Tensor | None = None,
+        prediction: None = None,
+    ) -> tuple[Tensor | None, ...]:
+        grad_input, grad_target = _gradients(ctx, loss, lse, nll, entropy)
+        return grad_input, grad_target, None, None
 
 
 class OverwritingCrossEntropy(Function):
-    """EagerCrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
+    """EagerCrossEntropy with ``precompute_grad``, ``inplace`` or both: two flags more in the last argument.
 
     The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
     handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
@@ -294,28 +295,18 @@ class OverwritingCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        options: tuple[Any, ...],
-        dtype: torch.dtype | None,
-        stats: bool,
-        precompute_grad: bool,
-        inplace: bool,
-    ) -> Any:
-        ctx.options, ctx.precomputed, ctx.inplace = options, precompute_grad, inplace
-        ctx.overwritten = precompute_grad and inplace
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
+        ctx.options, dtype, stats, precompute_grad, inplace = call
+        ctx.precomputed, ctx.inplace, ctx.overwritten = precompute_grad, inplace, precompute_grad and inplace
         ctx.set_materialize_grads(False)
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
+        operands = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
         if ctx.overwritten:
-            results = ops.cross_entropy_(*call)
+            results = ops.cross_entropy_(*operands)
             torch.autograd.graph.increment_version(input)
             input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
         else:
-            results = ops.cross_entropy(*call, precompute_grad)
+            results = ops.cross_entropy(*operands, precompute_grad)
         # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
         ctx.gradient = results[-1] if precompute_grad and not inplace else None
         loss, state, total = results[:_LSE]
@@ -332,15 +323,15 @@ class OverwritingCrossEntropy(Function):
         stats = grads[:3] or (None, None, None)
         given = [g for g in (grad_loss, *stats) if g is not None]
         if not given:
-            return (None,) * 8
+            return (None,) * 4
         plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
         if ctx.inplace:
-            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), *[None] * 7
+            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
         if plain and gradient is not None and len(given) == 1 and grad_loss is not None:
             OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
-            return gradient, *[None] * 7
-        return *_gradients(ctx, grad_loss, *stats), *[None] * 6
+            return gradient, None, None, None
+        return *_gradients(ctx, grad_loss, *stats), None, None
 
     @staticmethod
     def _backward_inplace(ctx: Any, plain: bool, grad_loss: Tensor | None, stats: tuple[Tensor | None, ...]) -> Tensor:
@@ -454,9 +445,7 @@ class Softmax(Function):
 # torch binds the arguments of ``forward`` to its signature at every call. Kept here, the signature need not be found
 # out each time, which took a quarter of a call on a small input.
 _forward: Any
-for _forward in (
-    f.forward for f in (CrossEntropyBackward, CrossEntropy, SoftmaxBackward, Softmax)
-):
+for _forward in (f.forward for f in (CrossEntropyBackward, CrossEntropy, SoftmaxBackward, Softmax)):
     _forward.__signature__ = inspect.signature(_forward)
 
 
@@ -478,20 +467,22 @@ _apply_overwriting = _plain_apply(OverwritingCrossEntropy)
 _apply_softmax = _plain_apply(Softmax)
 
 
-def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    """EagerCrossEntropy on its arguments."""
+def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    """EagerCrossEntropy of (options, dtype, stats): the loss, and the statistics if asked for."""
     weight = None if weight is None else unwrap_if_dead(weight)
-    return _apply_cross_entropy(unwrap_if_dead(input), unwrap_if_dead(target), weight, *rest)
+    results = _apply_cross_entropy(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    return results if type(results) is tuple else (results,)
 
 
-def overwriting_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    """OverwritingCrossEntropy on its arguments."""
+def overwriting_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    """OverwritingCrossEntropy of (options, dtype, stats, precompute_grad, inplace), likewise."""
     weight = None if weight is None else unwrap_if_dead(weight)
-    return _apply_overwriting(unwrap_if_dead(input), unwrap_if_dead(target), weight, *rest)
+    results = _apply_overwriting(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    return results if type(results) is tuple else (results,)
 
 
 def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
-    """Softmax on its arguments."""
+    """Softmax where no transform is at work."""
     return _apply_softmax(unwrap_if_dead(input), dim, log, dtype)  # type: ignore[no-any-return]
 
 

@@ -74,11 +74,11 @@ def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace
 
 
 def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
-    checks.check_tensor(op, "input", input)
+    checks.check_dense(op, "input", input)
     dim = checks.integer(op, "dim", dim)
-    checks.check_strided(op, "input", input)
-    checks.check_dtype(op, dtype)
-    rank = max(input.dim(), 1)
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
+    rank = len(input.shape) or 1
     if not -rank <= dim < rank:
         checks.refuse(IndexError, op, "dim", f"lie in [{-rank}, {rank - 1}]", f"{dim}")
     if dtype is not None and not input.dtype.is_floating_point and not input.dtype.is_complex:
@@ -86,7 +86,7 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     checks.check_floating(op, "input", input)
     if dtype is None and input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
-    if input.dim() == 0:
+    if not input.shape:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
     in_transform = _in_transform()
@@ -137,15 +137,11 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 # ---- cross entropy ----
 
 
-def _loss_dtype(
-    input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None, probabilities: bool
+def _default_loss_dtype(
+    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool
 ) -> torch.dtype | None:
-    """The dtype of the loss where it is not the input's: asked for, promoted with probabilities, or autocast's."""
-    if dtype is not None:
-        return dtype
+    """The dtype of the loss where it is not the input's: promoted with probabilities, or autocast's."""
     own = input.dtype
-    if own.itemsize > 2 and not probabilities:
-        return None
     if probabilities:
         for other in (target, weight):
             own = own if other is None else torch.promote_types(own, other.dtype)
@@ -272,7 +268,7 @@ def cross_entropy(
         NotImplementedError: logits of another dtype or layout.
     """
     op = "cross_entropy"
-    checks.check_tensor(op, "input", input)
+    checks.check_dense(op, "input", input)
     label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
         op, label_smoothing, z_loss, softcap, logit_scale
     )
@@ -281,21 +277,22 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
-    checks.check_dtype(op, dtype)
-    checks.check_strided(op, "input", input)
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
     checks.check_floating(op, "input", input)
-    if input.dim() == 0:
+    if not input.shape:
         error = IndexError if target.is_floating_point() else RuntimeError
         checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
     dim, target = checks.check_target(op, input, target, ignore_index)
-    probabilities = target.is_floating_point()
+    probabilities = target.dtype.is_floating_point
     if weight is not None:
         checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
     if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
 
     options = (dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    dtype = _loss_dtype(input, target, weight, dtype, probabilities)
+    if dtype is None and (probabilities or input.dtype.itemsize == 2):
+        dtype = _default_loss_dtype(input, target, weight, probabilities)
     results = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
 
@@ -312,16 +309,18 @@ def _run(
 ) -> Sequence[Tensor]:
     """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
     in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
-    if _needs_plain_formulas(target, weight, in_transform, compiling):
+    if (in_transform or weight is not None) and _needs_plain_formulas(target, weight, in_transform, compiling):
         return plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
+    results: Any
     if in_transform:
-        return CrossEntropy.apply(input, target, weight, *options, dtype, stats)
-    if compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
+    elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        op = ops.cross_entropy_traced if compiling else ops.cross_entropy
-        return op(input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
-    if (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
+        results = (ops.cross_entropy_traced if compiling else ops.cross_entropy)(
+            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
+        )
+    elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
         results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
     else:
         results = eager_cross_entropy(input, target, weight, options, dtype, stats)
-    return results if stats else (results,)
+    return results  # type: ignore[no-any-return]
