@@ -360,11 +360,11 @@ class OverwritingCrossEntropy(Function):
 
     @staticmethod
     def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
-        options = Options(*ctx.options)
-        if gradient.dtype == torch.float16 and options.reduction == MEAN:  # written without the mean's divisor
+        dim, reduction, *_ = ctx.options
+        if gradient.dtype == torch.float16 and reduction == MEAN:  # written without the mean's divisor
             total = ctx.saved_tensors[4]
             grad_loss = grad_loss.to(total.dtype) / total
-        ops.scale_rows_(gradient, grad_loss, options.dim)
+        ops.scale_rows_(gradient, grad_loss, dim)
 
 
 class SoftmaxBackward(Function):

@@ -195,9 +195,9 @@ def _strides(tensor: Tensor) -> str:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory: some dimension does not step over all that the smaller ones span."""
-    span = 1
-    if tensor.numel() == 0:
+    if tensor.is_contiguous():  # which a tensor without elements is
         return False
+    span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
             continue
