@@ -2,7 +2,8 @@
 
 Cross entropy has one Function for each way to hold the gradient:
 
-    CrossEntropy             keeps the logits; backward reads them again. All of autograd works.
+    CrossEntropy             keeps the logits; backward reads them again. All of autograd works, transforms included.
+    EagerCrossEntropy        the same for every other call, where the Function itself must cost little.
     OverwritingCrossEntropy  precompute_grad and inplace: a gradient that is consumed, logits that are overwritten.
 
 The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import ops
@@ -86,12 +88,18 @@ def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[T
     return [next(remaining) if needed else None for needed in needs]
 
 
-def _gradients(call: tuple[Any, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """(grad_input, grad_target), None where not needed, by the operator or differentiably."""
-    if _plain_backward():
-        grads = ops.cross_entropy_backward(*call, *needs)
-        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return _spread(CrossEntropyBackward.apply(*call, *needs), needs)
+def _gradients(
+    ctx: Any, loss: Tensor | None, lse: Tensor | None, nll: Tensor | None, entropy: Tensor | None
+) -> Sequence[Tensor | None]:
+    """(grad_input, grad_target) from the upstream gradients, None where not needed."""
+    if loss is None and lse is None and nll is None and entropy is None:
+        return None, None
+    needs_input, needs_target = needs = ctx.needs_input_grad[:2]
+    call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
+    if not _plain_backward():
+        return _spread(CrossEntropyBackward.apply(*call), needs)
+    grad_input, grad_target = ops.cross_entropy_backward(*call)
+    return grad_input if needs_input else None, grad_target if needs_target else None
 
 
 class CrossEntropyBackward(Function):
@@ -204,10 +212,7 @@ class CrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
-        if grads[_LOSS] is None and all(g is None for g in stats):
-            return (None,) * 12
-        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
-        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 10)
+        return *_gradients(ctx, grads[_LOSS], *stats), *[None] * 10
 
     @staticmethod
     @_nested_forward_mode
@@ -243,8 +248,44 @@ class CrossEntropy(Function):
         return (loss.to(loss_dtype), state, total, *rest), (0, 1, 0, *[0] * len(rest))
 
 
+class EagerCrossEntropy(Function):
+    """CrossEntropy where no transform is at work: (input, target, weight, (options, dtype, stats)) -> loss or a tuple.
+
+    A call on a small input costs what surrounds the kernels, which is why there is this second form: its ``forward``
+    sees ``ctx`` and returns only what the caller gets, nothing is kept for forward mode, and the arguments are few.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
+        ctx.options, dtype, stats = call
+        ctx.set_materialize_grads(False)
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
+        loss, state, total, *rest = ops.cross_entropy(
+            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
+        )
+        if not stats:
+            ctx.save_for_backward(input, target, weight, state, total, None)
+            return loss
+        lse, nll, entropy, prediction = rest
+        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.mark_non_differentiable(prediction)
+        return loss, lse, nll, entropy, prediction
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        loss: Tensor | None,
+        lse: Tensor | None = None,
+        nll: Tensor | None = None,
+        entropy: Tensor | None = None,
+        prediction: None = None,
+    ) -> tuple[Tensor | None, ...]:
+        grad_input, grad_target = _gradients(ctx, loss, lse, nll, entropy)
+        return grad_input, grad_target, None, None
+
+
 class OverwritingCrossEntropy(Function):
-    """CrossEntropy with ``precompute_grad``, ``inplace`` or both; arguments as there, then these two flags.
+    """EagerCrossEntropy with ``precompute_grad``, ``inplace`` or both: two flags more in the last argument.
 
     The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
     handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
@@ -254,47 +295,43 @@ class OverwritingCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, dtype, stats, precompute_grad, inplace = args
-        input, target, weight, dim, reduction, ignore, smoothing, z_loss, softcap, scale = tensors
-        call = (target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
-        if precompute_grad and inplace:
-            results = ops.cross_entropy_(input, *call)
-            torch.autograd.graph.increment_version(input)
-            return tuple(results if stats else results[:_LSE])
-        return tuple(ops.cross_entropy(input, *call, precompute_grad))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight = inputs[:3]
-        ctx.options, ctx.stats = inputs[3:10], inputs[11]
-        ctx.precomputed, ctx.inplace = inputs[12:]
-        ctx.overwritten = ctx.precomputed and ctx.inplace
-        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
-        ctx.gradient = output[-1] if ctx.precomputed and not ctx.inplace else None
-        differentiable = (_LOSS, _LSE, _NLL, _ENTROPY) if ctx.stats else (_LOSS,)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(output) if i not in differentiable))
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
+        ctx.options, dtype, stats, precompute_grad, inplace = call
+        ctx.precomputed, ctx.inplace, ctx.overwritten = precompute_grad, inplace, precompute_grad and inplace
         ctx.set_materialize_grads(False)
-        entropy = output[_ENTROPY] if ctx.stats else None
-        # Already overwritten, it is saved by another name: it stands for the gradient, not for a value of the graph.
-        logits = input.detach() if ctx.overwritten else input
-        ctx.save_for_backward(logits, target, weight, output[_STATE], output[_TOTAL], entropy)
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
+        operands = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
+        if ctx.overwritten:
+            results = ops.cross_entropy_(*operands)
+            torch.autograd.graph.increment_version(input)
+            input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
+        else:
+            results = ops.cross_entropy(*operands, precompute_grad)
+        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
+        ctx.gradient = results[-1] if precompute_grad and not inplace else None
+        loss, state, total = results[:_LSE]
+        if not stats:
+            ctx.save_for_backward(input, target, weight, state, total, None)
+            return loss
+        lse, nll, entropy, prediction = results[_LSE : _PREDICTION + 1]
+        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.mark_non_differentiable(prediction)
+        return loss, lse, nll, entropy, prediction
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        stats = grads[_LSE : _ENTROPY + 1] if ctx.stats else (None, None, None)
-        given = [g for g in (grads[_LOSS], *stats) if g is not None]
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats = grads[:3] or (None, None, None)
+        given = [g for g in (grad_loss, *stats) if g is not None]
         if not given:
-            return (None,) * 14
+            return (None,) * 4
         plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
         if ctx.inplace:
-            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grads[_LOSS], stats), *[None] * 13
+            return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), None, None, None
         gradient, ctx.gradient = ctx.gradient, None
-        if plain and gradient is not None and len(given) == 1 and grads[_LOSS] is not None:
-            OverwritingCrossEntropy._scale(ctx, gradient, grads[_LOSS])
-            return (gradient, *[None] * 13)
-        call = (grads[_LOSS], *stats, *ctx.saved_tensors, *ctx.options)
-        return (*_gradients(call, ctx.needs_input_grad[:2]), *[None] * 12)
+        if plain and gradient is not None and len(given) == 1 and grad_loss is not None:
+            OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
+            return gradient, None, None, None
+        return *_gradients(ctx, grad_loss, *stats), None, None
 
     @staticmethod
     def _backward_inplace(ctx: Any, plain: bool, grad_loss: Tensor | None, stats: tuple[Tensor | None, ...]) -> Tensor:
@@ -323,11 +360,11 @@ class OverwritingCrossEntropy(Function):
 
     @staticmethod
     def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
-        options = Options(*ctx.options)
-        if gradient.dtype == torch.float16 and options.reduction == MEAN:  # written without the mean's divisor
+        dim, reduction, *_ = ctx.options
+        if gradient.dtype == torch.float16 and reduction == MEAN:  # written without the mean's divisor
             total = ctx.saved_tensors[4]
             grad_loss = grad_loss.to(total.dtype) / total
-        ops.scale_rows_(gradient, grad_loss, options.dim)
+        ops.scale_rows_(gradient, grad_loss, dim)
 
 
 class SoftmaxBackward(Function):
@@ -408,10 +445,45 @@ class Softmax(Function):
 # torch binds the arguments of ``forward`` to its signature at every call. Kept here, the signature need not be found
 # out each time, which took a quarter of a call on a small input.
 _forward: Any
-for _forward in (
-    f.forward for f in (CrossEntropyBackward, CrossEntropy, OverwritingCrossEntropy, SoftmaxBackward, Softmax)
-):
+for _forward in (f.forward for f in (CrossEntropyBackward, CrossEntropy, SoftmaxBackward, Softmax)):
     _forward.__signature__ = inspect.signature(_forward)
+
+
+# ---- eager calls ----
+
+
+def _plain_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for eager calls alone: what torch's calls itself where no functorch transform is active.
+
+    Before that torch binds the arguments to a signature and takes dead wrappers off them (tensors that have outlived
+    their transform), one by one: as much time as the call itself takes on a small input.
+    """
+    base: Any = super(Function, function)
+    return base.apply  # type: ignore[no-any-return]
+
+
+_apply_cross_entropy = _plain_apply(EagerCrossEntropy)
+_apply_overwriting = _plain_apply(OverwritingCrossEntropy)
+_apply_softmax = _plain_apply(Softmax)
+
+
+def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    """EagerCrossEntropy of (options, dtype, stats): the loss, and the statistics if asked for."""
+    weight = None if weight is None else unwrap_if_dead(weight)
+    results = _apply_cross_entropy(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    return results if type(results) is tuple else (results,)
+
+
+def overwriting_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
+    """OverwritingCrossEntropy of (options, dtype, stats, precompute_grad, inplace), likewise."""
+    weight = None if weight is None else unwrap_if_dead(weight)
+    results = _apply_overwriting(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    return results if type(results) is tuple else (results,)
+
+
+def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+    """Softmax where no transform is at work."""
+    return _apply_softmax(unwrap_if_dead(input), dim, log, dtype)  # type: ignore[no-any-return]
 
 
 # ---- torch.compile and torch.export ----

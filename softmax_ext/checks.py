@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+_STRIDED = torch.strided
 _CLASSES = (torch.int64, torch.uint8)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,15 +31,11 @@ def refuse(error: type[Exception], op: str, argument: str, need: str, got: str, 
     raise error(f"{op}: {argument} must {need}; got {got}.{' ' + way_out if way_out else ''}")
 
 
-def check_tensor(op: str, argument: str, value: object) -> None:
-    """TypeError unless a Tensor."""
+def check_dense(op: str, argument: str, value: Any) -> None:
+    """TypeError unless a Tensor; NotImplementedError for sparse and nested ones."""
     if not isinstance(value, Tensor):
         refuse(TypeError, op, argument, "be a Tensor", f"{type(value).__name__}")
-
-
-def check_strided(op: str, argument: str, value: Tensor) -> None:
-    """NotImplementedError for sparse and nested tensors."""
-    if value.layout is not torch.strided or value.is_nested:
+    if value.layout is not _STRIDED or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         refuse(NotImplementedError, op, argument, "be a dense (strided) tensor", kind, "Use to_dense() or pad it.")
 
@@ -78,6 +75,8 @@ def number(op: str, argument: str, value: Any) -> float:
 
 def integer(op: str, argument: str, value: Any) -> int:
     """An int; TypeError unless what can index is given, ValueError unless it fits the operators' 64 bits."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if isinstance(value, bool):
         refuse(TypeError, op, argument, "be an int", describe(value))
     if not isinstance(value, int):
@@ -91,11 +90,14 @@ def integer(op: str, argument: str, value: Any) -> int:
 
 def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> tuple[int, Tensor]:
     """The class dimension, and the target in the shape the operator takes."""
-    check_tensor(op, "target", target)
-    check_strided(op, "target", target)
+    check_dense(op, "target", target)
     check_device(op, "target", target, input)
-    dim = 0 if input.dim() == 1 else 1
-    if input.shape == target.shape:
+    shape = input.shape
+    dim = 0 if len(shape) == 1 else 1
+    batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
+    if target.shape == batch and target.dtype in _CLASSES:
+        return dim, target
+    if target.shape == shape:
         if not target.is_floating_point():
             need = "be floating (class probabilities) if it has the input's shape"
             way_out = "Class indices have the input's shape without the dimension of the classes."
@@ -104,28 +106,24 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
         return dim, target
-    batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
-    if target.dtype not in _CLASSES or list(target.shape) != batch:
+    if target.dtype not in _CLASSES or target.shape != batch:
         # The types are torch's: another number of rows is a ValueError, everything else a RuntimeError.
         if input.dim() == 1:
             other_size = target.dim() == 1 and target.dtype in _CLASSES
         else:
             other_size = target.shape[:1] != input.shape[:1]
         error = ValueError if other_size else RuntimeError
-        need = f"be int64 or uint8 of shape {batch}, or floating of the input's shape {list(input.shape)}"
-        way_out = "" if list(target.shape) != batch else "Use target.long()."
+        need = f"be int64 or uint8 of shape {list(batch)}, or floating of the input's shape {list(input.shape)}"
+        way_out = "" if target.shape != batch else "Use target.long()."
         refuse(error, op, "target", need, describe(target), way_out)
     return dim, target
 
 
-def check_weight(op: str, input: Tensor, weight: Tensor | None, classes: int, indices: bool) -> None:
+def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
     """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
-    if weight is None:
-        return
-    check_tensor(op, "weight", weight)
-    check_strided(op, "weight", weight)
+    check_dense(op, "weight", weight)
     if list(weight.shape) != [classes]:
         refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", describe(weight))
     if weight.dtype not in _FLOATING:
@@ -146,9 +144,10 @@ def check_options(
     op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
 ) -> tuple[float, float, float | None, float]:
     """The options that are numbers, within their ranges."""
-    label_smoothing = number(op, "label_smoothing", label_smoothing)
-    z_loss = number(op, "z_loss", z_loss)
-    logit_scale = number(op, "logit_scale", logit_scale)
+    if not type(label_smoothing) is type(z_loss) is type(logit_scale) is float:
+        label_smoothing = number(op, "label_smoothing", label_smoothing)
+        z_loss = number(op, "z_loss", z_loss)
+        logit_scale = number(op, "logit_scale", logit_scale)
     if not 0 <= label_smoothing <= 1:
         refuse(RuntimeError, op, "label_smoothing", "lie in [0, 1]", f"{label_smoothing}")
     if not 0 <= z_loss <= _LARGEST:
@@ -196,9 +195,9 @@ def _strides(tensor: Tensor) -> str:
 
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory: some dimension does not step over all that the smaller ones span."""
-    span = 1
-    if tensor.numel() == 0:
+    if tensor.is_contiguous():  # which a tensor without elements is
         return False
+    span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
             continue

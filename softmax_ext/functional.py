@@ -6,6 +6,7 @@ directly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -15,11 +16,7 @@ from torch.nn import _reduction
 from torch.utils import _pytree
 
 from . import checks, ops
-from .autograd import (
-    CrossEntropy,
-    OverwritingCrossEntropy,
-    Softmax,
-)
+from .autograd import CrossEntropy, Softmax, eager_cross_entropy, eager_softmax, overwriting_cross_entropy
 from .reference import Options
 from .reference import cross_entropy as plain_cross_entropy
 
@@ -56,60 +53,55 @@ def _in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _needs_plain_formulas(target: Tensor, weight: Tensor | None) -> bool:
+def _needs_plain_formulas(target: Tensor, weight: Tensor | None, in_transform: bool, compiling: bool) -> bool:
     """Whether a derivative may be asked for that no Function has.
 
     That is one in the class weights, which torch has for probabilities only, and any within a transform that is itself
     compiled: Dynamo takes no ``jvp`` and would lose the derivatives of a Function in silence.
     """
-    if _in_transform():
-        return torch.compiler.is_compiling() or (weight is not None and target.is_floating_point())
+    if in_transform:
+        return compiling or (weight is not None and target.is_floating_point())
     return weight is not None and weight.requires_grad and torch.is_grad_enabled()
 
 
 def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
     """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
     wanted = inplace or (precompute_grad and not target.requires_grad)
-    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return wanted and input.requires_grad and hooks is None and not _in_transform()
-
-
-def _only_values_wanted(*tensors: Tensor) -> bool:
-    """Whether nothing can ask for a derivative or batch the call, so that the operator can be called directly."""
-    return not _in_transform() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return wanted and input.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 # ---- softmax ----
 
 
 def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
-    checks.check_tensor(op, "input", input)
+    checks.check_dense(op, "input", input)
     dim = checks.integer(op, "dim", dim)
-    checks.check_strided(op, "input", input)
-    checks.check_dtype(op, dtype)
-    rank = max(input.dim(), 1)
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
+    rank = len(input.shape) or 1
     if not -rank <= dim < rank:
         checks.refuse(IndexError, op, "dim", f"lie in [{-rank}, {rank - 1}]", f"{dim}")
     if dtype is not None and not input.dtype.is_floating_point and not input.dtype.is_complex:
         input = input.to(dtype)
     checks.check_floating(op, "input", input)
-    if (
-        dtype is None
-        and input.device.type == "cuda"
-        and input.dtype.itemsize == 2
-        and torch.is_autocast_enabled("cuda")
-    ):
+    if dtype is None and input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
         dtype = torch.float32
-    if input.dim() == 0:
+    if not input.shape:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
+    in_transform = _in_transform()
+    result: Tensor
     if torch.compiler.is_compiling():
-        if _in_transform():  # as in _needs_plain_formulas
+        if in_transform:  # as in _needs_plain_formulas
             return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-        return ops.softmax_traced(input, dim, log, dtype)  # type: ignore[no-any-return]
-    if _only_values_wanted(input):
-        return ops.softmax(input, dim, log, dtype)  # type: ignore[no-any-return]
-    return Softmax.apply(input, dim, log, dtype)  # type: ignore[no-any-return]
+        result = ops.softmax_traced(input, dim, log, dtype)
+    elif in_transform:
+        result = Softmax.apply(input, dim, log, dtype)
+    elif input.requires_grad and torch.is_grad_enabled():
+        result = eager_softmax(input, dim, log, dtype)
+    else:
+        result = ops.softmax(input, dim, log, dtype)
+    return result
 
 
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -145,12 +137,12 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 # ---- cross entropy ----
 
 
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype of the loss where it is not the input's: asked for, promoted with probabilities, or autocast's."""
-    if dtype is not None:
-        return dtype
+def _default_loss_dtype(
+    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool
+) -> torch.dtype | None:
+    """The dtype of the loss where it is not the input's: promoted with probabilities, or autocast's."""
     own = input.dtype
-    if target.is_floating_point():
+    if probabilities:
         for other in (target, weight):
             own = own if other is None else torch.promote_types(own, other.dtype)
     if own.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
@@ -276,7 +268,7 @@ def cross_entropy(
         NotImplementedError: logits of another dtype or layout.
     """
     op = "cross_entropy"
-    checks.check_tensor(op, "input", input)
+    checks.check_dense(op, "input", input)
     label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
         op, label_smoothing, z_loss, softcap, logit_scale
     )
@@ -285,45 +277,50 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
-    checks.check_dtype(op, dtype)
-    checks.check_strided(op, "input", input)
+    if dtype is not None:
+        checks.check_dtype(op, dtype)
     checks.check_floating(op, "input", input)
-    if input.dim() == 0:
+    if not input.shape:
         error = IndexError if target.is_floating_point() else RuntimeError
         checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
     dim, target = checks.check_target(op, input, target, ignore_index)
-    indices = not target.is_floating_point()
-    checks.check_weight(op, input, weight, input.shape[dim], indices)
+    probabilities = target.dtype.is_floating_point
+    if weight is not None:
+        checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
     if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
 
-    options = Options(dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    dtype = _loss_dtype(input, target, weight, dtype)
-    loss, *stats = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
-    return (loss, CrossEntropyStats(*stats)) if return_stats else loss
+    options = (dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    if dtype is None and (probabilities or input.dtype.itemsize == 2):
+        dtype = _default_loss_dtype(input, target, weight, probabilities)
+    results = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
+    return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
 
 
 def _run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: Options,
+    options: tuple[Any, ...],
     dtype: torch.dtype | None,
     precompute_grad: bool,
     inplace: bool,
     stats: bool,
-) -> Any:
-    """(loss,) or (loss, lse, nll, entropy, prediction), by what the strategy and the surroundings call for."""
-    if _needs_plain_formulas(target, weight):
-        return plain_cross_entropy(input, target, weight, options, dtype, stats)
-    dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-    call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
-    if torch.compiler.is_compiling():
-        results = ops.cross_entropy_traced(*call)
-    elif _only_values_wanted(input, target):
-        results = ops.cross_entropy(*call)
-    elif _may_overwrite(input, target, precompute_grad, inplace):
-        results = OverwritingCrossEntropy.apply(input, target, weight, *options, dtype, stats, precompute_grad, inplace)
-    else:
+) -> Sequence[Tensor]:
+    """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
+    in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
+    if (in_transform or weight is not None) and _needs_plain_formulas(target, weight, in_transform, compiling):
+        return plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
+    results: Any
+    if in_transform:
         results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
-    return (results[0], *results[3:7]) if stats else (results[0],)
+    elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
+        results = (ops.cross_entropy_traced if compiling else ops.cross_entropy)(
+            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
+        )
+    elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
+        results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+    else:
+        results = eager_cross_entropy(input, target, weight, options, dtype, stats)
+    return results  # type: ignore[no-any-return]
