@@ -520,13 +520,14 @@ double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
 
-// Buffers of a tile: logits or exponentials, of all classes where the exponentials are kept, else of a block of them.
+// Buffers of a tile: logits or exponentials, of all classes as long as these are few enough to stay in cache, else of a
+// block of them at a time.
 template <typename T>
 class TileBuffers {
  public:
   explicit TileBuffers(const CrossEntropy<T>& p)
-      : keeps_(p.forward && p.grad_logits && p.softcap == 0 && p.layout.classes * kTile <= kKeptElements),
-        classes_(keeps_ ? p.layout.classes : std::min(kTileClasses<T>, p.layout.classes)),
+      : classes_(p.layout.classes * kTile <= kKeptElements ? p.layout.classes : kTileClasses<T>),
+        keeps_(p.forward && p.grad_logits && p.softcap == 0 && classes_ == p.layout.classes),
         z_(new T[classes_ * kTile]),
         q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr) {}
 
@@ -536,8 +537,8 @@ class TileBuffers {
   T* q() const { return q_.get(); }
 
  private:
-  bool keeps_;
   int64_t classes_;
+  bool keeps_;
   std::unique_ptr<T[]> z_, q_;
 };
 

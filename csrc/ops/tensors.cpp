@@ -75,6 +75,31 @@ void set_value(void* data, DType type, double value) {
   }
 }
 
+namespace {
+
+// Asks for huge pages below a large tensor that has just been allocated and not been touched: page faults at 4 KiB cost
+// several times what a kernel takes to fill the pages. Where the system refuses, nothing changes.
+void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (static_cast<uintptr_t>(bytes) < kHugePage || !tensor.is_cpu()) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+int64_t size_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float: return 4;
+    default: return 2;
+  }
+}
+
+}  // namespace
+
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -88,26 +113,14 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  advise_huge_pages(result, stride * size_of(type));
+  return result;
 }
 
-namespace {
-
-// Asks for huge pages below a large tensor that has just been allocated and not been touched: page faults at 4 KiB cost
-// several times what a kernel takes to fill the pages. Where the system refuses, nothing changes.
-void advise_huge_pages(const Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (!tensor.is_cpu()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-Tensor empty_like_as(const Tensor& tensor, ScalarType type) {
-  if (tensor.scalar_type() == type) return torch::stable::empty_like(tensor);
+Tensor empty_like(const Tensor& tensor, ScalarType type) {
+  if (tensor.is_contiguous()) return empty(sizes_of(tensor), type, tensor);
+  // Through the dispatcher, which knows which strides to keep.
   const auto none = torch::stable::detail::from(std::nullopt);
   std::array<StableIValue, 6> stack{torch::stable::detail::from(tensor),
                                     torch::stable::detail::from(std::optional<ScalarType>(type)),
@@ -116,14 +129,8 @@ Tensor empty_like_as(const Tensor& tensor, ScalarType type) {
                                     none,
                                     none};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-}  // namespace
-
-Tensor empty_like(const Tensor& tensor, ScalarType type) {
-  Tensor result = empty_like_as(tensor, type);
-  advise_huge_pages(result);
+  Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
+  advise_huge_pages(result, result.numel() * static_cast<int64_t>(result.element_size()));
   return result;
 }
 
