@@ -39,6 +39,7 @@ class Summary:
 
     @classmethod
     def of(cls, samples: list[float]) -> "Summary":
+        """Median and quartiles; of one sample, that."""
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
         return cls(median, q1, q3, len(samples))
 

@@ -73,6 +73,7 @@ class TorchWorkload:
     # ---- the variants
 
     def variants(self, what: str) -> dict[str, Prepare]:
+        """All that there are of it, the limits included."""
         if what in (cases.LOSS, cases.MEMORY):
             return {
                 cases.EAGER: self._step(F.cross_entropy),
@@ -141,6 +142,7 @@ class TorchWorkload:
     # ---- for the check
 
     def fetch(self, result: tuple[Tensor, Tensor | None], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The loss, or rows of a softmax, and rows of the gradient if there is one."""
         value, gradient = result
         of_rows = self._rows(value, rows) if value.dim() else np.array([[value.item()]])
         return of_rows, None if gradient is None else self._rows(gradient, rows)

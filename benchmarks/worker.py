@@ -8,14 +8,15 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import inputs
 import measure
 import numpy as np
 import oracle
-from cases import LOG_SOFTMAX, MEMORY, SOFTMAX, Case
-from measure import Prepare
+from cases import COMPILE, LIMITS, LOG_SOFTMAX, MEMORY, SOFTMAX, Case
+from measure import Prepare, Summary
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -48,6 +49,7 @@ class Request:
 
     @classmethod
     def parse(cls, text: str) -> "Request":
+        """A request from the JSON that bench.py gives a worker."""
         fields = json.loads(text)
         case = fields.pop("case")
         return cls(Case(**{**case, "shape": tuple(case["shape"])}), **fields)
@@ -58,24 +60,49 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:300]
 
 
-def _right(
-    what: str, variants: dict[str, Prepare], workload: Workload, expected: oracle.Expected, rows: np.ndarray, say: Report
-) -> dict[str, Prepare]:
-    """Those variants that run and give the right answer; the others are reported."""
+def _attempt(what: str, name: str, action: Callable[[], Any], say: Report) -> Any:
+    """What the action returns; None, and a report, if it raises: that must not end the other variants.
+
+    Without a compiler torch.compile raises, which is no fault of anything here.
+    """
+    try:
+        return action()
+    except Exception as error:  # of any framework
+        status = "unavailable" if name == COMPILE else "failed"
+        say({"what": what, "variant": name, "status": status, "note": _reason(error)})
+        return None
+
+
+def _measure_memory(variants: dict[str, Prepare], workload: Workload, say: Report) -> dict[str, Summary]:
+    measured = {
+        name: _attempt(MEMORY, name, partial(measure.extra_memory_mib, prepare, workload.keeps_memory), say)
+        for name, prepare in variants.items()
+    }
+    return {name: summary for name, summary in measured.items() if summary is not None}
+
+
+def _measure_time(
+    what: str,
+    variants: dict[str, Prepare],
+    expected: oracle.Expected,
+    fetch: Callable[[Any], tuple[np.ndarray, np.ndarray | None]],
+    request: Request,
+    say: Report,
+) -> dict[str, Summary]:
+    """Of the variants that run and give the right answer; the others are reported."""
+
+    def complaint(name: str, prepare: Prepare) -> str:
+        result = prepare(1)()
+        return "" if name in LIMITS.values() else expected.complaint(*fetch(result))
+
     right = {}
     for name, prepare in variants.items():
-        try:
-            result = prepare(1)()
-            complaint = "" if result is None else expected.complaint(*workload.fetch(result, rows))
-            del result
-        except Exception as error:  # of any framework: it must not end the other variants
-            say({"what": what, "variant": name, "status": "failed", "note": _reason(error)})
-            continue
-        if complaint:
-            say({"what": what, "variant": name, "status": "WRONG", "note": complaint})
-        else:
+        said = _attempt(what, name, partial(complaint, name, prepare), say)
+        if said:
+            say({"what": what, "variant": name, "status": "WRONG", "note": said})
+        elif said is not None:
             right[name] = prepare
-    return right
+    return measure.times_ms(right, request.repeats)
 
 
 def work(request: Request, build: Build, say: Report) -> None:
@@ -84,17 +111,17 @@ def work(request: Request, build: Build, say: Report) -> None:
     arrays = inputs.make(case)
     upstream = inputs.normals(case, seed=4) if {SOFTMAX, LOG_SOFTMAX} & set(request.whats) else None
     workload = build(case, arrays, upstream)
+    rows = oracle.checked_rows(case)
     for what in request.whats:
         known = workload.variants(what)
         chosen = {name: known[name] for name in request.variants if name in known}
+        if not chosen:
+            continue
         if what == MEMORY:
-            results = {
-                name: measure.extra_memory_mib(prepare, workload.keeps_memory) for name, prepare in chosen.items()
-            }
+            results = _measure_memory(chosen, workload, say)
         else:
             expected = oracle.expect(what, case, arrays, upstream)
-            right = _right(what, chosen, workload, expected, oracle.checked_rows(case), say)
-            results = measure.times_ms(right, request.repeats)
+            results = _measure_time(what, chosen, expected, partial(workload.fetch, rows=rows), request, say)
         for name, summary in results.items():
             say({"what": what, "variant": name, "status": "ok", "note": "", **asdict(summary)})
 
