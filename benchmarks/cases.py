@@ -24,6 +24,7 @@ LIMITS = {LOSS: MUL, FORWARD: SUM}
 OURS = (DEFAULT, PRECOMPUTE, INPLACE)
 PEERS = (JAX, TENSORFLOW)
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_SHORT = {"float32": "f32", "bfloat16": "bf16"}
 IGNORED_SHARE = 0.1
 SMOOTHING = 0.1
 
@@ -97,7 +98,7 @@ class Job:
 
 
 def _flat(rows: int, classes: int, dtype: str = "float32") -> Case:
-    return Case(f"{rows}x{classes}-{ {'float32': 'f32', 'bfloat16': 'bf16'}[dtype] }", (rows, classes), dtype)
+    return Case(f"{rows}x{classes}-{_SHORT[dtype]}", (rows, classes), dtype)
 
 
 _GPT = _flat(4096, 32000)
@@ -124,24 +125,32 @@ QUICK = (TABLE[2], TABLE[3], TABLE[4], TABLE[9], TABLE[10])
 CASES = {case.name: case for case in (*TABLE, *VOCABULARY, *SCALING)}
 
 
-def _loss_jobs(section: str, case: Case, peers: tuple[str, ...], threads: int) -> list[Job]:
-    """Time and memory of the loss, by torch, by softmax_ext and by the peers."""
+def _table_jobs(case: Case, peers: tuple[str, ...], threads: int) -> list[Job]:
+    """Everything about a case of the table."""
     variants = (EAGER, COMPILE, *OURS)
-    whats = (LOSS, FORWARD, SOFTMAX, LOG_SOFTMAX) if section == "table" and case.plain else (LOSS, FORWARD)
+    whats = (LOSS, FORWARD, SOFTMAX, LOG_SOFTMAX) if case.plain else (LOSS, FORWARD)
     timing = [(variants, whats)] + [((peer,), (LOSS, FORWARD)) for peer in peers]
     memory = [((variant,), (MEMORY,)) for variant in (*variants, *peers)]
-    return [Job(section, case, *pair, threads) for pair in timing + memory]
+    return [Job("table", case, *pair, threads) for pair in timing + memory]
+
+
+def _vocabulary_jobs(case: Case, peers: tuple[str, ...], threads: int) -> list[Job]:
+    """What the picture shows of a case."""
+    variants = (EAGER, COMPILE, DEFAULT, INPLACE)
+    timing = [(variants, (LOSS,))] + [((peer,), (LOSS,)) for peer in peers]
+    memory = [((variant,), (MEMORY,)) for variant in (*variants, *peers)]
+    return [Job("vocabulary", case, *pair, threads) for pair in timing + memory]
 
 
 def plan(peers: tuple[str, ...], threads: int) -> list[Job]:
     """All jobs of the benchmark."""
-    jobs = [job for case in TABLE for job in _loss_jobs("table", case, peers, threads)]
+    jobs = [job for case in TABLE for job in _table_jobs(case, peers, threads)]
     jobs += [Job("huge pages", case, (EAGER, COMPILE, DEFAULT, INPLACE), (LOSS,), threads, True) for case in HUGE_PAGES]
     if threads > 1:
         jobs += [Job("one thread", case, (EAGER, DEFAULT, INPLACE), (LOSS,), 1) for case in THREADS]
     jobs += [Job("scaling", case, (DEFAULT, INPLACE), (LOSS,), threads) for case in SCALING]
     vocabulary = [case for case in VOCABULARY if case not in TABLE]
-    return jobs + [job for case in vocabulary for job in _loss_jobs("vocabulary", case, peers, threads)]
+    return jobs + [job for case in vocabulary for job in _vocabulary_jobs(case, peers, threads)]
 
 
 def plan_quick(threads: int) -> list[Job]:

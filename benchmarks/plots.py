@@ -16,7 +16,6 @@ from cases import (
     LOSS,
     MEMORY,
     MUL,
-    PRECOMPUTE,
     SCALING,
     TENSORFLOW,
     VOCABULARY,
@@ -32,7 +31,6 @@ _LABELS = {
     JAX: "JAX, optax, jitted",
     TENSORFLOW: "TensorFlow",
     DEFAULT: "softmax_ext",
-    PRECOMPUTE: "softmax_ext, precompute_grad",
     INPLACE: "softmax_ext, in place",
 }
 _COLOURS = {
@@ -41,38 +39,27 @@ _COLOURS = {
     JAX: "#2ca02c",
     TENSORFLOW: "#ff7f0e",
     DEFAULT: "#d62728",
-    PRECOMPUTE: "#17becf",
     INPLACE: "#1f77b4",
 }
 
 
-def _series(
-    records: list[Record], cases: tuple[Case, ...], sections: tuple[str, ...], what: str, variant: str
-) -> list[Record]:
+def _series(records: list[Record], cases: tuple[Case, ...], what: str, variant: str) -> list[Record]:
     """The records with a median, in the order of the cases."""
     names = [case.name for case in cases]
     found = [
         record
         for record in records
-        if (record.what, record.variant) == (what, variant)
-        and record.section in sections
-        and record.case in names
-        and record.median is not None
+        if (record.what, record.variant) == (what, variant) and record.case in names and record.median is not None
     ]
     return sorted(found, key=lambda record: names.index(record.case))
 
 
-def _line(axes: Axes, xs: list[float], series: list[Record], scale: float, **style: object) -> None:
-    """The medians, with the quartiles as a band; ``scale`` takes the CSV's unit to the axis'."""
-    axes.plot(xs, [record.median * scale for record in series], "o-", markersize=3.5, **style)
-    axes.fill_between(
-        xs,
-        [record.q1 * scale for record in series],
-        [record.q3 * scale for record in series],
-        color=style["color"],
-        alpha=0.2,
-        linewidth=0,
-    )
+def _line(axes: Axes, series: list[Record], **style: str) -> None:
+    """The medians by number of classes, with the quartiles as a band."""
+    classes = [record.classes for record in series]
+    axes.plot(classes, [record.median for record in series], "o-", markersize=3.5, **style)
+    quartiles = [record.q1 for record in series], [record.q3 for record in series]
+    axes.fill_between(classes, *quartiles, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _finish(axes: Axes) -> None:
@@ -82,71 +69,64 @@ def _finish(axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
+def _footnote(records: list[Record], environment: Environment) -> str:
+    return measured_on(environment, max(record.threads for record in records))
+
+
 def _draw_against_vocabulary(axes: Axes, records: list[Record], what: str) -> None:
     for variant, label in _LABELS.items():
-        series = _series(records, VOCABULARY, ("table", "vocabulary"), what, variant)
+        series = _series(records, VOCABULARY, what, variant)
         if series:
-            _line(axes, [record.classes for record in series], series, 1.0, color=_COLOURS[variant], label=label)
+            _line(axes, series, color=_COLOURS[variant], label=label)
 
 
 def draw_vocabulary(records: list[Record], environment: Environment) -> Figure:
     """Time and memory of the loss by vocabulary size."""
+    records = [record for record in records if record.section in ("table", "vocabulary")]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    rows = VOCABULARY[0].rows
-    figure.suptitle(
-        f"cross entropy of {rows} tokens, float32, forward and backward\n{_footnote(records, environment)}", fontsize=10
-    )
+    title = f"cross entropy of {VOCABULARY[0].rows} tokens, float32, forward and backward"
+    figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=9)
     _draw_against_vocabulary(time, records, LOSS)
-    limit = _series(records, VOCABULARY, ("table", "vocabulary"), LOSS, MUL)
-    if limit:
-        xs = [record.classes for record in limit]
-        label = "limit: the logits read and written once (mul_)"
-        time.plot(xs, [record.median for record in limit], "--", color="black", label=label)
+    limit = _series(records, VOCABULARY, LOSS, MUL)
+    label = "limit: the logits read and written once (mul_)"
+    time.plot([record.classes for record in limit], [record.median for record in limit], "k--", label=label)
     time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
     _draw_against_vocabulary(memory, records, MEMORY)
-    logits = _series(records, VOCABULARY, ("table", "vocabulary"), MEMORY, DEFAULT)
-    if logits:
-        xs = [record.classes for record in logits]
-        memory.plot(xs, [record.logits_mib for record in logits], ":", color="black", label="the logits themselves")
-    memory.set(title="memory beyond the logits, at most", xlabel="vocabulary size", ylabel="MiB")
+    logits = _series(records, VOCABULARY, MEMORY, DEFAULT)
+    xs = [record.classes for record in logits]
+    memory.plot(xs, [record.logits_mib for record in logits], "k:", label="the logits themselves")
+    memory.set(title="memory that a step adds at most", xlabel="vocabulary size", ylabel="MiB")
     for axes in (time, memory):
         _finish(axes)
     return figure
 
 
-def _footnote(records: list[Record], environment: Environment) -> str:
-    return measured_on(environment, max(record.threads for record in records))
-
-
 def draw_scaling(records: list[Record], environment: Environment) -> Figure:
     """Nanoseconds of an element by their number."""
+    records = [record for record in records if record.section == "scaling"]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    figure.suptitle(f"cross entropy over {SCALING[0].classes} classes, float32, forward and backward", fontsize=10)
-    axes.set_title(_footnote(records, environment), fontsize=6)
+    title = f"cross entropy over {SCALING[0].classes} classes, float32, forward and backward"
+    figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=7)
     limit = (MUL, "limit: read and written once (mul_)", "black")
     for variant, label, colour in [(v, _LABELS[v], _COLOURS[v]) for v in (DEFAULT, INPLACE)] + [limit]:
-        series = _series(records, SCALING, ("scaling",), LOSS, variant)
-        if series:
-            elements = [record.rows * record.classes for record in series]
-            per_element = [1e6 * record.median / count for record, count in zip(series, elements, strict=True)]
-            axes.plot(elements, per_element, "o-", color=colour, label=label)
+        series = _series(records, SCALING, LOSS, variant)
+        elements = [record.rows * record.classes for record in series]
+        per_element = [1e6 * record.median / count for record, count in zip(series, elements, strict=True)]
+        axes.plot(elements, per_element, "o-", color=colour, label=label)
     axes.set(xscale="log", xlabel="logits", ylabel="ns for each")
     _finish(axes)
     return figure
 
 
 def draw(csv: Path) -> list[Path]:
-    """Draws the pictures beside the file; those without a figure in it are left out."""
+    """Draws the pictures beside the file; those of which it has no section are left out."""
     records, environment = read_csv(csv)
     written = []
-    for name, draw_one, sections in [
-        ("vocabulary.png", draw_vocabulary, {"vocabulary"}),
-        ("scaling.png", draw_scaling, {"scaling"}),
-    ]:
-        if any(record.section in sections for record in records):
-            written.append(csv.with_name(name))
+    for name, draw_one in [("vocabulary", draw_vocabulary), ("scaling", draw_scaling)]:
+        if any(record.section == name for record in records):
+            written.append(csv.with_name(f"{name}.png"))
             draw_one(records, environment).savefig(written[-1], dpi=110)
     return written
 

@@ -158,9 +158,8 @@ def read_csv(path: Path) -> tuple[list[Record], Environment]:
         records = [_from_row(Record, row) for row in rows]
         return records, _from_row(Environment, rows[0])
     except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no table of results ({type(error).__name__}: {error}); make bench writes one."
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no table of results ({reason}); make bench writes one.") from None
 
 
 def measured_on(environment: Environment, threads: int) -> str:
@@ -181,10 +180,9 @@ class Figures:
 
     def pairs(self) -> list[tuple[str, str]]:
         """(case, what), in the order in which cases were measured, the whats of a case together."""
-        cases = dict.fromkeys(record.case for record in self.records)
-        return [
-            pair for case in cases for pair in dict.fromkeys((r.case, r.what) for r in self.records if r.case == case)
-        ]
+        cases = list(dict.fromkeys(record.case for record in self.records))
+        pairs = dict.fromkeys((record.case, record.what) for record in self.records)
+        return sorted(pairs, key=lambda pair: cases.index(pair[0]))
 
     def record(self, case: str, what: str, variant: str) -> Record | None:
         """The record, if this was measured or tried."""
