@@ -7,12 +7,12 @@ weights nor ignored rows; that case it leaves out.
 import os
 from typing import Any
 
+import answers
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import worker
 from cases import Case
 from inputs import Arrays
@@ -52,7 +52,7 @@ class JaxWorkload:
         """The loss, and rows of the gradient if there is one."""
         loss, gradient = result if isinstance(result, tuple) else (result, None)
         if gradient is not None:
-            gradient = oracle.as_rows(np.asarray(gradient), self.case.class_axis)[rows].astype(np.float32)
+            gradient = answers.as_rows(np.asarray(gradient), self.case.class_axis)[rows].astype(np.float32)
         return np.array([[float(loss)]]), gradient
 
 

@@ -5,9 +5,9 @@ The operators take classes last and neither class weights nor ignored rows; the 
 
 from typing import Any
 
+import answers
 import cases
 import numpy as np
-import oracle
 import tensorflow as tf
 import worker
 from cases import Case
@@ -58,7 +58,7 @@ class TensorflowWorkload:
         """The loss, and rows of the gradient if there is one."""
         loss, gradient = result
         if gradient is not None:
-            gradient = oracle.as_rows(gradient.numpy(), self.case.class_axis)[rows].astype(np.float32)
+            gradient = answers.as_rows(gradient.numpy(), self.case.class_axis)[rows].astype(np.float32)
         return np.array([[loss]]), gradient
 
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import answers
 import inputs
 import measure
 import numpy as np
-import oracle
 from cases import COMPILE, LIMITS, LOG_SOFTMAX, MEMORY, SOFTMAX, Case
 from measure import Prepare, Summary
 
@@ -84,7 +84,7 @@ def _measure_memory(variants: dict[str, Prepare], workload: Workload, say: Repor
 def _measure_time(
     what: str,
     variants: dict[str, Prepare],
-    expected: oracle.Expected,
+    expected: answers.Expected,
     fetch: Callable[[Any], tuple[np.ndarray, np.ndarray | None]],
     request: Request,
     say: Report,
@@ -111,7 +111,7 @@ def work(request: Request, build: Build, say: Report) -> None:
     arrays = inputs.make(case)
     upstream = inputs.normals(case, seed=4) if {SOFTMAX, LOG_SOFTMAX} & set(request.whats) else None
     workload = build(case, arrays, upstream)
-    rows = oracle.checked_rows(case)
+    rows = answers.checked_rows(case)
     for what in request.whats:
         known = workload.variants(what)
         chosen = {name: known[name] for name in request.variants if name in known}
@@ -120,7 +120,7 @@ def work(request: Request, build: Build, say: Report) -> None:
         if what == MEMORY:
             results = _measure_memory(chosen, workload, say)
         else:
-            expected = oracle.expect(what, case, arrays, upstream)
+            expected = answers.expect(what, case, arrays, upstream)
             results = _measure_time(what, chosen, expected, partial(workload.fetch, rows=rows), request, say)
         for name, summary in results.items():
             say({"what": what, "variant": name, "status": "ok", "note": "", **asdict(summary)})
