@@ -92,7 +92,8 @@ class Job:
         """About what its process needs at most, with this variant in it."""
         case = self.case
         arrays = 4 * case.elements * (3 if case.probabilities else 1)
-        copies = (case.dtype != "float32") + 2  # the logits where not float32; the buffer; a gradient to softmax
+        # The buffer of "in place", the logits again where they are not float32, and the gradient that softmax gets.
+        copies = 1 + (case.dtype != "float32") + (SOFTMAX in self.whats)
         step = {EAGER: 4, COMPILE: 2, DEFAULT: 1, PRECOMPUTE: 1, JAX: 4, TENSORFLOW: 4}.get(variant, 0)
         return 2**29 + arrays + (copies + step) * case.logits_bytes
 

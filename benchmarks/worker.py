@@ -30,7 +30,7 @@ class Workload(Protocol):
         """The variants that it has of ``what``; those asked for and not in it are reported as not available."""
 
     def fetch(self, result: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Value and gradient of a call's result as the oracle has them: the loss [1, 1], or those rows."""
+        """Value and gradient of a call's result as answers.py has them: the loss [1, 1], or those rows."""
 
 
 # Arguments: the case, its arrays, the gradient that softmax gets from behind or None.

@@ -54,6 +54,7 @@ ENVIRONMENT = results.Environment(
 def work(case: Case, variants: list[str], whats: list[str]) -> list[dict[str, Any]]:
     """What a worker prints, in this process."""
     lines: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
     request = worker.Request(case, variants, whats, repeats=2, threads=1)
     worker.work(request, torch_worker.TorchWorkload, lines.append)
     return lines
@@ -136,7 +137,7 @@ def test_plans():
 
 
 @tiny
-def test_oracle_is_torch_in_float64(case):
+def test_answers_are_those_of_torch_in_float64(case):
     arrays = inputs.make(case)
     workload = torch_worker.TorchWorkload(case, arrays, inputs.normals(case, seed=4))
     options = {name: value.double() if name == "weight" else value for name, value in workload.options.items()}
@@ -269,7 +270,7 @@ def test_what_does_not_fit_is_skipped():
     assert [(record.variant, record.status) for record in skipped] == [(cases.EAGER, "skipped")]
     made = bench.run_job(job, 2, None, available=10**9)
     assert {record.status for record in made} == {"skipped"}
-    assert "GB of memory; 1.0 are free" in made[0].note
+    assert "GB of memory, 1.0 are free" in made[0].note
 
 
 # ---- what is written -----------------------------------------------------------------------------------------------
