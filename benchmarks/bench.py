@@ -38,6 +38,7 @@ from table import comparison, exceptions
 
 _HERE = Path(__file__).resolve().parent
 _REPEATS = 9
+_QUICK_REPEATS = 7
 _JOB_SECONDS = 900
 _PEER_PACKAGES = {JAX: ("jax", "optax"), TENSORFLOW: ("tensorflow",)}
 _WIDTH = 200  # of the table where the output is no terminal
@@ -204,11 +205,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", type=_case, metavar="CASE", help="these cases; writes only to --output")
     parser.add_argument("--peers", type=_peers, metavar="PYTHON", help="an interpreter that has JAX or TensorFlow")
     parser.add_argument("--output", type=_directory, metavar="DIR", help=f"default of a full run: {DEFAULT_DIRECTORY}")
-    parser.add_argument("--repeats", type=_count, default=_REPEATS, help="samples of a time (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=_count, help=f"samples of a time (default: {_REPEATS}; quick: {_QUICK_REPEATS})"
+    )
     parser.add_argument("--threads", type=_threads, help="default: as many as torch takes")
     options = parser.parse_args(arguments)
     if options.quick and (options.only or options.peers or options.output):
         parser.error("--quick is a fixed choice that writes nothing: it goes with none of --only, --peers, --output")
+    if options.repeats is None:
+        options.repeats = _QUICK_REPEATS if options.quick else _REPEATS
     if not (options.quick or options.only or options.output):
         options.output = DEFAULT_DIRECTORY
     return options

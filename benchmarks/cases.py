@@ -120,6 +120,7 @@ TABLE = (
 VOCABULARY = tuple(_flat(1024, classes) for classes in (1000, 32000, 64000, 128256, 200064, 262144))
 SCALING = tuple(_flat(elements // 32000, 32000) for elements in (10**6, 10**7, 10**8, 10**9))
 HUGE_PAGES = (TABLE[0], TABLE[2])
+HUGE_PAGES_SECTION = "THP_MEM_ALLOC_ENABLE=1"
 THREADS = TABLE[:4]
 QUICK = (TABLE[2], TABLE[3], TABLE[4], TABLE[9], TABLE[10])
 
@@ -146,7 +147,9 @@ def _vocabulary_jobs(case: Case, peers: tuple[str, ...], threads: int) -> list[J
 def plan(peers: tuple[str, ...], threads: int) -> list[Job]:
     """All jobs of the benchmark."""
     jobs = [job for case in TABLE for job in _table_jobs(case, peers, threads)]
-    jobs += [Job("huge pages", case, (EAGER, COMPILE, DEFAULT, INPLACE), (LOSS,), threads, True) for case in HUGE_PAGES]
+    jobs += [
+        Job(HUGE_PAGES_SECTION, case, (EAGER, COMPILE, DEFAULT, INPLACE), (LOSS,), threads, True) for case in HUGE_PAGES
+    ]
     if threads > 1:
         jobs += [Job("one thread", case, (EAGER, DEFAULT, INPLACE), (LOSS,), 1) for case in THREADS]
     jobs += [Job("scaling", case, (DEFAULT, INPLACE), (LOSS,), threads) for case in SCALING]

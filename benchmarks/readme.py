@@ -5,6 +5,7 @@ python benchmarks/readme.py --check    status 1 if README.md says something else
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def _memory(figures: Figures, case: str) -> str:
     return " / ".join(cells)
 
 
-def block(records: list[Record], environment: Environment) -> str:
-    """What stands between the comments."""
+def block(records: list[Record], environment: Environment, picture: str) -> str:
+    """What stands between the comments; ``picture`` is its path from README.md."""
     figures = Figures(records, "table")
     if not figures.records:
         raise ValueError("the results hold none of the table's cases; run make bench.")
@@ -57,7 +58,8 @@ def block(records: list[Record], environment: Environment) -> str:
         ratios = [_ratios(figures, case, variant) for variant in (DEFAULT, INPLACE)]
         lines.append(_line([case, *cells, *ratios, _memory(figures, case)]))
     threads = figures.records[0].threads
-    return "\n".join([*lines, "", f"Measured on {measured_on(environment, threads)}."])
+    lines += ["", f"Measured on {measured_on(environment, threads)}."]
+    return "\n".join([*lines, "", f"![Time and memory against the vocabulary size]({picture})"])
 
 
 def with_block(text: str, new: str) -> str:
@@ -79,7 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records, environment = read_csv(options.csv)
         old = options.readme.read_text()
-        new = with_block(old, block(records, environment))
+        picture = os.path.relpath(options.csv.with_name("vocabulary.png"), options.readme.parent)
+        new = with_block(old, block(records, environment, picture))
     except (OSError, ValueError) as error:
         print(f"readme.py: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """The report on the terminal: one table of all that was measured, and under it what was not and why."""
 
-from cases import COMPILE, DEFAULT, EAGER, INPLACE, LIMITS, MEMORY, PEERS, PRECOMPUTE
+from cases import COMPILE, DEFAULT, EAGER, INPLACE, LIMITS, LOSS, MEMORY, OURS, PEERS
 from results import OK, Figures, Record
 from rich.table import Table
 
@@ -31,19 +31,24 @@ def ratio_cell(figures: Figures, case: str, what: str, slower: str, faster: str)
     return f"{ratio:.1f}" if ratio < 99.95 else f"{ratio:.0f}"
 
 
-def _limit(figures: Figures, case: str, what: str) -> str:
-    record = figures.record(case, what, LIMITS.get(what, ""))
-    return f"{_cell(record)} {record.variant}" if record else ""
+def _limit_cells(figures: Figures, case: str, what: str) -> list[str]:
+    """The limit and how many times as much softmax_ext takes: in place, which reads and writes; or reading alone."""
+    if what not in LIMITS:
+        return ["", ""]
+    limit, ours = LIMITS[what], INPLACE if what == LOSS else DEFAULT
+    record = figures.record(case, what, limit)
+    return [f"{_cell(record)} {limit}" if record else "", ratio_cell(figures, case, what, ours, limit)]
 
 
 def comparison(records: list[Record]) -> Table:
-    """A line for each case and what, the variants in columns, then the ratios of their medians."""
-    peers = [peer for peer in PEERS if any(record.variant == peer for record in records)]
-    variants = [EAGER, COMPILE, *peers, DEFAULT, PRECOMPUTE, INPLACE]
-    table = Table(title="medians; time in ms, memory in MiB beyond the logits; ratios: times less")
+    """A line for each case and what, the variants that there are in columns, then the ratios of their medians."""
+    there = {record.variant for record in records}
+    variants = [name for name in (EAGER, COMPILE, *PEERS, *OURS) if name in there]
+    ratios = [pair for pair in _RATIOS if there.issuperset(pair)]
+    table = Table(title="medians; time in ms, memory in MiB beyond the logits; ratios: how many times as much")
     table.add_column("case")
     table.add_column("what")
-    for name in [*variants, "limit", *(f"{slower}\n/ {faster}" for slower, faster in _RATIOS)]:
+    for name in [*variants, "limit", "ours\n/ limit", *(f"{slower}\n/ {faster}" for slower, faster in ratios)]:
         table.add_column(name, justify="right")
     for section in dict.fromkeys(record.section for record in records):
         table.add_section()
@@ -51,9 +56,10 @@ def comparison(records: list[Record]) -> Table:
         figures = Figures(records, section)
         shown = ""
         for case, what in figures.pairs():
-            cells = [_cell(figures.record(case, what, variant)) for variant in variants]
-            ratios = [ratio_cell(figures, case, what, *pair) for pair in _RATIOS]
-            table.add_row(case if case != shown else "", what, *cells, _limit(figures, case, what), *ratios)
+            medians = [_cell(figures.record(case, what, variant)) for variant in variants]
+            quotients = [ratio_cell(figures, case, what, *pair) for pair in ratios]
+            cells = [*medians, *_limit_cells(figures, case, what), *quotients]
+            table.add_row(case if case != shown else "", what, *cells)
             shown = case
     return table
 

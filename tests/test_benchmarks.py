@@ -319,6 +319,7 @@ def test_readme(csv, tmp_path, capsys):
     assert "old" not in text
     assert "| 4096x32000-f32 | 10.0 | 5.00 | 2.00 | 2.00 | 2.00 | 2.00 | 5.0 / 2.5 | 5.0 / 2.5 | 10 / 2 / 2 |" in text
     assert "Measured on 4 of 8 processors of A CPU" in text
+    assert "](vocabulary.png)" in text
     assert readme.main([*arguments, "--check"]) == 0
     page.write_text("no comments")
     assert readme.main(arguments) == 2
