@@ -37,8 +37,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from table import comparison, exceptions
 
 _HERE = Path(__file__).resolve().parent
-_REPEATS = 9
-_QUICK_REPEATS = 7
+_REPEATS = 7
+_QUICK_REPEATS = 5
 _JOB_SECONDS = 900
 _PEER_PACKAGES = {JAX: ("jax", "optax"), TENSORFLOW: ("tensorflow",)}
 _WIDTH = 200  # of the table where the output is no terminal
@@ -205,9 +205,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", type=_case, metavar="CASE", help="these cases; writes only to --output")
     parser.add_argument("--peers", type=_peers, metavar="PYTHON", help="an interpreter that has JAX or TensorFlow")
     parser.add_argument("--output", type=_directory, metavar="DIR", help=f"default of a full run: {DEFAULT_DIRECTORY}")
-    parser.add_argument(
-        "--repeats", type=_count, help=f"samples of a time (default: {_REPEATS}; quick: {_QUICK_REPEATS})"
-    )
+    parser.add_argument("--repeats", type=_count, help=f"samples (default: {_REPEATS}; quick: {_QUICK_REPEATS})")
     parser.add_argument("--threads", type=_threads, help="default: as many as torch takes")
     options = parser.parse_args(arguments)
     if options.quick and (options.only or options.peers or options.output):

@@ -1,8 +1,9 @@
 """How time and memory are measured, whatever is measured.
 
-Time: the variants take turns, so that whatever disturbs the machine disturbs all; each turn is one sample, of as many
-calls as fill a few milliseconds. Large inputs are cold but for what the last level of cache keeps of the variant
-before; where a sample has many calls, all but the first are warm.
+Time: the variants take turns, so that whatever disturbs the machine disturbs all. A turn is a call that is not timed and
+a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the cache, and
+small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call, it can be
+memory that the host of a virtual machine has taken back meanwhile, and the sample is then all page faults.
 
 Memory: the highest resident set during a step less the resident set before it, by the kernel's count.
 """
@@ -23,8 +24,6 @@ from typing import Any
 Prepare = Callable[[int], Callable[[], Any]]
 
 _SAMPLE_SECONDS = 0.005
-_WARM_UP = 2
-_MEMORY_SAMPLES = 3
 MIB = 2**20
 
 
@@ -53,14 +52,14 @@ def _seconds(prepare: Prepare, calls: int) -> float:
 
 
 def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
-    """Milliseconds of a call, by variant."""
-    calls = {}
-    for name, prepare in variants.items():
-        fastest = min(_seconds(prepare, 1) for _ in range(_WARM_UP))
-        calls[name] = min(1000, max(1, math.ceil(_SAMPLE_SECONDS / fastest)))
+    """Milliseconds of a call, by variant; all have been called before."""
+    calls = {
+        name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / _seconds(prepare, 1)))) for name, prepare in variants.items()
+    }
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, prepare in variants.items():
+            _seconds(prepare, 1)
             samples[name].append(_seconds(prepare, calls[name]) * 1e3)
     return {name: Summary.of(values) for name, values in samples.items()}
 
@@ -92,17 +91,14 @@ def _give_back_free_memory() -> None:
 def extra_memory_mib(prepare: Prepare, keeps_memory: bool) -> Summary:
     """MiB that a step needs at most beyond what is there before it.
 
-    A first step, not counted, loads and compiles. Whatever keeps freed memory to itself has had that on another input,
-    and its first step on this one is the sample.
+    A first step, not counted, loads and compiles; but not for what keeps freed memory to itself, which has done all
+    that on another input before.
     """
     if not keeps_memory:
         prepare(1)()
-    samples = []
-    for _ in range(1 if keeps_memory else _MEMORY_SAMPLES):
-        call = prepare(1)
-        _give_back_free_memory()
-        _forget_peak()
-        before = _status_bytes("VmRSS")
-        call()
-        samples.append(max(0, _peak_bytes() - before) / MIB)
-    return Summary.of(samples)
+    call = prepare(1)
+    _give_back_free_memory()
+    _forget_peak()
+    before = _status_bytes("VmRSS")
+    call()
+    return Summary.of([max(0, _peak_bytes() - before) / MIB])
