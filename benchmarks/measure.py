@@ -1,9 +1,9 @@
 """How time and memory are measured, whatever is measured.
 
-Time: the variants take turns, so that whatever disturbs the machine disturbs all. A turn is a call that is not timed and
-a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the cache, and
-small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call, it can be
-memory that the host of a virtual machine has taken back meanwhile, and the sample is then all page faults.
+Time: the variants take turns, so that whatever disturbs the machine disturbs all. A turn is a call that is not timed,
+then a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the
+cache, and small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call,
+it can be memory that the host of a virtual machine has taken back meanwhile, and the sample is all page faults.
 
 Memory: the highest resident set during a step less the resident set before it, by the kernel's count.
 """
