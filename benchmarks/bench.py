@@ -34,11 +34,11 @@ from results import (
 )
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from table import comparison, exceptions
+from table import bandwidths, comparison, exceptions
 
 _HERE = Path(__file__).resolve().parent
 _REPEATS = 7
-_QUICK_REPEATS = 5
+_QUICK_REPEATS = 3
 _JOB_SECONDS = 900
 _PEER_PACKAGES = {JAX: ("jax", "optax"), TENSORFLOW: ("tensorflow",)}
 _WIDTH = 200  # of the table where the output is no terminal
@@ -131,7 +131,10 @@ def run_jobs(jobs: list[Job], repeats: int, peer_python: str | None, console: Co
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
-            progress.update(task, description=f"{job.section}, {job.case.name}: {', '.join(job.variants)}")
+            description = f"{job.section}, {job.case.name}: {', '.join(job.variants)}"
+            progress.update(task, description=description)
+            if not console.is_terminal:  # where a bar would show nothing before its end
+                console.print(description, highlight=False)
             records += run_job(job, repeats, peer_python, available_bytes())
             progress.advance(task)
     return records
@@ -228,7 +231,7 @@ def _jobs(options: argparse.Namespace, versions: dict[str, str]) -> list[Job]:
 def report(records: list[Record], environment: Environment, threads: int, output: Path | None, console: Console) -> int:
     """Prints the table, writes the files; returns the exit status."""
     console.print(comparison(records))
-    for line in exceptions(records):
+    for line in [*exceptions(records), *bandwidths(records)]:
         console.print(line, highlight=False, markup=False)
     console.print(f"Measured on {measured_on(environment, threads)}.", highlight=False)
     if output is not None:

@@ -1,6 +1,7 @@
 """The report on the terminal: one table of all that was measured, and under it what was not and why."""
 
-from cases import COMPILE, DEFAULT, EAGER, INPLACE, LIMITS, LOSS, MEMORY, OURS, PEERS
+from cases import COMPILE, DEFAULT, EAGER, INPLACE, LIMITS, LOSS, MEMORY, MUL, OURS, PEERS, SUM
+from measure import MIB
 from results import OK, Figures, Record
 from rich.table import Table
 
@@ -62,6 +63,18 @@ def comparison(records: list[Record]) -> Table:
             table.add_row(case if case != shown else "", what, *cells)
             shown = case
     return table
+
+
+def bandwidths(records: list[Record]) -> list[str]:
+    """What the limits come to in GB/s, each where the logits are largest."""
+    lines = []
+    for limit, passes in ((MUL, 2), (SUM, 1)):
+        timed = [record for record in records if record.variant == limit and record.median]
+        if timed:
+            largest = max(timed, key=lambda record: (record.logits_mib, record.threads))
+            rate = passes * largest.logits_mib * MIB / largest.median / 1e6
+            lines.append(f"{limit} moves {rate:.1f} GB/s ({largest.case}, {largest.threads} threads)")
+    return lines
 
 
 def exceptions(records: list[Record]) -> list[str]:

@@ -292,6 +292,7 @@ def test_report(csv, status, capsys):
     printed = capsys.readouterr().out
     assert code == (status in ("WRONG", "failed"))
     assert f"{status}: the reason" in printed
+    assert "mul_ moves 4000.0 GB/s (31250x32000-f32, 4 threads)" in printed
     assert "4 of 8 processors of A CPU, of two words with AVX2 kernels" in printed
     for name in ("results.csv", "vocabulary.png", "scaling.png"):
         assert csv.with_name(name).stat().st_size > 0
