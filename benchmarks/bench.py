@@ -115,9 +115,10 @@ def run_job(job: Job, repeats: int, peer_python: str | None, available: int) -> 
 
 
 def _missing(job: Job, variants: list[str], records: list[Record], reason: str) -> list[Record]:
-    """A failure for each figure that every variant should have: forward alone and softmax only some have."""
+    """A failure for each figure that the end of the process prevented; not every variant has all."""
     there = {(record.variant, record.what) for record in records}
-    expected = [(variant, what) for variant in variants for what in job.whats if what in (LOSS, MEMORY)]
+    begun = {what for _, what in there} - {LOSS, MEMORY}  # which every variant has
+    expected = [(variant, what) for variant in variants for what in job.whats if what not in begun]
     return [Record.of(job, *pair, "failed", reason) for pair in expected if pair not in there]
 
 
