@@ -4,12 +4,17 @@
 #   PYTHON=python3.12              the interpreter of a new .venv
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
 #   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
+#   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
+#   BENCH_ARGS='--threads 1'       what make bench passes to benchmarks/bench.py besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+PEERS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
+VENV_PEERS := .venv-peers
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
@@ -18,10 +23,10 @@ CPP = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test lint format dist clean distclean FORCE
+.PHONY: help build demo test bench bench-quick lint format dist clean distclean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the extension into softmax_ext/
 
@@ -30,6 +35,12 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
+	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
+
+bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
+	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
@@ -49,10 +60,10 @@ dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/
 clean: ## remove everything built; keep .venv
 	rm -rf build dist demo *.egg-info softmax_ext/*.so $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find softmax_ext tests examples -name __pycache__ -prune -exec rm -rf {} +
+	find softmax_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV_PEERS)
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("softmax_ext needs Python" \
@@ -73,7 +84,13 @@ $(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml softmax_ext/_version.py $
 	touch $@
 
 # The package and one of the groups of pyproject.toml.
-GROUPS := $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
+GROUPS := $(VENV)/.bench $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
 $(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
 	$(EDITABLE) '.[$*]'
+	touch $@
+
+# What softmax_ext is measured against besides torch, apart from it.
+$(VENV_PEERS)/.installed: benchmarks/requirements-peers.txt
+	test -d $(VENV_PEERS) || $(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip --disable-pip-version-check install --requirement $<
 	touch $@

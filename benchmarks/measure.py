@@ -1,0 +1,104 @@
+"""How time and memory are measured, whatever is measured.
+
+Time: the variants take turns, so that whatever disturbs the machine disturbs all. A turn is a call that is not timed,
+then a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the
+cache, and small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call,
+it can be memory that the host of a virtual machine has taken back meanwhile, and the sample is all page faults.
+
+Memory: the highest resident set during a step less the resident set before it, by the kernel's count.
+"""
+
+import ctypes
+import gc
+import math
+import re
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Given a number of calls, makes ready for so many, outside the clock, and returns what is called.
+Prepare = Callable[[int], Callable[[], Any]]
+
+_SAMPLE_SECONDS = 0.005
+MIB = 2**20
+
+
+@dataclass
+class Summary:
+    """The samples in brief."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> "Summary":
+        """Median and quartiles; of one sample, that."""
+        q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else samples * 3
+        return cls(median, q1, q3, len(samples))
+
+
+def _seconds(prepare: Prepare, calls: int) -> float:
+    call = prepare(calls)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
+    """Milliseconds of a call, by variant; all have been called before."""
+    calls = {
+        name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / _seconds(prepare, 1)))) for name, prepare in variants.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, prepare in variants.items():
+            _seconds(prepare, 1)
+            samples[name].append(_seconds(prepare, calls[name]) * 1e3)
+    return {name: Summary.of(values) for name, values in samples.items()}
+
+
+def _status_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _peak_bytes() -> int:
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _forget_peak() -> None:
+    """Where the kernel refuses, the peak stays that of the whole process: an upper bound."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _give_back_free_memory() -> None:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def extra_memory_mib(prepare: Prepare, keeps_memory: bool) -> Summary:
+    """MiB that a step needs at most beyond what is there before it.
+
+    A first step, not counted, loads and compiles; but not for what keeps freed memory to itself, which has done all
+    that on another input before.
+    """
+    if not keeps_memory:
+        prepare(1)()
+    call = prepare(1)
+    _give_back_free_memory()
+    _forget_peak()
+    before = _status_bytes("VmRSS")
+    call()
+    return Summary.of([max(0, _peak_bytes() - before) / MIB])
