@@ -60,13 +60,7 @@ const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buff
   return buffer;
 }
 
-// A block of a tile: z of class c and row r at data[c * stride + r]; columns beyond the tile's rows hold 0.
-template <typename T>
-struct TileView {
-  const T* data;
-  int64_t stride;
-};
-
+// dst[c, r] = class c of row r of a tile; columns beyond the tile's rows, up to a whole vector, hold 0.
 template <typename T>
 void load_tile_padded(const void* src, DType type, const Layout& layout, int operand, int64_t at, int64_t classes,
                       int64_t rows, T* dst) {
@@ -76,15 +70,13 @@ void load_tile_padded(const void* src, DType type, const Layout& layout, int ope
   for (int64_t c = 0; c < classes; c++) std::fill(dst + c * kTile + rows, dst + c * kTile + padded, T(0));
 }
 
+// z of the classes [first, first + classes) of a tile.
 template <typename T>
-TileView<T> load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
-  const int64_t class_stride = p.layout.class_stride[kLogits];
-  const int64_t offset = at.offset[kLogits] + first * class_stride;
-  const bool whole = at.rows % kLanes<T> == 0 && p.layout.inner_stride[kLogits] == 1;
-  if (whole && needs_no_copy(p)) return {static_cast<const T*>(p.logits) + offset, class_stride};
-  load_tile_padded(p.logits, p.logits_type, p.layout, kLogits, offset, classes, at.rows, buffer);
+void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
+  load_tile_padded(p.logits, p.logits_type, p.layout, kLogits,
+                   at.offset[kLogits] + first * p.layout.class_stride[kLogits], classes, at.rows, buffer);
+  if (p.softcap == 0 && p.logit_scale == 1) return;
   for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
-  return {buffer, kTile};
 }
 
 // ---- targets -----------------------------------------------------------------------------------------------------
@@ -102,7 +94,7 @@ void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* cla
   batch.any_ignored = live_rows < batch.rows;
 }
 
-// The targets of a batch whose `rows`, `number` and `logits` are set.
+// The targets of a batch whose `rows` and `number` are set, without their logits.
 template <typename T>
 void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   if (p.has_probabilities) {
@@ -114,28 +106,31 @@ void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     load_classes(p, batch, p.index);
   else
     load_classes(p, batch, p.index_u8);
-  const int64_t class_stride = p.layout.class_stride[kLogits];
-  std::fill(batch.z, batch.z + batch.rows, 0.0);
-  std::fill(batch.weight, batch.weight + batch.rows, 1.0);
-  if (needs_no_copy(p)) {
-    const T* logits = static_cast<const T*>(p.logits);
-    for (int64_t r = 0; r < batch.rows; r++)
-      if (batch.y[r] >= 0) batch.z[r] = logits[batch.logits[r] + batch.y[r] * class_stride];
-  } else {
-    for (int64_t r = 0; r < batch.rows; r++)
-      if (batch.y[r] >= 0) batch.z[r] = load_logit(p, batch.logits[r] + batch.y[r] * class_stride);
+  if (!p.weight) {
+    std::fill(batch.weight, batch.weight + batch.rows, 1.0);
+    return;
   }
-  if (!p.weight) return;
-  for (int64_t r = 0; r < batch.rows; r++)
-    if (batch.y[r] >= 0) batch.weight[r] = p.weight[batch.y[r]];
+  for (int64_t r = 0; r < batch.rows; r++) batch.weight[r] = batch.y[r] < 0 ? 0 : p.weight[batch.y[r]];
+}
+
+// The logits of the targets; class 0 of row r is element first[r].
+template <typename T>
+void load_target_logits(const CrossEntropy<T>& p, RowBatch<T>& batch, const int64_t* first) {
+  if (p.has_probabilities) return;
+  const T* const own = needs_no_copy(p) ? static_cast<const T*>(p.logits) : nullptr;
+  for (int64_t r = 0; r < batch.rows; r++) {
+    const int64_t at = first[r] + batch.y[r] * p.layout.class_stride[kLogits];
+    batch.z[r] = batch.y[r] < 0 ? T(0) : own ? own[at] : load_logit(p, at);
+  }
 }
 
 // Fills the lanes beyond the last row.
 template <typename T>
 void close_batch(RowBatch<T>& batch) {
-  const int64_t padded = round_up(batch.rows, kLanes<double>);
+  const int64_t padded = round_up(batch.rows, std::max(kLanes<double>, kLanes<T>));
   for (int64_t r = batch.rows; r < padded; r++) {
-    batch.live[r] = batch.z[r] = batch.weight[r] = batch.sums.max[r] = batch.sums.rest[r] = 0;
+    batch.z[r] = batch.sums.max[r] = 0;
+    batch.live[r] = batch.weight[r] = batch.sums.rest[r] = 0;
     batch.dot[r] = batch.b_sum[r] = batch.q_dot[r] = batch.q_sum[r] = batch.sums.weighted[r] = 0;
   }
 }
@@ -237,7 +232,7 @@ void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at
 
 // One vector of rows of a tile, terms' [0, lanes).
 template <typename T>
-void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const TileView<T>& z, const T* q, int64_t classes,
+void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const T* z, const T* q, int64_t classes,
                       int64_t first) {
   constexpr int64_t L = kLanes<T>;
   alignas(64) T lanes[4][L];
@@ -245,7 +240,7 @@ void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const TileView<
   const Vec<T> shift = Vec<T>::loadu(lanes[0]);
   TermSums<T> sums;
   for (int64_t c = 0; c < classes; c++) {
-    const Vec<T> d = Vec<T>::loadu(z.data + c * z.stride) - shift, w(p.weight ? p.weight[first + c] : T(1));
+    const Vec<T> d = Vec<T>::loadu(z + c * kTile) - shift, w(p.weight ? p.weight[first + c] : T(1));
     if (q)
       sums.add_probabilities(p, d, Vec<T>::loadu(q + c * kTile), w);
     else
@@ -271,14 +266,15 @@ void set_terms(RowBatch<T>& batch, int64_t r, const RowTerms& terms) {
   batch.q_sum[r] = terms.q_sum;
 }
 
-// Writes the gradient of class y of each row, which the loops over the classes leave aside.
+// Writes the gradient of class y of each row, which the loops over the classes leave aside; class 0 of row r is element
+// first[r].
 template <typename T>
-void write_at_targets(const CrossEntropy<T>& p, const RowBatch<T>& batch, const int64_t* rows_at) {
+void write_at_targets(const CrossEntropy<T>& p, const RowBatch<T>& batch, const int64_t* first) {
   const int64_t class_stride = p.layout.class_stride[kGradLogits];
   T* const own = is_own<T>(p.logits_type) ? static_cast<T*>(p.grad_logits) : nullptr;
   for (int64_t r = 0; r < batch.rows; r++) {
     if (batch.y[r] < 0) continue;
-    const int64_t at = rows_at[r] + batch.y[r] * class_stride;
+    const int64_t at = first[r] + batch.y[r] * class_stride;
     if (own)
       own[at] = static_cast<T>(batch.at_target[r]);
     else
@@ -463,14 +459,17 @@ template <typename T>
 double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const KeptRows<T>& keep) {
   RowBatch<T> batch;
   Position at[kBatchRows];
+  int64_t logits_at[kBatchRows], gradient_at[kBatchRows];
   batch.rows = rows;
   for (int64_t r = 0; r < rows; r++) {
     at[r] = locate(p.layout, first + r);
+    logits_at[r] = at[r].offset[kLogits];
+    gradient_at[r] = at[r].offset[kGradLogits];
     batch.number[r] = at[r].offset[kRow];
-    batch.logits[r] = at[r].offset[kLogits];
     batch.consecutive = batch.consecutive && batch.number[r] == batch.number[0] + r;
   }
   load_targets(p, batch);
+  load_target_logits(p, batch, logits_at);
   const bool skips_ignored = ignored_has_no_gradient(p) && !p.stats;
   const auto skipped = [&](int64_t r) { return skips_ignored && batch.live[r] == 0; };
   double loss = 0;
@@ -492,18 +491,16 @@ double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const K
   }
   if (!p.grad_logits && !p.grad_probabilities) return loss;
   prepare_gradients(p, batch);
-  int64_t rows_at[kBatchRows];
   for (int64_t r = 0; r < rows; r++) {
-    rows_at[r] = at[r].offset[kGradLogits];
     if (batch.live[r] == 0 && ignored_has_no_gradient(p)) {
-      std::memset(address(p.grad_logits, p.logits_type, rows_at[r]), 0, p.layout.classes * size_of(p.logits_type));
+      std::memset(address(p.grad_logits, p.logits_type, gradient_at[r]), 0, p.layout.classes * size_of(p.logits_type));
     } else if (keep.active()) {
       write_gradient_from_kept(p, at[r], batch, r, kept_row(p, at[r], keep, r));
     } else {
       write_gradient_from_logits(p, at[r], batch, r);
     }
   }
-  if (p.grad_logits) write_at_targets(p, batch, rows_at);
+  if (p.grad_logits) write_at_targets(p, batch, gradient_at);
   return loss;
 }
 
@@ -521,34 +518,39 @@ double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
 // ---- columns ---------------------------------------------------------------------------------------------------------
 
 // Buffers of a tile: logits or exponentials, of all classes as long as these are few enough to stay in cache, else of a
-// block of them at a time.
+// block of them at a time. Logits that lie in the same order are copied too: their strides are often such that the classes
+// of a tile would drive each other out of the cache before they are read again.
 template <typename T>
 class TileBuffers {
  public:
   explicit TileBuffers(const CrossEntropy<T>& p)
-      : classes_(p.layout.classes * kTile <= kKeptElements ? p.layout.classes : kTileClasses<T>),
-        keeps_(p.forward && p.grad_logits && p.softcap == 0 && classes_ == p.layout.classes),
+      : whole_(p.layout.classes * kTile <= kKeptElements),
+        keeps_(p.forward && p.grad_logits && p.softcap == 0 && whole_),
+        classes_(whole_ ? p.layout.classes : kTileClasses<T>),
         z_(new T[classes_ * kTile]),
         q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr) {}
 
+  bool whole() const { return whole_; }
   bool keeps() const { return keeps_; }
   int64_t classes() const { return classes_; }  // at a time
   T* z() const { return z_.get(); }
   T* q() const { return q_.get(); }
 
  private:
+  bool whole_, keeps_;
   int64_t classes_;
-  bool keeps_;
   std::unique_ptr<T[]> z_, q_;
 };
 
+// Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile.
 template <typename T>
-const T* load_probability_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
-                                T* buffer) {
-  if (!p.has_probabilities) return nullptr;
+void load_tile_blocks(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
+                      const TileBuffers<T>& buffers) {
+  load_tile_block(p, at, first, classes, buffers.z());
+  if (!p.has_probabilities) return;
   load_tile_padded(p.probabilities, p.probabilities_type, p.layout, kProbabilities,
-                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows, buffer);
-  return buffer;
+                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows,
+                   buffers.q());
 }
 
 // What the vector of rows r of the next tile needs, from class `first` on.
@@ -561,6 +563,7 @@ Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first,
   return {static_cast<const char*>(p.logits) + next * bytes, step * bytes};
 }
 
+// The first block of the tile is loaded already.
 template <typename T>
 void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
@@ -568,28 +571,26 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
   if (has_terms(p)) terms.fill({});
   for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
-    const TileView<T> z = load_tile_block(p, at, c, n, buffers.z());
-    const T* q = load_probability_block(p, at, c, n, buffers.q());
+    if (c > 0) load_tile_blocks(p, at, c, n, buffers);
     for (int64_t r = 0; r < at.rows; r += L) {
-      const T* zr = z.data + r;
+      T* const z = buffers.z() + r;
       const Ahead ahead = ahead_of_tile(p, at, c, r);
       if (has_terms(p)) {  // before the exponentials take the place of the logits
         const Vec<T> so_far = c == 0 ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(batch.sums.max + r);
         alignas(64) T max[L];
         Vec<T> none(-1);
-        max_of_columns<false>(zr, z.stride, n, so_far, none).store(max);
+        max_of_columns<false>(z, kTile, n, so_far, none).store(max);
         for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
-        add_column_terms(terms.data() + r, p, TileView<T>{zr, z.stride}, q ? q + r : nullptr, n, c);
+        add_column_terms(terms.data() + r, p, z, p.has_probabilities ? buffers.q() + r : nullptr, n, c);
       }
-      T* kept = buffers.z() + r;
       if (p.stats && buffers.keeps())
-        add_columns<true, true>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+        add_columns<true, true>(batch.sums, r, z, kTile, n, c, z, ahead);
       else if (p.stats)
-        add_columns<true, false>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+        add_columns<true, false>(batch.sums, r, z, kTile, n, c, z, ahead);
       else if (buffers.keeps())
-        add_columns<false, true>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+        add_columns<false, true>(batch.sums, r, z, kTile, n, c, z, ahead);
       else
-        add_columns<false, false>(batch.sums, r, zr, z.stride, n, c, kept, ahead);
+        add_columns<false, false>(batch.sums, r, z, kTile, n, c, z, ahead);
     }
   }
   if (!has_terms(p)) return;
@@ -619,6 +620,7 @@ void write_tile(void* dst, DType type, const Layout& layout, int operand, const 
   if (!direct) store_tile(buffer, dst, type, offset, class_stride, inner_stride, classes, at.rows);
 }
 
+// The buffers hold the tile's exponentials, or the logits of its first block.
 template <typename T>
 void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch,
                           const TileBuffers<T>& buffers) {
@@ -628,25 +630,27 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   const bool masks = batch.any_ignored && ignored_has_no_gradient(p);
   std::unique_ptr<T[]> probability_buffer(p.grad_probabilities ? new T[buffers.classes() * kTile] : nullptr);
   const auto weight_of = [&](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
+  T* const z = buffers.z();
+  const T* const q = buffers.q();
   for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), layout.classes - c);
-    const TileView<T> z =
-        buffers.keeps() ? TileView<T>{buffers.z(), kTile} : load_tile_block(p, at, c, n, buffers.z());
-    const T* q = buffers.keeps() ? buffers.q() : load_probability_block(p, at, c, n, buffers.q());
+    if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers);
     if (p.grad_probabilities)
       write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n,
                  probability_buffer.get(), [&](int64_t r) {
                    return [&, r, g = load_rows(batch, r)](int64_t i) {
-                     return probability_gradient(g, Vec<T>::loadu(z.data + i * z.stride + r), weight_of(c + i));
+                     return probability_gradient(g, Vec<T>::loadu(z + i * kTile + r), weight_of(c + i));
                    };
                  });
     if (!p.grad_logits) continue;
     const auto write = [&](const auto& value) {
-      write_tile(p.grad_logits, p.logits_type, layout, kGradLogits, at, c, n, buffers.z(), [&](int64_t r) {
+      write_tile(p.grad_logits, p.logits_type, layout, kGradLogits, at, c, n, z, [&](int64_t r) {
         alignas(64) T live[kLanes<T>];
-        for (int64_t i = 0; i < kLanes<T>; i++) live[i] = masks && batch.live[r + i] == 0 ? T(0) : T(1);
-        return [&, r, g = load_rows(batch, r), dead = Vec<T>::loadu(live) == none](int64_t i) {
-          const Vec<T> x = Vec<T>::loadu(z.data + i * z.stride + r);
+        if (masks) std::copy(batch.live + r, batch.live + r + kLanes<T>, live);
+        const Ahead ahead = buffers.keeps() ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
+        return [&, r, ahead, g = load_rows(batch, r), dead = masks ? Vec<T>::loadu(live) == none : none](int64_t i) {
+          ahead.fetch(i);
+          const Vec<T> x = Vec<T>::loadu(z + i * kTile + r);
           const Vec<T> v = value(g, x, q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
           return masks ? Vec<T>::blendv(v, none, dead) : v;
         };
@@ -669,17 +673,31 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   }
 }
 
+// The logits of the targets of a tile, from the buffer where it holds all classes.
+template <typename T>
+void load_tile_target_logits(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch,
+                             const TileBuffers<T>& buffers) {
+  if (p.has_probabilities) return;
+  if (!buffers.whole()) {
+    int64_t first[kTile];
+    for (int64_t r = 0; r < at.rows; r++) first[r] = at.offset[kLogits] + r * p.layout.inner_stride[kLogits];
+    load_target_logits(p, batch, first);
+    return;
+  }
+  const T* const z = buffers.z();
+  for (int64_t r = 0; r < at.rows; r++) batch.z[r] = batch.y[r] < 0 ? T(0) : z[batch.y[r] * kTile + r];
+}
+
 template <typename T>
 double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& buffers) {
   const Position at = locate(p.layout, unit);
   RowBatch<T> batch;
   batch.rows = at.rows;
   batch.consecutive = p.layout.inner_stride[kRow] == 1;
-  for (int64_t r = 0; r < at.rows; r++) {
-    batch.number[r] = at.offset[kRow] + r * p.layout.inner_stride[kRow];
-    batch.logits[r] = at.offset[kLogits] + r * p.layout.inner_stride[kLogits];
-  }
+  for (int64_t r = 0; r < at.rows; r++) batch.number[r] = at.offset[kRow] + r * p.layout.inner_stride[kRow];
   load_targets(p, batch);
+  load_tile_blocks(p, at, 0, std::min(buffers.classes(), p.layout.classes), buffers);
+  load_tile_target_logits(p, at, batch, buffers);
   double loss = 0;
   if (p.forward)
     reduce_tile(p, at, batch, buffers);
@@ -691,10 +709,10 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
   prepare_gradients(p, batch);
   write_tile_gradients(p, at, batch, buffers);
   if (!p.grad_logits) return loss;
-  int64_t rows_at[kTile];
+  int64_t gradient_at[kTile];
   for (int64_t r = 0; r < at.rows; r++)
-    rows_at[r] = at.offset[kGradLogits] + r * p.layout.inner_stride[kGradLogits];
-  write_at_targets(p, batch, rows_at);
+    gradient_at[r] = at.offset[kGradLogits] + r * p.layout.inner_stride[kGradLogits];
+  write_at_targets(p, batch, gradient_at);
   return loss;
 }
 
@@ -711,8 +729,25 @@ double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
   return p.layout.rows ? visit_all_rows(p, begin, end) : visit_all_tiles(p, begin, end);
 }
 
+template <typename Index>
+ClassScan scan(const Index* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  int64_t live = 0, wrong = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t y = static_cast<int64_t>(index[i]), is_live = y != ignore_index;
+    live += is_live;
+    wrong |= is_live & (static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes));
+  }
+  return {live, wrong != 0};
+}
+
 }  // namespace
 
+ClassScan scan_classes(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return scan(index, n, classes, ignore_index);
+}
+ClassScan scan_classes_u8(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return scan(index, n, classes, ignore_index);
+}
 double cross_entropy_float(const CrossEntropy<float>& p, int64_t begin, int64_t end) {
   return cross_entropy(p, begin, end);
 }

@@ -12,6 +12,8 @@ void softmax_float(const Softmax<float>&, int64_t begin, int64_t end);
 void softmax_double(const Softmax<double>&, int64_t begin, int64_t end);
 void softmax_backward_float(const SoftmaxBackward<float>&, int64_t begin, int64_t end);
 void softmax_backward_double(const SoftmaxBackward<double>&, int64_t begin, int64_t end);
+ClassScan scan_classes(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index);
+ClassScan scan_classes_u8(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index);
 void scale_rows(const ScaleRows&, int64_t begin, int64_t end);
 void exp_float(const float* x, float* y, int64_t n);
 

@@ -102,6 +102,12 @@ struct ScaleRows {
   RowValues factor;
 };
 
+// A look at class indices: how many are not ignored, and whether one of those is not in [0, classes).
+struct ClassScan {
+  int64_t live;
+  bool out_of_range;
+};
+
 struct KernelTable {
   const char* isa;
   // Forward: the sum of the losses of the range, in a fixed order. Backward: 0.
@@ -111,6 +117,8 @@ struct KernelTable {
   void (*softmax_double)(const Softmax<double>&, int64_t begin, int64_t end);
   void (*softmax_backward_float)(const SoftmaxBackward<float>&, int64_t begin, int64_t end);
   void (*softmax_backward_double)(const SoftmaxBackward<double>&, int64_t begin, int64_t end);
+  ClassScan (*scan_classes)(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index);
+  ClassScan (*scan_classes_u8)(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index);
   void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
   // y[i] = exp(x[i]) with the kernels' own exponential, for the test of its error.
   void (*exp_float)(const float* x, float* y, int64_t n);

@@ -216,8 +216,8 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
   Vec<T> where(-1);
   const Vec<T> previous = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r);
   const Vec<T> max = max_of_columns<Weighted>(z, stride, classes, previous, where);
-  alignas(64) double rest[L] = {}, maximal[L] = {}, weighted_sum[L] = {};
-  for (int64_t begin = 0; begin < classes; begin += kSummedClasses) {
+  alignas(64) double rest[L], maximal[L], weighted_sum[L];
+  const auto sum_from = [&](int64_t begin, bool is_first) {
     Vec<T> s(0), w(0), n(0);
     for (int64_t c = begin; c < std::min(classes, begin + kSummedClasses); c++) {
       ahead.fetch(c);
@@ -228,10 +228,12 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
       if constexpr (Weighted) w = w + multiply_or_zero(e, d);
       if constexpr (Keep) e.store(kept + c * kTile);
     }
-    add_to(rest, s);
-    add_to(maximal, n);
-    if constexpr (Weighted) add_to(weighted_sum, w);
-  }
+    add_to(rest, s, is_first);
+    add_to(maximal, n, is_first);
+    if constexpr (Weighted) add_to(weighted_sum, w, is_first);
+  };
+  sum_from(0, true);
+  for (int64_t begin = kSummedClasses; begin < classes; begin += kSummedClasses) sum_from(begin, false);
   if (begins) {
     max.store(sums.max + r);
     for (int64_t i = 0; i < L; i++) sums.rest[r + i] = rest[i] + (maximal[i] - 1);
@@ -240,7 +242,8 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
   } else {
     alignas(64) T new_max[L];
     max.store(new_max);
-    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i], weighted_sum[i]);
+    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i],
+                                          Weighted ? weighted_sum[i] : 0);
   }
   if constexpr (Weighted) {
     alignas(64) T classes_where[L];

@@ -17,10 +17,9 @@ struct RowBatch {
   bool consecutive = true;  // their numbers are number[0], number[0] + 1, ...
   bool any_ignored = false;
   int64_t number[kTile];
-  int64_t logits[kTile];  // where class 0 lies
   int64_t y[kTile];  // class; -1 with probabilities and where ignored
   alignas(64) double live[kTile];    // 0 where ignored, else 1
-  alignas(64) double z[kTile];       // logit of class y
+  alignas(64) T z[kTile];            // logit of class y
   alignas(64) double weight[kTile];  // of class y
   RowSums<T> sums;
 
@@ -122,6 +121,35 @@ inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
   return DoubleVec::blendv(v, DoubleVec(0), condition);
 }
 
+// Whether only the sum of the losses is wanted, and log-sum-exp counts the same in all of them.
+template <typename T>
+inline bool wants_sum_only(const CrossEntropy<T>& p) {
+  return !p.loss && !p.stats && !p.has_probabilities && !p.weight && p.z_loss == 0;
+}
+
+// The sum of the losses with one logarithm for each lane: sum log1p(rest) = log1p(prod (1 + rest) - 1), the product less one
+// being built up as it is, without a loss of small figures. 16 factors of up to 10^19 do not overflow.
+template <typename T>
+double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
+  constexpr int64_t L = kLanes<double>, kFactors = 16;
+  const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
+  const DoubleVec zero(0);
+  DoubleVec total(0);
+  for (int64_t first = 0; first < batch.rows; first += kFactors * L) {
+    DoubleVec product_less_one(0), rest_of_loss(0);
+    for (int64_t r = first; r < std::min(batch.rows, first + kFactors * L); r += L) {
+      const DoubleVec ignored = load_double(batch.live + r) == zero;
+      const DoubleVec rest = zero_where(ignored, load_double(batch.sums.rest + r));
+      product_less_one = at::vec::fmadd(product_less_one, rest, product_less_one + rest);
+      DoubleVec others = DoubleVec(1 - eps) * (load_double(batch.sums.max + r) - load_double(batch.z + r));
+      if (eps != 0) others = others - DoubleVec(share) * load_double(batch.dot + r);
+      rest_of_loss = rest_of_loss + zero_where(ignored, others);
+    }
+    total = total + product_less_one.log1p() + rest_of_loss;
+  }
+  return sum_lanes(total);
+}
+
 // Writes what forward writes of each row and returns the sum of the losses.
 template <typename T>
 double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
@@ -129,7 +157,12 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
   alignas(64) double loss[kTile], nll[kTile], lse[kTile], entropy[kTile];
   DoubleVec total(0);
-  for (int64_t r = 0; r < batch.rows; r++) batch.sums.rest[r] = batch.sums.get(r).rest_or_nan();
+  for (int64_t r = 0; r < batch.rows; r++)
+    batch.sums.rest[r] = std::isfinite(batch.sums.max[r]) ? batch.sums.rest[r] : kNaN;
+  if (wants_sum_only(p)) {
+    store_state(p, batch);
+    return sum_losses(p, batch);
+  }
   for (int64_t r = 0; r < batch.rows; r += L) {
     const DoubleVec zero(0), max = load_double(batch.sums.max + r), rest = load_double(batch.sums.rest + r);
     const DoubleVec log_sum = rest.log1p(), live = load_double(batch.live + r);
@@ -176,11 +209,15 @@ void prepare_gradients(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
   const DoubleVec scale(p.logit_scale), zero(0), one(1);
   alignas(64) double g[kTile], g_lse[kTile], g_nll[kTile], g_entropy[kTile], entropy[kTile];
+  alignas(64) T exp_at_target[kTile];
   gather_upstream(batch, p.grad_loss, g);
   if (p.grad_lse.data) gather_upstream(batch, p.grad_lse, g_lse);
   if (p.grad_nll.data) gather_upstream(batch, p.grad_nll, g_nll);
   if (p.grad_entropy.data) gather_upstream(batch, p.grad_entropy, g_entropy);
   if (p.grad_entropy.data) gather(batch, p.entropy, entropy);
+  if (!p.has_probabilities)
+    for (int64_t r = 0; r < batch.rows; r += kLanes<T>)
+      exp_nonpositive(Vec<T>::loadu(batch.z + r) - Vec<T>::loadu(batch.sums.max + r)).store(exp_at_target + r);
   for (int64_t r = 0; r < batch.rows; r += L) {
     const DoubleVec max = load_double(batch.sums.max + r), rest = load_double(batch.sums.rest + r);
     const DoubleVec ignored = load_double(batch.live + r) == zero;
@@ -204,13 +241,13 @@ void prepare_gradients(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     }
     const DoubleVec uniform = upstream * DoubleVec(share);
     store_double(p.weight ? zero : uniform * scale, batch.uniform + r);
-    store_double(p.weight ? uniform * scale : zero, batch.smooth + r);
+    if (p.weight) store_double(uniform * scale, batch.smooth + r);
     const DoubleVec inverse_sum = one / (one + rest);
     store_double((one_hot + all) * inverse_sum * scale, batch.alpha + r);
-    store_double(zero - upstream_entropy * inverse_sum * scale, batch.beta + r);
+    if (p.grad_entropy.data) store_double(zero - upstream_entropy * inverse_sum * scale, batch.beta + r);
     if (p.has_probabilities) continue;
     const DoubleVec z = load_double(batch.z + r), d = z - max;
-    const DoubleVec probability = d.exp() * inverse_sum;
+    const DoubleVec probability = load_double(exp_at_target + r) * inverse_sum;
     // p_y - 1: of a maximal class by its complement, which does not cancel; any other p_y is at most 1/2.
     const DoubleVec less_one = DoubleVec::blendv(probability - one, zero - rest * inverse_sum, d == zero);
     DoubleVec at_target = one_hot * less_one + multiply_or_zero(probability, all - upstream_entropy * d);

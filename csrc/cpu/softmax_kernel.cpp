@@ -191,11 +191,12 @@ void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>&
   RowSums<T> sums;
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
+    const Ahead ahead = Ahead::nothing(buffer);
     for (int64_t r = 0; r < at.rows; r += kLanes<T>) {
       if (keeps)
-        add_columns<false, true>(sums, r, buffer + r, kTile, n, c, buffer + r, Ahead());
+        add_columns<false, true>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
       else
-        add_columns<false, false>(sums, r, buffer + r, kTile, n, c, buffer + r, Ahead());
+        add_columns<false, false>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
     }
   });
   alignas(64) double rest[kTile];
@@ -227,7 +228,7 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
     load_operand_tile(p.layout, kSoftmaxGrad, p.grad_output, p.output_type, at, c, n, g);
     load_operand_tile(p.layout, kSoftmaxOutput, p.output, p.output_type, at, c, n, y);
   };
-  alignas(64) double sum[kTile] = {};
+  alignas(64) double sum[kTile];
   alignas(64) T total[kTile];
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
@@ -236,10 +237,10 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
         Vec<T> s(0);
         for (int64_t i = begin; i < std::min(n, begin + kSummedClasses); i++)
           s = s + backward_summand(p.log, Vec<T>::loadu(g + i * kTile + r), Vec<T>::loadu(y + i * kTile + r));
-        add_to(sum + r, s);
+        add_to(sum + r, s, c + begin == 0);
       }
   });
-  for (int64_t r = 0; r < kTile; r++) total[r] = static_cast<T>(sum[r]);
+  for (int64_t r = 0; r < at.rows; r++) total[r] = static_cast<T>(sum[r]);
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     if (!buffers.whole()) load(c, n);
     for (int64_t r = 0; r < at.rows; r += L) {

@@ -16,6 +16,8 @@ const KernelTable table = {
     softmax_double,
     softmax_backward_float,
     softmax_backward_double,
+    scan_classes,
+    scan_classes_u8,
     scale_rows,
     exp_float,
 };

@@ -53,8 +53,11 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 // What is to be read soon: the line at `at` is fetched with the first vector of a loop, the one `step` bytes further with
 // the next. An address beyond the tensor does no harm. Without this the memory would rest while a block is computed.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t step = 0;
+  const char* at;
+  int64_t step;
+
+  // Nothing: what is in cache already.
+  static Ahead nothing(const void* in_cache) { return {static_cast<const char*>(in_cache), 0}; }
 
   void fetch(int64_t vector) const { __builtin_prefetch(at + vector * step); }
 };
@@ -146,38 +149,38 @@ inline double sum_lanes(const Vec<float>& v) {
 }
 #endif
 
-// sums[i] += v[i]
-template <typename T>
-inline void add_to(double* sums, const Vec<T>& v) {
-  alignas(64) T lanes[kLanes<T>];
-  v.store(lanes);
-  for (int64_t i = 0; i < kLanes<T>; i++) sums[i] += lanes[i];
-}
-
-#ifdef CPU_CAPABILITY_AVX512
-inline void add_to(double* sums, const Vec<float>& v) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
-  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
-}
-#endif
-
-// ---- vectors of double from and to arrays of either type ----
+// ---- vectors of double, from and to arrays of either type --------------------------------------------------------
 
 using DoubleVec = Vec<double>;
 
 inline DoubleVec load_double(const double* values) { return DoubleVec::loadu(values); }
+inline void store_double(const DoubleVec& v, double* out) { v.store(out); }
+
+#ifdef CPU_CAPABILITY_AVX512
+inline DoubleVec load_double(const float* values) { return _mm512_cvtps_pd(_mm256_loadu_ps(values)); }
+inline void store_double(const DoubleVec& v, float* out) { _mm256_storeu_ps(out, _mm512_cvtpd_ps(v)); }
+#else
 inline DoubleVec load_double(const float* values) {
   alignas(64) double wide[kLanes<double>];
   for (int64_t i = 0; i < kLanes<double>; i++) wide[i] = values[i];
   return DoubleVec::loadu(wide);
 }
-inline void store_double(const DoubleVec& v, double* out) { v.store(out); }
 inline void store_double(const DoubleVec& v, float* out) {
   alignas(64) double wide[kLanes<double>];
   v.store(wide);
   for (int64_t i = 0; i < kLanes<double>; i++) out[i] = static_cast<float>(wide[i]);
+}
+#endif
+
+// sums[i] += v[i], or = v[i] if it is the first
+template <typename T>
+inline void add_to(double* sums, const Vec<T>& v, bool first) {
+  alignas(64) T lanes[kLanes<T>];
+  v.store(lanes);
+  for (int64_t i = 0; i < kLanes<T>; i += kLanes<double>) {
+    const DoubleVec wide = load_double(lanes + i);
+    (first ? wide : DoubleVec::loadu(sums + i) + wide).store(sums + i);
+  }
 }
 
 // 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.

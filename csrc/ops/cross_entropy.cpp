@@ -94,6 +94,13 @@ struct Weights {
                           "); got " + std::to_string(y) + " at position [" + index + "].");
 }
 
+ClassScan scan_kernel(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return kernels().scan_classes(index, n, classes, ignore_index);
+}
+ClassScan scan_kernel(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return kernels().scan_classes_u8(index, n, classes, ignore_index);
+}
+
 // Checks every class and returns the sum of weight[target] over the rows not ignored.
 template <typename T, typename Index>
 double scan_classes(const Call& call, const Index* classes, const T* weight) {
@@ -105,14 +112,9 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
     const auto out_of_range = [&](int64_t row) {
       return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
     };
-    bool any_bad = false;
-    int64_t live = 0;
-    for (int64_t row = begin; row < end; row++) {
-      any_bad |= out_of_range(row);
-      live += !ignored(row);
-    }
-    sums[group] = static_cast<double>(live);
-    if (any_bad) {
+    const ClassScan found = scan_kernel(classes + begin, end - begin, call.classes, call.ignore_index);
+    sums[group] = static_cast<double>(found.live);
+    if (found.out_of_range) {
       for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
     } else if (weight) {
       double sum = 0;
