@@ -81,17 +81,27 @@ void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first
 
 // ---- targets -----------------------------------------------------------------------------------------------------
 
-template <typename T, typename Index>
-void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* classes) {
+// class_of(r) is the target of row r.
+template <typename T, typename ClassOf>
+void set_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const ClassOf& class_of) {
   int64_t live_rows = 0;
   for (int64_t r = 0; r < batch.rows; r++) {
-    const int64_t y = classes[batch.number[r]];
+    const int64_t y = class_of(r);
     const bool live = y != p.ignore_index;
     batch.y[r] = live ? y : -1;
     batch.live[r] = live;
     live_rows += live;
   }
   batch.any_ignored = live_rows < batch.rows;
+}
+
+template <typename T, typename Index>
+void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* index) {
+  const Index* const first = index + batch.number[0];
+  if (batch.consecutive)
+    set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(first[r]); });
+  else
+    set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
 }
 
 // The targets of a batch whose `rows` and `number` are set, without their logits.

@@ -91,7 +91,7 @@ inline Vec<T> load_some(const T* from, int64_t count) {
 }
 
 // [at, at + n) of an operand = value(i, count), vector by vector. Of an operand of type T the last one may be partial and
-// is asked for with its count.
+// is asked for with its count; the others are asked for whole vectors.
 template <typename T, typename Value>
 inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value& value) {
   constexpr int64_t L = kLanes<T>;
@@ -102,8 +102,13 @@ inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value&
     if (i < n) value(i, n - i).store(out + i, n - i);
     return;
   }
+  const auto whole = [&](int64_t i) { return value(i, L); };
+  if constexpr (std::is_same_v<T, float>) {
+    if (type == DType::kBFloat16) return write_halves(static_cast<c10::BFloat16*>(dst) + at, n, whole);
+    if (type == DType::kFloat16) return write_halves(static_cast<c10::Half*>(dst) + at, n, whole);
+  }
   Block<T> block;
-  for (int64_t i = 0; i < n; i += L) value(i, L).store(block.data + i);
+  for (int64_t i = 0; i < n; i += L) whole(i).store(block.data + i);
   store_run(block.data, n, dst, type, at);
 }
 

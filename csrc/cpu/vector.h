@@ -314,23 +314,45 @@ inline void store_run_as(const T* src, int64_t n, S* dst) {
   for (int64_t i = 0; i < n; i++) dst[i] = static_cast<S>(src[i]);
 }
 
+#ifdef CPU_CAPABILITY_AVX512
+// Rounded to nearest even in the upper halves of the words; a NaN stays one.
+inline __m512i round_to_bfloat16(const Vec<float>& x) {
+  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+}
+
+inline Vec<c10::BFloat16> to_halves(const Vec<float>& low, const Vec<float>& high, c10::BFloat16*) {
+  const __m512i upper_halves = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+                                                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(round_to_bfloat16(low), upper_halves, round_to_bfloat16(high));
+}
+#else
 inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::BFloat16*) {
   return at::vec::convert_float_bfloat16(low, high);
 }
+#endif
 inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*) {
   return at::vec::convert_float_half(low, high);
+}
+
+// dst[i] = value(i) for i < n, asked for in whole vectors.
+template <typename Half, typename Value>
+inline void write_halves(Half* dst, int64_t n, const Value& value) {
+  constexpr int64_t L = kLanes<float>;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i), value(i + L), dst).store(dst + i);
+  if (i == n) return;
+  const Vec<float> low = value(i), high = n - i > L ? value(i + L) : Vec<float>(0);
+  to_halves(low, high, dst).store(dst + i, n - i);
 }
 
 template <typename Half>
 inline void store_halves(const float* src, int64_t n, Half* dst) {
   constexpr int64_t L = kLanes<float>;
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L)
-    to_halves(Vec<float>::loadu(src + i), Vec<float>::loadu(src + i + L), dst).store(dst + i);
-  if (i == n) return;
-  const auto low = Vec<float>::loadu(src + i, std::min(L, n - i));
-  const auto high = n - i > L ? Vec<float>::loadu(src + i + L, n - i - L) : Vec<float>(0);
-  to_halves(low, high, dst).store(dst + i, n - i);
+  write_halves(dst, n / L * L, [&](int64_t i) { return Vec<float>::loadu(src + i); });
+  const int64_t whole = n / L * L;
+  if (whole < n) write_halves(dst + whole, n - whole, [&](int64_t) { return Vec<float>::loadu(src + whole, n - whole); });
 }
 
 inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) { store_halves(src, n, dst); }
