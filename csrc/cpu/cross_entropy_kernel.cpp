@@ -387,8 +387,9 @@ void reduce_row(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch
   const KeptRow<T> kept = kept_row(p, at, keep, r);
   const int64_t classes = p.layout.classes;
   const bool direct = needs_no_copy(p);
-  batch.sums.set(r, p.stats ? reduce_row<true>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms)
-                            : reduce_row<false>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms));
+  batch.sums.set(r, p.stats
+                        ? reduce_row<true>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms)
+                        : reduce_row<false>(classes, direct, kept, p.logits, p.logits_type, first, load, add_terms));
   set_terms(batch, r, terms);
 }
 
@@ -410,15 +411,15 @@ void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, cons
       write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
     };
     if (!has.any) {
-      write([&](int64_t i, int64_t count) { return plain_gradient(g, load_some(e + i, count)); });
+      write([g, e](int64_t i, int64_t count) { return plain_gradient(g, load_converted<T>(e + i, count)); });
     } else if (!has.probabilities) {
-      write([&](int64_t i, int64_t count) {
-        return gradient_without_logit(p, has, g, load_some(e + i, count), Vec<T>(0), load_weight(p, c + i));
+      write([g, e, w = p.weight + c](int64_t i, int64_t count) {
+        return plain_gradient(g, load_converted<T>(e + i, count)) - g.smooth * Vec<T>::loadu(w + i);
       });
     } else {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
-      write([&](int64_t i, int64_t count) {
-        return gradient_without_logit(p, has, g, load_some(e + i, count), Vec<T>::loadu(q_block.data + i),
+      write([&p, g, has, e, c, q = q_block.data](int64_t i, int64_t count) {
+        return gradient_without_logit(p, has, g, load_converted<T>(e + i, count), Vec<T>::loadu(q + i),
                                       load_weight(p, c + i));
       });
     }
@@ -432,35 +433,34 @@ void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, co
   Block<T> z_block, q_block;
   const GradientVectors<T> g = broadcast(batch, r);
   const GradientTerms has = gradient_terms(p);
+  const bool direct = needs_no_copy(p) && !has.any && !p.grad_probabilities;
   for (int64_t c = 0, n; c < p.layout.classes; c += n) {
-    n = next_block<T>(p.layout.classes - c, p.layout.classes, needs_no_copy(p));
-    const T* z = load_row_block(p, at.offset[kLogits] + c, n, z_block.data);
+    n = std::min(kBlock<T>, p.layout.classes - c);
+    const int64_t from = at.offset[kLogits] + c;
+    const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, from + n);
+    const T* const z = direct ? static_cast<const T*>(p.logits) + from : load_row_block(p, from, n, z_block.data);
+    if (!has.any && p.grad_logits)
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n,
+                   [g, z, ahead](int64_t i, int64_t count) {
+                     ahead.fetch(i / L);
+                     return plain_gradient(g, exp_nonpositive(load_converted<T>(z + i, count) - g.max));
+                   });
     if (p.has_probabilities) {
       load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
       std::fill(q_block.data + n, q_block.data + round_up(n, L), T(0));
     }
     if (p.grad_probabilities)
       write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n,
-                   [&](int64_t i, int64_t) {
+                   [&p, g, z, c](int64_t i, int64_t) {
                      return probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i));
                    });
-    if (!p.grad_logits) continue;
-    const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, at.offset[kLogits] + c + n);
-    const auto write = [&](const auto& value) {
-      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
-    };
-    if (!has.any) {
-      write([&](int64_t i, int64_t) {
-        ahead.fetch(i / L);
-        return plain_gradient(g, exp_nonpositive(Vec<T>::loadu(z + i) - g.max));
-      });
-    } else {
-      write([&](int64_t i, int64_t) {
-        ahead.fetch(i / L);
-        const Vec<T> q = p.has_probabilities ? Vec<T>::loadu(q_block.data + i) : Vec<T>(0);
-        return full_gradient(p, has, g, Vec<T>::loadu(z + i), q, load_weight(p, c + i));
-      });
-    }
+    if (has.any && p.grad_logits)
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n,
+                   [&p, has, g, z, c, ahead, q = q_block.data](int64_t i, int64_t) {
+                     ahead.fetch(i / L);
+                     const Vec<T> qi = p.has_probabilities ? Vec<T>::loadu(q + i) : Vec<T>(0);
+                     return full_gradient(p, has, g, Vec<T>::loadu(z + i), qi, load_weight(p, c + i));
+                   });
   }
 }
 
@@ -639,7 +639,7 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   const Vec<T> none(0);
   const bool masks = batch.any_ignored && ignored_has_no_gradient(p);
   std::unique_ptr<T[]> probability_buffer(p.grad_probabilities ? new T[buffers.classes() * kTile] : nullptr);
-  const auto weight_of = [&](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
+  const auto weight_of = [&p](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
   T* const z = buffers.z();
   const T* const q = buffers.q();
   for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
@@ -648,8 +648,8 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
     if (p.grad_probabilities)
       write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n,
                  probability_buffer.get(), [&](int64_t r) {
-                   return [&, r, g = load_rows(batch, r)](int64_t i) {
-                     return probability_gradient(g, Vec<T>::loadu(z + i * kTile + r), weight_of(c + i));
+                   return [g = load_rows(batch, r), zr = z + r, c, weight_of](int64_t i) {
+                     return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
                    };
                  });
     if (!p.grad_logits) continue;
@@ -658,11 +658,12 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
         alignas(64) T live[kLanes<T>];
         if (masks) std::copy(batch.live + r, batch.live + r + kLanes<T>, live);
         const Ahead ahead = buffers.keeps() ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
-        return [&, r, ahead, g = load_rows(batch, r), dead = masks ? Vec<T>::loadu(live) == none : none](int64_t i) {
+        const Vec<T> dead = masks ? Vec<T>::loadu(live) == none : none;
+        return [ahead, dead, masks, c, value, g = load_rows(batch, r), zr = z + r, qr = q ? q + r : q](int64_t i) {
           ahead.fetch(i);
-          const Vec<T> x = Vec<T>::loadu(z + i * kTile + r);
-          const Vec<T> v = value(g, x, q ? Vec<T>::loadu(q + i * kTile + r) : none, c + i);
-          return masks ? Vec<T>::blendv(v, none, dead) : v;
+          const Vec<T> x = Vec<T>::loadu(zr + i * kTile);
+          const Vec<T> v = value(g, x, qr ? Vec<T>::loadu(qr + i * kTile) : Vec<T>(0), c + i);
+          return masks ? Vec<T>::blendv(v, Vec<T>(0), dead) : v;
         };
       });
     };

@@ -77,15 +77,16 @@ inline T max_of_run(const T* z, int64_t padded) {
   return NanWins ? max_lanes(greatest) : max_number(greatest);
 }
 
-// The first class for whose vectors `wanted` has a lane set; -1 if there is none.
-template <typename T, typename Wanted>
-inline int64_t first_of_run(const T* z, int64_t padded, const Wanted& wanted) {
+// The first class whose bit is set in lanes(vector); -1 if there is none.
+template <typename T, typename Lanes>
+inline int64_t first_of_run(const T* z, int64_t padded, const Lanes& lanes) {
   constexpr int64_t L = kLanes<T>;
-  constexpr int kNoLane = (1 << L) - 1;
-  for (int64_t i = 0; i < padded; i += L) {
-    const int missed = wanted(Vec<T>::loadu(z + i)).zero_mask();
-    if (missed != kNoLane) return i + __builtin_ctz(~missed);
-  }
+  const auto lanes_at = [&](int64_t i) { return lanes(Vec<T>::loadu(z + i)); };
+  int64_t i = 0;
+  for (; i + 4 * L <= padded; i += 4 * L)
+    if (lanes_at(i) | lanes_at(i + L) | lanes_at(i + 2 * L) | lanes_at(i + 3 * L)) break;
+  for (; i < padded; i += L)
+    if (const int found = lanes_at(i)) return i + __builtin_ctz(found);
   return -1;
 }
 
@@ -93,7 +94,7 @@ inline int64_t first_of_run(const T* z, int64_t padded, const Wanted& wanted) {
 // class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first NaN.
 template <bool Weighted, typename T>
 inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t first) {
-  const auto is_nan = [](const Vec<T>& x) { return x != x; };
+  const auto is_nan = [](const Vec<T>& x) { return nan_lanes(x); };
   if (std::isnan(row.max)) return -1;
   const T block_max = max_of_run<Weighted>(z, padded);
   if (block_max == -kInfinity<T>) {
@@ -103,7 +104,7 @@ inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t
   if (block_max <= row.max) return -1;
   const int64_t k = std::isnan(block_max)
                         ? first_of_run(z, padded, is_nan)
-                        : first_of_run(z, padded, [&](const Vec<T>& x) { return x == Vec<T>(block_max); });
+                        : first_of_run(z, padded, [&](const Vec<T>& x) { return equal_lanes(x, Vec<T>(block_max)); });
   row.raise(block_max);
   row.argmax = first + k;
   return k;
@@ -158,8 +159,7 @@ inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t exc
 
 // The same for a block that may be written to: one loop instead of three, which counts where rows are short.
 template <bool Weighted, bool Keep, typename T>
-inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t excluded, T* kept,
-                               const Ahead& ahead) {
+inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t excluded, T* kept, const Ahead& ahead) {
   if (excluded < 0) {
     add_block<Weighted, Keep>(row, z, padded, excluded, kept, ahead);
     return;
@@ -242,8 +242,7 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride,
   } else {
     alignas(64) T new_max[L];
     max.store(new_max);
-    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i],
-                                          Weighted ? weighted_sum[i] : 0);
+    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i], Weighted ? weighted_sum[i] : 0);
   }
   if constexpr (Weighted) {
     alignas(64) T classes_where[L];

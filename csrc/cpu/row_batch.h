@@ -17,7 +17,7 @@ struct RowBatch {
   bool consecutive = true;  // their numbers are number[0], number[0] + 1, ...
   bool any_ignored = false;
   int64_t number[kTile];
-  int64_t y[kTile];  // class; -1 with probabilities and where ignored
+  int64_t y[kTile];                  // class; -1 with probabilities and where ignored
   alignas(64) double live[kTile];    // 0 where ignored, else 1
   alignas(64) T z[kTile];            // logit of class y
   alignas(64) double weight[kTile];  // of class y

@@ -84,31 +84,26 @@ inline LogSumExp<T> reduce_row(int64_t classes, bool direct, const KeptRow<T>& k
   return sums;
 }
 
-// `count` values at `from`; known to be a whole vector in all but the last turn of a loop.
-template <typename T>
-inline Vec<T> load_some(const T* from, int64_t count) {
-  return count == kLanes<T> ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+// dst[i] = value(i, count) for i < n, vector by vector; only the last one is partial.
+template <typename T, typename Value>
+inline void write_vectors(T* dst, int64_t n, Value value) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) value(i, L).store(dst + i);
+  if (i < n) value(i, n - i).store(dst + i, n - i);
 }
 
-// [at, at + n) of an operand = value(i, count), vector by vector. Of an operand of type T the last one may be partial and
-// is asked for with its count; the others are asked for whole vectors.
+// [at, at + n) of an operand = value(i, count), as above. `value` is taken by value, and should hold by value what it needs
+// in its loop: a reference would be read again after each store, which the compiler must take to change anything.
 template <typename T, typename Value>
-inline void write_run(void* dst, DType type, int64_t at, int64_t n, const Value& value) {
-  constexpr int64_t L = kLanes<T>;
-  if (is_own<T>(type)) {
-    T* out = static_cast<T*>(dst) + at;
-    int64_t i = 0;
-    for (; i + L <= n; i += L) value(i, L).store(out + i);
-    if (i < n) value(i, n - i).store(out + i, n - i);
-    return;
-  }
-  const auto whole = [&](int64_t i) { return value(i, L); };
+inline void write_run(void* dst, DType type, int64_t at, int64_t n, Value value) {
+  if (is_own<T>(type)) return write_vectors(static_cast<T*>(dst) + at, n, value);
   if constexpr (std::is_same_v<T, float>) {
-    if (type == DType::kBFloat16) return write_halves(static_cast<c10::BFloat16*>(dst) + at, n, whole);
-    if (type == DType::kFloat16) return write_halves(static_cast<c10::Half*>(dst) + at, n, whole);
+    if (type == DType::kBFloat16) return write_halves(static_cast<c10::BFloat16*>(dst) + at, n, value);
+    if (type == DType::kFloat16) return write_halves(static_cast<c10::Half*>(dst) + at, n, value);
   }
   Block<T> block;
-  for (int64_t i = 0; i < n; i += L) whole(i).store(block.data + i);
+  write_vectors(block.data, n, value);
   store_run(block.data, n, dst, type, at);
 }
 

@@ -52,9 +52,9 @@ void write_kept_softmax(const Softmax<T>& p, const Position& at, const LogSumExp
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
     const double shift = kept.shifts[block], max = sums.max;
     const Vec<T> factor(static_cast<T>(shift == max ? inverse_sum : inverse_sum * std::exp(shift - max)));
-    write_run<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, [&](int64_t i, int64_t count) {
-      return load_some(kept.data + c + i, count) * factor;
-    });
+    write_run<T>(
+        p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n,
+        [factor, e = kept.data + c](int64_t i, int64_t count) { return load_converted<T>(e + i, count) * factor; });
   }
 }
 
@@ -68,7 +68,7 @@ void write_log_softmax_or_long_row(const Softmax<T>& p, const Position& at, cons
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
     const T* z = load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, T(0), block.data);
     write_run<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n,
-                 [&](int64_t i, int64_t) { return normalise(p.log, by, Vec<T>::loadu(z + i)); });
+                 [by, z, log = p.log](int64_t i, int64_t) { return normalise(log, by, Vec<T>::loadu(z + i)); });
   }
 }
 
@@ -88,40 +88,41 @@ void softmax_row(const Softmax<T>& p, const Position& at, const KeptRows<T>& kee
     write_log_softmax_or_long_row(p, at, sums);
 }
 
-template <typename T>
-void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
+// The gradients and outputs of type S of one row.
+template <typename T, typename S>
+void softmax_backward_row_of(const SoftmaxBackward<T>& p, const Position& at) {
   constexpr int64_t L = kLanes<T>;
-  Block<T> g_block, y_block;
+  const S* const g = static_cast<const S*>(p.grad_output) + at.offset[kSoftmaxGrad];
+  const S* const y = static_cast<const S*>(p.output) + at.offset[kSoftmaxOutput];
   const int64_t classes = p.layout.classes;
-  const auto each_block = [&](const auto& visit) {
-    for (int64_t c = 0, n; c < classes; c += n) {
-      n = next_block<T>(classes - c, classes, is_own<T>(p.output_type));
-      const int64_t g_at = at.offset[kSoftmaxGrad] + c, y_at = at.offset[kSoftmaxOutput] + c;
-      visit(load_padded(p.grad_output, p.output_type, g_at, n, T(0), g_block.data),
-            load_padded(p.output, p.output_type, y_at, n, T(0), y_block.data), n, c);
-    }
-  };
   double sum = 0;
-  each_block([&](const T* g, const T* y, int64_t n, int64_t c) {
-    const Ahead g_ahead = ahead_of<T>(p.grad_output, p.output_type, at.offset[kSoftmaxGrad] + c + n);
-    const Ahead y_ahead = ahead_of<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c + n);
+  for (int64_t c = 0, n; c < classes; c += n) {
+    n = std::min(kBlock<T>, classes - c);
     Vec<T> s[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
-    const auto add = [&](int k, int64_t i) {
-      g_ahead.fetch(i / L);
-      y_ahead.fetch(i / L);
-      s[k] = s[k] + backward_summand(p.log, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i));
+    const auto add = [&](int k, int64_t i, int64_t count) {
+      s[k] = s[k] + backward_summand(p.log, load_converted<T>(g + c + i, count), load_converted<T>(y + c + i, count));
     };
     int64_t i = 0;
     for (; i + 4 * L <= n; i += 4 * L)
-      for (int k = 0; k < 4; k++) add(k, i + k * L);
-    for (; i < n; i += L) add(0, i);
+      for (int k = 0; k < 4; k++) add(k, i + k * L, L);
+    for (; i + L <= n; i += L) add(0, i, L);
+    if (i < n) add(1, i, n - i);
     sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
-  });
+  }
   const Vec<T> total(static_cast<T>(sum));
-  each_block([&](const T* g, const T* y, int64_t n, int64_t c) {
-    write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, n, [&](int64_t i, int64_t) {
-      return backward_value(p.log, total, Vec<T>::loadu(g + i), Vec<T>::loadu(y + i));
-    });
+  for (int64_t c = 0; c < classes; c += kBlock<T>)
+    write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, std::min(kBlock<T>, classes - c),
+                 [log = p.log, total, gc = g + c, yc = y + c](int64_t i, int64_t count) {
+                   return backward_value(log, total, load_converted<T>(gc + i, count),
+                                         load_converted<T>(yc + i, count));
+                 });
+}
+
+template <typename T>
+void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
+  with_type(p.output_type, [&](auto tag) {
+    using S = typename decltype(tag)::Type;
+    if constexpr (sizeof(S) <= sizeof(T)) softmax_backward_row_of<T, S>(p, at);
   });
 }
 
@@ -164,8 +165,8 @@ void load_operand_tile(const Layout& layout, int operand, const void* src, DType
 template <typename T>
 void store_operand_tile(const Layout& layout, int operand, const T* buffer, void* dst, DType type, const Position& at,
                         int64_t first, int64_t classes) {
-  store_tile(buffer, dst, type, at.offset[operand] + first * layout.class_stride[operand],
-             layout.class_stride[operand], layout.inner_stride[operand], classes, at.rows);
+  store_tile(buffer, dst, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
+             layout.inner_stride[operand], classes, at.rows);
 }
 
 // Replaces each element of the first `classes` classes of a tile by value(normaliser of its row, element).

@@ -72,9 +72,9 @@ constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and
 // The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), minimax with relative error 3e-9.
 inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   using at::vec::fmadd;
-  const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f,
-                                       1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f,
-                                       1.75625216f, 1.83400809f, 1.91520656f);
+  const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                                       1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                                       1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
   const Vec<float> round_to_sixteenth(786432.f);  // 1.5 * 2^19: the sum's lowest mantissa bit is worth 1/16
   const Vec<float> shifted = fmadd(x, Vec<float>(kLog2E), round_to_sixteenth);
   const Vec<float> m = shifted - round_to_sixteenth;
@@ -132,6 +132,21 @@ inline double sum_lanes(const Vec<T>& v) {
   for (int64_t i = 0; i < kLanes<T>; i++) sum += lanes[i];
   return sum;
 }
+
+// A bit for each lane where x equals y, or where x is NaN.
+template <typename T>
+inline int equal_lanes(const Vec<T>& x, const Vec<T>& y) {
+  return ~(x == y).zero_mask() & ((1 << kLanes<T>)-1);
+}
+template <typename T>
+inline int nan_lanes(const Vec<T>& x) {
+  return ~(x != x).zero_mask() & ((1 << kLanes<T>)-1);
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+inline int equal_lanes(const Vec<float>& x, const Vec<float>& y) { return _mm512_cmp_ps_mask(x, y, _CMP_EQ_OQ); }
+inline int nan_lanes(const Vec<float>& x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+#endif
 
 // Of values that are not NaN.
 template <typename T>
@@ -264,21 +279,35 @@ inline void load_run_as(const S* src, int64_t n, T* dst) {
 inline void load_vector(const c10::BFloat16* src, Vec<float>& v) { at::vec::load_fp32_from_bf16(src, v); }
 inline void load_vector(const c10::Half* src, Vec<float>& v) { at::vec::load_fp32_from_fp16(src, v); }
 
+// `count` elements, converted; the lanes beyond are 0.
+template <typename T, typename S>
+inline Vec<T> load_converted(const S* src, int64_t count) {
+  if constexpr (std::is_same_v<S, T>) {
+    return count == kLanes<T> ? Vec<T>::loadu(src) : Vec<T>::loadu(src, count);
+  } else if constexpr (sizeof(S) == 2 && std::is_same_v<T, float>) {
+    Vec<float> v;
+    if (count == kLanes<float>) {
+      load_vector(src, v);
+      return v;
+    }
+    S padded[kLanes<float>] = {};
+    std::memcpy(padded, src, count * sizeof(S));
+    load_vector(padded, v);
+    return v;
+  } else {
+    alignas(64) T padded[kLanes<T>] = {};
+    for (int64_t i = 0; i < count; i++) padded[i] = static_cast<T>(src[i]);
+    return Vec<T>::loadu(padded);
+  }
+}
+
 // The half types, whose conversion the compiler does not vectorise by itself.
 template <typename Half>
 inline void load_halves(const Half* src, int64_t n, float* dst) {
   constexpr int64_t L = kLanes<float>;
   int64_t i = 0;
-  Vec<float> v;
-  for (; i + L <= n; i += L) {
-    load_vector(src + i, v);
-    v.store(dst + i);
-  }
-  if (i == n) return;
-  Half tail[L] = {};
-  std::memcpy(tail, src + i, (n - i) * sizeof(Half));
-  load_vector(tail, v);
-  v.store(dst + i, n - i);
+  for (; i + L <= n; i += L) load_converted<float>(src + i, L).store(dst + i);
+  if (i < n) load_converted<float>(src + i, n - i).store(dst + i, n - i);
 }
 
 inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) { load_halves(src, n, dst); }
@@ -317,7 +346,8 @@ inline void store_run_as(const T* src, int64_t n, S* dst) {
 #ifdef CPU_CAPABILITY_AVX512
 // Rounded to nearest even in the upper halves of the words; a NaN stays one.
 inline __m512i round_to_bfloat16(const Vec<float>& x) {
-  const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(x),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
@@ -336,23 +366,20 @@ inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*)
   return at::vec::convert_float_half(low, high);
 }
 
-// dst[i] = value(i) for i < n, asked for in whole vectors.
+// dst[i] = value(i, count) for i < n, vector by vector; only the last one is partial.
 template <typename Half, typename Value>
-inline void write_halves(Half* dst, int64_t n, const Value& value) {
+inline void write_halves(Half* dst, int64_t n, Value value) {
   constexpr int64_t L = kLanes<float>;
   int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i), value(i + L), dst).store(dst + i);
+  for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i, L), value(i + L, L), dst).store(dst + i);
   if (i == n) return;
-  const Vec<float> low = value(i), high = n - i > L ? value(i + L) : Vec<float>(0);
+  const Vec<float> low = value(i, std::min(L, n - i)), high = n - i > L ? value(i + L, n - i - L) : Vec<float>(0);
   to_halves(low, high, dst).store(dst + i, n - i);
 }
 
 template <typename Half>
 inline void store_halves(const float* src, int64_t n, Half* dst) {
-  constexpr int64_t L = kLanes<float>;
-  write_halves(dst, n / L * L, [&](int64_t i) { return Vec<float>::loadu(src + i); });
-  const int64_t whole = n / L * L;
-  if (whole < n) write_halves(dst + whole, n - whole, [&](int64_t) { return Vec<float>::loadu(src + whole, n - whole); });
+  write_halves(dst, n, [src](int64_t i, int64_t count) { return load_converted<float>(src + i, count); });
 }
 
 inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) { store_halves(src, n, dst); }
