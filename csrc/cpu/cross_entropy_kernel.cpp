@@ -79,6 +79,14 @@ void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first
   for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
 }
 
+// Probabilities [at, at + n); in `buffer` unless they are of type T. Not padded.
+template <typename T>
+const T* load_probabilities(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buffer) {
+  if (is_own<T>(p.probabilities_type)) return static_cast<const T*>(p.probabilities) + at;
+  load_run(p.probabilities, p.probabilities_type, at, n, buffer);
+  return buffer;
+}
+
 // ---- targets -----------------------------------------------------------------------------------------------------
 
 // class_of(r) is the target of row r.
@@ -219,20 +227,22 @@ void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at
     const Vec<T> w = load_weight(p, first + i);
     return count == kLanes<T> ? w : Vec<T>::set(zero, w, count);
   };
-  if (p.has_probabilities) {
-    load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + first, n, q_block);
-    std::fill(q_block + n, q_block + round_up(n, kLanes<T>), T(0));
-  }
-  if (!p.has_probabilities)
+  if (!p.has_probabilities) {
     each_vector<T>(n, [&](int64_t i, int64_t count) { sums.add_smoothing(shifted(i, count), weight(i, count)); });
-  else if (is_plain(p))
+  } else {
+    const int64_t q_at = at.offset[kProbabilities] + first;
+    const T* const q = load_probabilities(p, q_at, n, q_block);
+    const Ahead ahead = ahead_of<T>(p.probabilities, p.probabilities_type, q_at + n);
+    const bool plain = is_plain(p);
     each_vector<T>(n, [&](int64_t i, int64_t count) {
-      sums.add_plain_probabilities(shifted(i, count), Vec<T>::loadu(q_block + i));
+      ahead.fetch(i / kLanes<T>);
+      const Vec<T> qi = load_converted<T>(q + i, count);
+      if (plain)
+        sums.add_plain_probabilities(shifted(i, count), qi);
+      else
+        sums.add_probabilities(p, shifted(i, count), qi, weight(i, count));
     });
-  else
-    each_vector<T>(n, [&](int64_t i, int64_t count) {
-      sums.add_probabilities(p, shifted(i, count), Vec<T>::loadu(q_block + i), weight(i, count));
-    });
+  }
   terms.q_dot += sum_lanes(sums.q_dot);
   terms.q_sum += sum_lanes(sums.q_sum);
   const bool same = p.has_probabilities && is_plain(p);
@@ -417,11 +427,16 @@ void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, cons
         return plain_gradient(g, load_converted<T>(e + i, count)) - g.smooth * Vec<T>::loadu(w + i);
       });
     } else {
-      load_run(p.probabilities, p.probabilities_type, at.offset[kProbabilities] + c, n, q_block.data);
-      write([&p, g, has, e, c, q = q_block.data](int64_t i, int64_t count) {
-        return gradient_without_logit(p, has, g, load_converted<T>(e + i, count), Vec<T>::loadu(q + i),
-                                      load_weight(p, c + i));
-      });
+      const T* const q = load_probabilities(p, at.offset[kProbabilities] + c, n, q_block.data);
+      if (is_plain(p) && p.logit_scale == 1)  // g.nll is 0: kept exponentials have no gradient of the statistics
+        write([g, e, q](int64_t i, int64_t count) {
+          return plain_gradient(g, load_converted<T>(e + i, count)) - load_converted<T>(q + i, count) * g.kept;
+        });
+      else
+        write([&p, g, has, e, c, q](int64_t i, int64_t count) {
+          return gradient_without_logit(p, has, g, load_converted<T>(e + i, count), load_converted<T>(q + i, count),
+                                        load_weight(p, c + i));
+        });
     }
   }
 }
