@@ -57,7 +57,7 @@ struct CrossEntropy {
   bool forward;
   void* loss;  // forward: [rows] of loss_type, null where only the sum is wanted
   DType loss_type;
-  T* state;  // [2 or 4, rows]; forward writes it, backward reads it
+  T* state;  // [2 or 4, rows]; forward writes it unless null, backward reads it
   int64_t rows;
   bool stats;           // forward: write the four below
   T* lse;               // [rows]

@@ -97,6 +97,7 @@ inline void gather_upstream(const RowBatch<T>& batch, const RowValues& values, d
 // Saves what backward needs of the rows: (max, rest), with probabilities also (sum of b, sum of q).
 template <typename T>
 inline void store_state(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
+  if (!p.state) return;
   scatter(batch, batch.sums.max, p.state);
   scatter(batch, batch.sums.rest, p.state + p.rows);
   if (!p.has_probabilities) return;

@@ -196,17 +196,18 @@ double precomputed_scale(const Call& call, double total_weight) {
   return call.reduction == kMean && call.input_type != DType::kFloat16 ? 1 / total_weight : 1.0;
 }
 
-// [loss, state, total_weight] + [lse, nll, entropy, prediction] with stats; the gradient goes to `grad` if given.
+// [loss, state, total_weight] + [lse, nll, entropy, prediction] with stats; the gradient goes to `grad` if given. Where
+// that is the input itself no backward can follow, and the state is empty.
 template <typename T>
 std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType loss_type, bool stats,
-                            const std::optional<Tensor>& grad) {
+                            const std::optional<Tensor>& grad, bool overwrites) {
   const Weights<T> weights(call);
   const double total_weight = scan_targets(call, weights);
 
   std::vector<int64_t> state_sizes = call.batch;
   state_sizes.insert(state_sizes.begin(), call.probabilities ? 4 : 2);
   const Tensor loss = empty(call.reduction == kNone ? call.batch : std::vector<int64_t>{}, loss_type, call.input);
-  const Tensor state = empty(state_sizes, arithmetic, call.input);
+  const Tensor state = empty(overwrites ? std::vector<int64_t>{0} : state_sizes, arithmetic, call.input);
   const Tensor total = empty({}, ScalarType::Double, call.input);
   std::vector<Tensor> outputs{loss, state, total};
   if (stats) {
@@ -218,6 +219,7 @@ std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType 
                           {&call.input, operand(grad), call.probabilities ? &call.target : nullptr});
   CrossEntropy<T> k = kernel_call<T>(call, joint.layout(), weights, state);
   k.forward = true;
+  if (overwrites) k.state = nullptr;
   k.loss_type = dtype_of(loss_type, call.op, "dtype");
   if (call.reduction == kNone) k.loss = loss.data_ptr();
   k.stats = stats;
@@ -240,12 +242,12 @@ std::vector<Tensor> forward(const Call& call, ScalarType arithmetic, ScalarType 
 }
 
 std::vector<Tensor> dispatch_forward(const Call& call, std::optional<ScalarType> dtype, bool stats,
-                                     const std::optional<Tensor>& grad) {
+                                     const std::optional<Tensor>& grad, bool overwrites = false) {
   const ScalarType loss_type = dtype.value_or(call.input.scalar_type());
   const ScalarType arithmetic = arithmetic_type({call.input_type, dtype_of(loss_type, call.op, "dtype"),
                                                  call.probabilities ? call.target_type : call.input_type});
-  return arithmetic == ScalarType::Double ? forward<double>(call, arithmetic, loss_type, stats, grad)
-                                          : forward<float>(call, arithmetic, loss_type, stats, grad);
+  return arithmetic == ScalarType::Double ? forward<double>(call, arithmetic, loss_type, stats, grad, overwrites)
+                                          : forward<float>(call, arithmetic, loss_type, stats, grad, overwrites);
 }
 
 std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
@@ -267,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
     double logit_scale, bool stats) {
   const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
-  const std::vector<Tensor> r = dispatch_forward(call, dtype, stats, input);
+  const std::vector<Tensor> r = dispatch_forward(call, dtype, stats, input, true);
   const auto stat = [&](size_t i) { return stats ? r[i] : empty({0}, input.scalar_type(), input); };
   return {r[0], r[1], r[2], stat(3), stat(4), stat(5), stat(6)};
 }
