@@ -169,7 +169,8 @@ def test_bits_of_a_row_do_not_depend_on_its_place(classes, dtype, kind):
     values = (3 * torch.randn(rows, classes)).to(dtype)
     target = oracle.make_target(kind, (rows, classes), dtype)
     for order, precompute in itertools.product(
-        [torch.randperm(rows), torch.arange(1, rows), torch.arange(rows - 1), torch.arange(2)], [False, True]
+        [torch.randperm(rows), torch.arange(1, rows), torch.arange(rows - 1), torch.arange(2), torch.arange(1)],
+        [False, True],
     ):
         whole = everything(values, target, "none", precompute)
         part = everything(values[order], target[order], "none", precompute)

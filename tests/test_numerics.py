@@ -445,3 +445,67 @@ def test_targets_of_no_weight(device):
     target = torch.zeros(3, dtype=torch.int64, device=device)
     assert cross_entropy(values, target, weight).isnan()
     assert cross_entropy(values, target, weight, reduction="sum") == 0
+
+
+# ---- many classes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.5}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("shape", [(2, 2048, 200), (300, 64), (300, 128), (8, 5000)], ids=str)
+def test_sums_over_many_classes_are_exact(shape, kind, options, device):
+    x = torch.randn(shape) * 2
+    target = oracle.make_target(kind, shape, torch.float32)
+    exact = oracle.cross_entropy(x, target, reduction="none", **options).loss
+    loss = cross_entropy(x.to(device), target.to(device), reduction="none", **options)
+    oracle.assert_within(loss, exact, oracle.tolerance("sums", exact, torch.float32), (shape, kind, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [33, 128, 129, 1023, 1025, 2047, 2048, 2049, 4111, 262144, 262145])
+def test_where_the_kernels_change_their_way(classes, dtype, device):
+    """Rows in tiles or alone, copied whole or read in place, one block or several, exponentials kept or not."""
+    target = torch.tensor([0, classes - 1, classes // 2])
+    values = torch.randn(3, classes).to(dtype)
+    values[2, classes - 1] += 12  # the maximum in the last, partial vector
+    check(values.to(device), target.to(device))
+    check(values.to(device), target.to(device), torch.rand(classes) + 0.5, label_smoothing=0.1)
+
+
+# ---- as the fused sum of the losses is taken -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_sum_is_the_sum_of_the_losses(smoothing, device):
+    """Also where a target's logit is -inf and only the smoothing counts."""
+    x = torch.randn(300, 10, device=device)
+    target = torch.randint(10, (300,), device=device)
+    target[::7] = -100
+    each = cross_entropy(x, target, label_smoothing=smoothing, reduction="none").double().sum()
+    total = cross_entropy(x, target, label_smoothing=smoothing, reduction="sum")
+    oracle.assert_within(total, each, oracle.tolerance("loss", each, torch.float32), smoothing)
+    x[1, target[1]] = -INF
+    assert cross_entropy(x, target, label_smoothing=smoothing, reduction="sum") == INF
+
+
+def test_sum_of_tiny_losses_keeps_them(device):
+    """Rows whose losses are far below the spacing of 1 in any dtype."""
+    x = torch.zeros(500, 3, dtype=torch.float64, device=device)
+    x[:, 0] = 45.0
+    target = torch.zeros(500, dtype=torch.int64, device=device)
+    exact = torch.tensor(500 * math.log1p(2 * math.exp(-45.0)), dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        loss = cross_entropy(x.to(dtype), target, reduction="sum")
+        assert loss > 0
+        oracle.assert_within(loss, exact, oracle.tolerance("peaked", exact, torch.float32), dtype)
+
+
+@pytest.mark.parametrize("layout", [(5, 0), (5, 0, 3)], ids=str)
+def test_no_classes(layout, device):
+    """A row without classes has no distribution."""
+    x = torch.empty(layout, device=device)
+    loss, stats = cross_entropy(x, x.clone(), reduction="none", z_loss=0.1, return_stats=True)
+    assert loss.isnan().all()
+    assert stats.lse.isnan().all()
+    assert stats.entropy.isnan().all()
+    assert (stats.prediction == 0).all()

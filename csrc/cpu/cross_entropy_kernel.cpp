@@ -258,23 +258,25 @@ void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const T* z, con
   alignas(64) T lanes[4][L];
   for (int64_t r = 0; r < L; r++) lanes[0][r] = static_cast<T>(terms[r].shift);
   const Vec<T> shift = Vec<T>::loadu(lanes[0]);
-  TermSums<T> sums;
-  for (int64_t c = 0; c < classes; c++) {
-    const Vec<T> d = Vec<T>::loadu(z + c * kTile) - shift, w(p.weight ? p.weight[first + c] : T(1));
-    if (q)
-      sums.add_probabilities(p, d, Vec<T>::loadu(q + c * kTile), w);
-    else
-      sums.add_smoothing(d, w);
-  }
-  sums.dot.store(lanes[0]);
-  sums.b_sum.store(lanes[1]);
-  sums.q_dot.store(lanes[2]);
-  sums.q_sum.store(lanes[3]);
-  for (int64_t r = 0; r < L; r++) {
-    terms[r].dot += lanes[0][r];
-    terms[r].b_sum += lanes[1][r];
-    terms[r].q_dot += lanes[2][r];
-    terms[r].q_sum += lanes[3][r];
+  for (int64_t begin = 0; begin < classes; begin += kSummedClasses) {
+    TermSums<T> sums;
+    for (int64_t c = begin; c < std::min(classes, begin + kSummedClasses); c++) {
+      const Vec<T> d = Vec<T>::loadu(z + c * kTile) - shift, w(p.weight ? p.weight[first + c] : T(1));
+      if (q)
+        sums.add_probabilities(p, d, Vec<T>::loadu(q + c * kTile), w);
+      else
+        sums.add_smoothing(d, w);
+    }
+    sums.dot.store(lanes[0]);
+    sums.b_sum.store(lanes[1]);
+    sums.q_dot.store(lanes[2]);
+    sums.q_sum.store(lanes[3]);
+    for (int64_t r = 0; r < L; r++) {
+      terms[r].dot += lanes[0][r];
+      terms[r].b_sum += lanes[1][r];
+      terms[r].q_dot += lanes[2][r];
+      terms[r].q_sum += lanes[3][r];
+    }
   }
 }
 
@@ -553,18 +555,20 @@ class TileBuffers {
         keeps_(p.forward && p.grad_logits && p.softcap == 0 && whole_),
         classes_(whole_ ? p.layout.classes : kTileClasses<T>),
         z_(new T[classes_ * kTile]),
-        q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr) {}
+        q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr),
+        grad_q_(p.grad_probabilities ? new T[classes_ * kTile] : nullptr) {}
 
   bool whole() const { return whole_; }
   bool keeps() const { return keeps_; }
   int64_t classes() const { return classes_; }  // at a time
   T* z() const { return z_.get(); }
   T* q() const { return q_.get(); }
+  T* grad_q() const { return grad_q_.get(); }
 
  private:
   bool whole_, keeps_;
   int64_t classes_;
-  std::unique_ptr<T[]> z_, q_;
+  std::unique_ptr<T[]> z_, q_, grad_q_;
 };
 
 // Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile.
@@ -594,6 +598,8 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
   constexpr int64_t L = kLanes<T>;
   std::array<RowTerms, kTile> terms;
   if (has_terms(p)) terms.fill({});
+  if (p.layout.classes == 0)
+    for (int64_t r = 0; r < at.rows; r++) batch.sums.set(r, {});
   for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
     if (c > 0) load_tile_blocks(p, at, c, n, buffers);
@@ -622,7 +628,8 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
   for (int64_t r = 0; r < at.rows; r++) set_terms(batch, r, terms[r]);
 }
 
-// A gradient of the classes [first, first + classes) of a tile, in `values` [classes, kTile] or written by the vector.
+// A gradient of the classes [first, first + classes) of a tile, value(r)(i) for the vector of rows r and class first + i;
+// through `buffer` [classes, kTile] unless it can be written by the vector.
 template <typename T, typename Value>
 void write_tile(void* dst, DType type, const Layout& layout, int operand, const Position& at, int64_t first,
                 int64_t classes, T* buffer, const Value& value) {
@@ -653,7 +660,6 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   const Layout& layout = p.layout;
   const Vec<T> none(0);
   const bool masks = batch.any_ignored && ignored_has_no_gradient(p);
-  std::unique_ptr<T[]> probability_buffer(p.grad_probabilities ? new T[buffers.classes() * kTile] : nullptr);
   const auto weight_of = [&p](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
   T* const z = buffers.z();
   const T* const q = buffers.q();
@@ -661,8 +667,8 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
     const int64_t n = std::min(buffers.classes(), layout.classes - c);
     if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers);
     if (p.grad_probabilities)
-      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n,
-                 probability_buffer.get(), [&](int64_t r) {
+      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n, buffers.grad_q(),
+                 [&](int64_t r) {
                    return [g = load_rows(batch, r), zr = z + r, c, weight_of](int64_t i) {
                      return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
                    };

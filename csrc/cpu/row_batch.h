@@ -142,7 +142,8 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
       const DoubleVec ignored = load_double(batch.live + r) == zero;
       const DoubleVec rest = zero_where(ignored, load_double(batch.sums.rest + r));
       product_less_one = at::vec::fmadd(product_less_one, rest, product_less_one + rest);
-      DoubleVec others = DoubleVec(1 - eps) * (load_double(batch.sums.max + r) - load_double(batch.z + r));
+      const DoubleVec below_max = load_double(batch.sums.max + r) - load_double(batch.z + r);
+      DoubleVec others = multiply_or_zero(DoubleVec(1 - eps), below_max);
       if (eps != 0) others = others - DoubleVec(share) * load_double(batch.dot + r);
       rest_of_loss = rest_of_loss + zero_where(ignored, others);
     }

@@ -80,19 +80,19 @@ template <typename T, typename S>
 inline void load_transposed(const S* src, int64_t inner_stride, int64_t classes, int64_t rows, T* dst) {
   if constexpr (std::is_same_v<S, T>) {
     transpose(src, inner_stride, rows, classes, dst, kTile);
-    return;
-  }
-  alignas(64) T buffer[kTransposedRows * kTransposedClasses];
-  for (int64_t r = 0; r < rows; r += kTransposedRows) {
-    const int64_t height = std::min(kTransposedRows, rows - r);
-    for (int64_t c = 0; c < classes; c += kTransposedClasses) {
-      const int64_t width = std::min(kTransposedClasses, classes - c);
-      const S* first = src + r * inner_stride + c;
-      if (width == inner_stride)
-        load_run_as(first, height * width, buffer);
-      else
-        for (int64_t i = 0; i < height; i++) load_run_as(first + i * inner_stride, width, buffer + i * width);
-      transpose(buffer, width, height, width, dst + c * kTile + r, kTile);
+  } else {
+    alignas(64) T buffer[kTransposedRows * kTransposedClasses];
+    for (int64_t r = 0; r < rows; r += kTransposedRows) {
+      const int64_t height = std::min(kTransposedRows, rows - r);
+      for (int64_t c = 0; c < classes; c += kTransposedClasses) {
+        const int64_t width = std::min(kTransposedClasses, classes - c);
+        const S* first = src + r * inner_stride + c;
+        if (width == inner_stride)
+          load_run_as(first, height * width, buffer);
+        else
+          for (int64_t i = 0; i < height; i++) load_run_as(first + i * inner_stride, width, buffer + i * width);
+        transpose(buffer, width, height, width, dst + c * kTile + r, kTile);
+      }
     }
   }
 }
@@ -101,19 +101,19 @@ template <typename T, typename S>
 inline void store_transposed(const T* src, int64_t inner_stride, int64_t classes, int64_t rows, S* dst) {
   if constexpr (std::is_same_v<S, T>) {
     transpose(src, kTile, classes, rows, dst, inner_stride);
-    return;
-  }
-  alignas(64) T buffer[kTransposedRows * kTransposedClasses];
-  for (int64_t r = 0; r < rows; r += kTransposedRows) {
-    const int64_t height = std::min(kTransposedRows, rows - r);
-    for (int64_t c = 0; c < classes; c += kTransposedClasses) {
-      const int64_t width = std::min(kTransposedClasses, classes - c);
-      transpose(src + c * kTile + r, kTile, width, height, buffer, width);
-      S* first = dst + r * inner_stride + c;
-      if (width == inner_stride)
-        store_run_as(buffer, height * width, first);
-      else
-        for (int64_t i = 0; i < height; i++) store_run_as(buffer + i * width, width, first + i * inner_stride);
+  } else {
+    alignas(64) T buffer[kTransposedRows * kTransposedClasses];
+    for (int64_t r = 0; r < rows; r += kTransposedRows) {
+      const int64_t height = std::min(kTransposedRows, rows - r);
+      for (int64_t c = 0; c < classes; c += kTransposedClasses) {
+        const int64_t width = std::min(kTransposedClasses, classes - c);
+        transpose(src + c * kTile + r, kTile, width, height, buffer, width);
+        S* first = dst + r * inner_stride + c;
+        if (width == inner_stride)
+          store_run_as(buffer, height * width, first);
+        else
+          for (int64_t i = 0; i < height; i++) store_run_as(buffer + i * width, width, first + i * inner_stride);
+      }
     }
   }
 }

@@ -87,10 +87,13 @@ inline Vec<float> exp_nonpositive(const Vec<float>& x) {
 #else
 // x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative error
 // 3e-9).
-inline Vec<float> exp_nonpositive(const Vec<float>& x) {
+inline Vec<float> exp_nonpositive(const Vec<float>& argument) {
   using at::vec::fmadd;
-  const Vec<float> round_to_integer(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the integer
-  const Vec<float> shifted = fmadd(x, Vec<float>(kLog2E), round_to_integer);
+  const Vec<float> smallest(kSmallestExponent), round_to_integer(12582912.f);
+  // Clamped so that the exponent does not overflow; a NaN stays one.
+  const Vec<float> x = Vec<float>::blendv(argument, smallest, argument < smallest);
+  const Vec<float> shifted =
+      fmadd(x, Vec<float>(kLog2E), round_to_integer);  // + 1.5 * 2^23: its low bits are the integer
   const Vec<float> n = shifted - round_to_integer;
   const Vec<float> r = fmadd(n, Vec<float>(-kLn2Low), fmadd(n, Vec<float>(-kLn2High), x));
   Vec<float> p(1.381459865e-3f);
@@ -101,7 +104,7 @@ inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   const auto exponent = at::vec::cast<int32_t, float>(shifted) << Vec<int32_t>(23);
   const Vec<float> power = at::vec::cast<float, int32_t>(exponent + Vec<int32_t>(0x3f800000));
   const Vec<float> exp = (fmadd(p, r * r, r) + Vec<float>(1.f)) * power;
-  return Vec<float>::blendv(exp, Vec<float>(0.f), x < Vec<float>(kSmallestExponent));
+  return Vec<float>::blendv(exp, Vec<float>(0.f), argument < smallest);
 }
 #endif
 
@@ -133,11 +136,12 @@ inline double sum_lanes(const Vec<T>& v) {
   return sum;
 }
 
-// A bit for each lane where x equals y, or where x is NaN.
+// A bit for each lane where x equals y.
 template <typename T>
 inline int equal_lanes(const Vec<T>& x, const Vec<T>& y) {
   return ~(x == y).zero_mask() & ((1 << kLanes<T>)-1);
 }
+// A bit for each lane where x is NaN.
 template <typename T>
 inline int nan_lanes(const Vec<T>& x) {
   return ~(x != x).zero_mask() & ((1 << kLanes<T>)-1);

@@ -16,7 +16,8 @@ namespace {
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
 
-// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous.
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
+// nothing else, so that a row has the same bits alone and among others.
 constexpr int64_t kSmallClasses = 128;
 
 constexpr int64_t kMaxGroups = 1024;
@@ -114,7 +115,7 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, device_type, like.get_device_index(), &handle));
   Tensor result(handle);
-  advise_huge_pages(result, stride * size_of(type));
+  advise_huge_pages(result, product(sizes) * size_of(type));
   return result;
 }
 
@@ -206,7 +207,7 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
     layout_.class_stride[slot] = layout_.classes == 1 ? 1 : stride_of(slot, dim);
     if (used) unit_stride = unit_stride && layout_.class_stride[slot] == 1;
   }
-  layout_.rows = dims_.empty() ? unit_stride : unit_stride && layout_.classes > kSmallClasses;
+  layout_.rows = unit_stride && layout_.classes > kSmallClasses;
   layout_.inner = 1;
   if (!layout_.rows && !dims_.empty()) {
     const OuterDim& inner = dims_.back();
