@@ -126,7 +126,7 @@ def _missing(job: Job, variants: list[str], records: list[Record], reason: str) 
 
 
 def run_jobs(jobs: list[Job], repeats: int, peer_python: str | None, console: Console) -> list[Record]:
-    """Runs them one after the other."""
+    """Runs them one after the other; an interrupt ends it with what has been measured until then."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -136,7 +136,11 @@ def run_jobs(jobs: list[Job], repeats: int, peer_python: str | None, console: Co
             progress.update(task, description=description)
             if not console.is_terminal:  # where a bar would show nothing before its end
                 console.print(description, highlight=False)
-            records += run_job(job, repeats, peer_python, available_bytes())
+            try:
+                records += run_job(job, repeats, peer_python, available_bytes())
+            except KeyboardInterrupt:
+                console.print("bench.py: interrupted; what follows is incomplete", highlight=False)
+                break
             progress.advance(task)
     return records
 
@@ -257,10 +261,9 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         options.threads = torch.get_num_threads()
-    try:
-        records = run_jobs(_jobs(options, versions), options.repeats, python, console)
-    except KeyboardInterrupt:
-        console.print("bench.py: interrupted; nothing is written")
+    records = run_jobs(_jobs(options, versions), options.repeats, python, console)
+    if not records:
+        console.print("bench.py: nothing was measured")
         return 130
     return report(records, environment, options.threads, options.output, console)
 
