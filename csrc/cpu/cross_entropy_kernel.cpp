@@ -60,21 +60,10 @@ const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buff
   return buffer;
 }
 
-// dst[c, r] = class c of row r of a tile; columns beyond the tile's rows, up to a whole vector, hold 0.
-template <typename T>
-void load_tile_padded(const void* src, DType type, const Layout& layout, int operand, int64_t at, int64_t classes,
-                      int64_t rows, T* dst) {
-  load_tile(src, type, at, layout.class_stride[operand], layout.inner_stride[operand], classes, rows, dst);
-  const int64_t padded = round_up(rows, kLanes<T>);
-  if (padded == rows) return;
-  for (int64_t c = 0; c < classes; c++) std::fill(dst + c * kTile + rows, dst + c * kTile + padded, T(0));
-}
-
 // z of the classes [first, first + classes) of a tile.
 template <typename T>
 void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
-  load_tile_padded(p.logits, p.logits_type, p.layout, kLogits,
-                   at.offset[kLogits] + first * p.layout.class_stride[kLogits], classes, at.rows, buffer);
+  load_operand_tile(p.layout, kLogits, p.logits, p.logits_type, at, first, classes, buffer);
   if (p.softcap == 0 && p.logit_scale == 1) return;
   for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
 }
@@ -544,42 +533,28 @@ double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
 
-// Buffers of a tile: logits or exponentials, of all classes as long as these are few enough to stay in cache, else of a
-// block of them at a time. Logits that lie in the same order are copied too: their strides are often such that the classes
-// of a tile would drive each other out of the cache before they are read again.
+// The buffers of a tile: logits or exponentials; probabilities, and their gradient, where there are any.
+enum TileBuffer { kZ, kQ, kGradQ };
+
 template <typename T>
-class TileBuffers {
- public:
-  explicit TileBuffers(const CrossEntropy<T>& p)
-      : whole_(p.layout.classes * kTile <= kKeptElements),
-        keeps_(p.forward && p.grad_logits && p.softcap == 0 && whole_),
-        classes_(whole_ ? p.layout.classes : kTileClasses<T>),
-        z_(new T[classes_ * kTile]),
-        q_(p.has_probabilities ? new T[classes_ * kTile] : nullptr),
-        grad_q_(p.grad_probabilities ? new T[classes_ * kTile] : nullptr) {}
+TileBuffers<T> make_buffers(const CrossEntropy<T>& p) {
+  return {p.layout, p.grad_probabilities ? 3 : p.has_probabilities ? 2 : 1};
+}
 
-  bool whole() const { return whole_; }
-  bool keeps() const { return keeps_; }
-  int64_t classes() const { return classes_; }  // at a time
-  T* z() const { return z_.get(); }
-  T* q() const { return q_.get(); }
-  T* grad_q() const { return grad_q_.get(); }
-
- private:
-  bool whole_, keeps_;
-  int64_t classes_;
-  std::unique_ptr<T[]> z_, q_, grad_q_;
-};
+// Whether the logits in the buffer give way to their exponentials.
+template <typename T>
+bool keeps_exponentials(const CrossEntropy<T>& p, const TileBuffers<T>& buffers) {
+  return p.forward && p.grad_logits && p.softcap == 0 && buffers.whole();
+}
 
 // Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile.
 template <typename T>
 void load_tile_blocks(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
                       const TileBuffers<T>& buffers) {
-  load_tile_block(p, at, first, classes, buffers.z());
+  load_tile_block(p, at, first, classes, buffers.get(kZ));
   if (!p.has_probabilities) return;
-  load_tile_padded(p.probabilities, p.probabilities_type, p.layout, kProbabilities,
-                   at.offset[kProbabilities] + first * p.layout.class_stride[kProbabilities], classes, at.rows,
-                   buffers.q());
+  load_operand_tile(p.layout, kProbabilities, p.probabilities, p.probabilities_type, at, first, classes,
+                    buffers.get(kQ));
 }
 
 // What the vector of rows r of the next tile needs, from class `first` on.
@@ -596,6 +571,7 @@ Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first,
 template <typename T>
 void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
+  const bool keeps = keeps_exponentials(p, buffers);
   std::array<RowTerms, kTile> terms;
   if (has_terms(p)) terms.fill({});
   if (p.layout.classes == 0)
@@ -604,7 +580,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
     if (c > 0) load_tile_blocks(p, at, c, n, buffers);
     for (int64_t r = 0; r < at.rows; r += L) {
-      T* const z = buffers.z() + r;
+      T* const z = buffers.get(kZ) + r;
       const Ahead ahead = ahead_of_tile(p, at, c, r);
       if (has_terms(p)) {  // before the exponentials take the place of the logits
         const Vec<T> so_far = c == 0 ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(batch.sums.max + r);
@@ -612,13 +588,13 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
         Vec<T> none(-1);
         max_of_columns<false>(z, kTile, n, so_far, none).store(max);
         for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
-        add_column_terms(terms.data() + r, p, z, p.has_probabilities ? buffers.q() + r : nullptr, n, c);
+        add_column_terms(terms.data() + r, p, z, p.has_probabilities ? buffers.get(kQ) + r : nullptr, n, c);
       }
-      if (p.stats && buffers.keeps())
+      if (p.stats && keeps)
         add_columns<true, true>(batch.sums, r, z, kTile, n, c, z, ahead);
       else if (p.stats)
         add_columns<true, false>(batch.sums, r, z, kTile, n, c, z, ahead);
-      else if (buffers.keeps())
+      else if (keeps)
         add_columns<false, true>(batch.sums, r, z, kTile, n, c, z, ahead);
       else
         add_columns<false, false>(batch.sums, r, z, kTile, n, c, z, ahead);
@@ -659,15 +635,15 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   const GradientTerms has = gradient_terms(p);
   const Layout& layout = p.layout;
   const Vec<T> none(0);
-  const bool masks = batch.any_ignored && ignored_has_no_gradient(p);
+  const bool masks = batch.any_ignored && ignored_has_no_gradient(p), keeps = keeps_exponentials(p, buffers);
   const auto weight_of = [&p](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
-  T* const z = buffers.z();
-  const T* const q = buffers.q();
+  T* const z = buffers.get(kZ);
+  const T* const q = p.has_probabilities ? buffers.get(kQ) : nullptr;
   for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), layout.classes - c);
     if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers);
     if (p.grad_probabilities)
-      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n, buffers.grad_q(),
+      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n, buffers.get(kGradQ),
                  [&](int64_t r) {
                    return [g = load_rows(batch, r), zr = z + r, c, weight_of](int64_t i) {
                      return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
@@ -678,7 +654,7 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
       write_tile(p.grad_logits, p.logits_type, layout, kGradLogits, at, c, n, z, [&](int64_t r) {
         alignas(64) T live[kLanes<T>];
         if (masks) std::copy(batch.live + r, batch.live + r + kLanes<T>, live);
-        const Ahead ahead = buffers.keeps() ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
+        const Ahead ahead = keeps ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
         const Vec<T> dead = masks ? Vec<T>::loadu(live) == none : none;
         return [ahead, dead, masks, c, value, g = load_rows(batch, r), zr = z + r, qr = q ? q + r : q](int64_t i) {
           ahead.fetch(i);
@@ -688,13 +664,13 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
         };
       });
     };
-    if (!has.any && buffers.keeps())
+    if (!has.any && keeps)
       write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>&, int64_t) { return plain_gradient(g, e); });
     else if (!has.any)
       write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) {
         return plain_gradient(g, exp_nonpositive(x - g.max));
       });
-    else if (buffers.keeps())
+    else if (keeps)
       write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>& y, int64_t i) {
         return gradient_without_logit(p, has, g, e, y, weight_of(i));
       });
@@ -716,7 +692,7 @@ void load_tile_target_logits(const CrossEntropy<T>& p, const Position& at, RowBa
     load_target_logits(p, batch, first);
     return;
   }
-  const T* const z = buffers.z();
+  const T* const z = buffers.get(kZ);
   for (int64_t r = 0; r < at.rows; r++) batch.z[r] = batch.y[r] < 0 ? T(0) : z[batch.y[r] * kTile + r];
 }
 
@@ -750,7 +726,7 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
 
 template <typename T>
 double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
-  const TileBuffers<T> buffers(p);
+  const TileBuffers<T> buffers = make_buffers(p);
   double loss = 0;
   for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, buffers);
   return loss;

@@ -10,9 +10,6 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// The most elements of one row whose exponentials are kept: with 1 MiB of float they are still in L2 or close to it.
-constexpr int64_t kKeptElements = 262144;
-
 // Where the exponentials of one row are kept (null: nowhere), and the shift that those of each block were taken with.
 template <typename T>
 struct KeptRow {
@@ -21,12 +18,12 @@ struct KeptRow {
 };
 
 // The same for a batch of rows: in the result itself, where it is of type T and the logits are used where they lie, or in
-// a buffer.
+// a buffer. A row that would not stay in cache is read again instead.
 template <typename T>
 class KeptRows {
  public:
   KeptRows(bool keeps, bool in_result, int64_t classes, int64_t rows)
-      : active_(keeps && classes <= kKeptElements),
+      : active_(keeps && classes <= kCachedElements),
         in_result_(in_result),
         stride_(round_up(classes, kLanes<T>)),
         blocks_(classes / kBlock<T> + 2) {

@@ -128,47 +128,6 @@ void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
 
 // ---- columns -----------------------------------------------------------------------------------------------------------
 
-// Buffers [classes, kTile] of a tile: of all classes as long as these are few enough to stay in cache, and then each
-// operand is loaded once; else of a block of them at a time.
-template <typename T>
-class TileBuffers {
- public:
-  TileBuffers(const Layout& layout, int count)
-      : whole_(layout.classes * kTile <= kKeptElements),
-        classes_(whole_ ? layout.classes : kTileClasses<T>),
-        data_(layout.rows ? nullptr : new T[count * classes_ * kTile]) {}
-
-  bool whole() const { return whole_; }
-  T* get(int i) const { return data_.get() + i * classes_ * kTile; }
-
-  // Calls visit(first class, classes) for each block of a tile.
-  template <typename Visit>
-  void each_block(const Layout& layout, const Visit& visit) const {
-    for (int64_t c = 0; c < layout.classes; c += classes_) visit(c, std::min(classes_, layout.classes - c));
-  }
-
- private:
-  bool whole_;
-  int64_t classes_;
-  std::unique_ptr<T[]> data_;
-};
-
-template <typename T>
-void load_operand_tile(const Layout& layout, int operand, const void* src, DType type, const Position& at,
-                       int64_t first, int64_t classes, T* buffer) {
-  load_tile(src, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
-            layout.inner_stride[operand], classes, at.rows, buffer);
-  for (int64_t c = 0; c < classes; c++)  // whole vectors
-    std::fill(buffer + c * kTile + at.rows, buffer + c * kTile + round_up(at.rows, kLanes<T>), T(0));
-}
-
-template <typename T>
-void store_operand_tile(const Layout& layout, int operand, const T* buffer, void* dst, DType type, const Position& at,
-                        int64_t first, int64_t classes) {
-  store_tile(buffer, dst, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
-             layout.inner_stride[operand], classes, at.rows);
-}
-
 // Replaces each element of the first `classes` classes of a tile by value(normaliser of its row, element).
 template <typename T, typename Value>
 void normalise_tile(const RowSums<T>& sums, const T* log_sum, const T* inverse_sum, int64_t rows, int64_t classes,

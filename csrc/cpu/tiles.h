@@ -2,6 +2,8 @@
 // per column, so that a vector holds one class of several rows. Included only by units compiled per instruction set.
 #pragma once
 
+#include <memory>
+
 #include "vector.h"
 
 namespace softmax_ext {
@@ -11,6 +13,30 @@ namespace {
 // Classes of a tile that are held in a block at a time.
 template <typename T>
 constexpr int64_t kTileClasses = kBlock<T> / kTile;
+
+// ---- where a unit of work lies ---------------------------------------------------------------------------------
+
+// Offsets of each operand for one unit: a row, or a tile of up to kTile rows along `inner`.
+struct Position {
+  int64_t offset[kOperands];
+  int64_t rows;
+};
+
+inline Position locate(const Layout& layout, int64_t unit) {
+  Position at{};
+  const int64_t tiles = layout.rows ? 1 : (layout.inner + kTile - 1) / kTile;
+  int64_t outer = unit / tiles;
+  const int64_t first = (unit % tiles) * kTile;
+  at.rows = layout.rows ? 1 : (layout.inner - first < kTile ? layout.inner - first : kTile);
+  for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
+  for (int d = layout.outer_dims - 1; d >= 0; d--) {
+    const OuterDim& dim = layout.dims[d];
+    const int64_t index = outer % dim.size;
+    outer /= dim.size;
+    for (int i = 0; i < kOperands; i++) at.offset[i] += index * dim.stride[i];
+  }
+  return at;
+}
 
 // ---- transposition ---------------------------------------------------------------------------------------------
 
@@ -165,29 +191,52 @@ inline void store_tile(const T* src, void* dst, DType type, int64_t at, int64_t 
   });
 }
 
-// ---- where a unit of work lies ---------------------------------------------------------------------------------
-
-// Offsets of each operand for one unit: a row, or a tile of up to kTile rows along `inner`.
-struct Position {
-  int64_t offset[kOperands];
-  int64_t rows;
-};
-
-inline Position locate(const Layout& layout, int64_t unit) {
-  Position at{};
-  const int64_t tiles = layout.rows ? 1 : (layout.inner + kTile - 1) / kTile;
-  int64_t outer = unit / tiles;
-  const int64_t first = (unit % tiles) * kTile;
-  at.rows = layout.rows ? 1 : (layout.inner - first < kTile ? layout.inner - first : kTile);
-  for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
-  for (int d = layout.outer_dims - 1; d >= 0; d--) {
-    const OuterDim& dim = layout.dims[d];
-    const int64_t index = outer % dim.size;
-    outer /= dim.size;
-    for (int i = 0; i < kOperands; i++) at.offset[i] += index * dim.stride[i];
-  }
-  return at;
+// Classes [first, first + classes) of one operand's tile; columns beyond the tile's rows, up to a whole vector, hold 0.
+template <typename T>
+inline void load_operand_tile(const Layout& layout, int operand, const void* src, DType type, const Position& at,
+                              int64_t first, int64_t classes, T* dst) {
+  load_tile(src, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
+            layout.inner_stride[operand], classes, at.rows, dst);
+  const int64_t padded = round_up(at.rows, kLanes<T>);
+  if (padded == at.rows) return;
+  for (int64_t c = 0; c < classes; c++) std::fill(dst + c * kTile + at.rows, dst + c * kTile + padded, T(0));
 }
+
+template <typename T>
+inline void store_operand_tile(const Layout& layout, int operand, const T* src, void* dst, DType type,
+                               const Position& at, int64_t first, int64_t classes) {
+  store_tile(src, dst, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
+             layout.inner_stride[operand], classes, at.rows);
+}
+
+// ---- buffers -------------------------------------------------------------------------------------------------------
+
+// `count` buffers [classes, kTile]: of all classes as long as these are few enough to stay in cache, and then each operand
+// is loaded once; else of a block of them at a time. Logits that lie in this order already are copied all the same: their
+// strides are often such that the classes of a tile would drive each other out of the cache before they are read again.
+template <typename T>
+class TileBuffers {
+ public:
+  TileBuffers(const Layout& layout, int count)
+      : whole_(layout.classes * kTile <= kCachedElements),
+        classes_(whole_ ? layout.classes : kTileClasses<T>),
+        data_(layout.rows ? nullptr : new T[count * classes_ * kTile]) {}
+
+  bool whole() const { return whole_; }
+  int64_t classes() const { return classes_; }  // at a time
+  T* get(int i) const { return data_.get() + i * classes_ * kTile; }
+
+  // Calls visit(first class, classes) for each block of a tile.
+  template <typename Visit>
+  void each_block(const Layout& layout, const Visit& visit) const {
+    for (int64_t c = 0; c < layout.classes; c += classes_) visit(c, std::min(classes_, layout.classes - c));
+  }
+
+ private:
+  bool whole_;
+  int64_t classes_;
+  std::unique_ptr<T[]> data_;
+};
 
 }  // namespace
 }  // namespace CPU_CAPABILITY

@@ -37,6 +37,9 @@ struct alignas(64) Block {
   T data[kBlock<T>];
 };
 
+// The most elements of a buffer that is to stay in cache: with 1 MiB of float it is still in L2 or close to it.
+constexpr int64_t kCachedElements = 262144;
+
 // Rows of up to this many classes that do not fill their vectors are copied whole, so that they are one block.
 constexpr int64_t kCopiedClasses = 1024;
 
