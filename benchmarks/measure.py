@@ -3,7 +3,8 @@
 Time: the variants take turns, so that whatever disturbs the machine disturbs all. A turn is a call that is not timed,
 then a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the
 cache, and small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call,
-it can be memory that the host of a virtual machine has taken back meanwhile, and the sample is all page faults.
+it can be memory that the host of a virtual machine has taken back meanwhile, and the sample is all page faults. For
+the same reason some rounds come first that are not timed at all.
 
 Memory: the highest resident set during a step less the resident set before it, by the kernel's count.
 """
@@ -24,6 +25,7 @@ from typing import Any
 Prepare = Callable[[int], Callable[[], Any]]
 
 _SAMPLE_SECONDS = 0.005
+_UNTIMED_ROUNDS = 3
 MIB = 2**20
 
 
@@ -57,6 +59,9 @@ def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
         name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / _seconds(prepare, 1)))) for name, prepare in variants.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(_UNTIMED_ROUNDS):
+        for prepare in variants.values():
+            _seconds(prepare, 1)
     for _ in range(repeats):
         for name, prepare in variants.items():
             _seconds(prepare, 1)
