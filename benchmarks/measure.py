@@ -25,7 +25,7 @@ from typing import Any
 Prepare = Callable[[int], Callable[[], Any]]
 
 _SAMPLE_SECONDS = 0.005
-_UNTIMED_ROUNDS = 3
+UNTIMED_ROUNDS = 3
 MIB = 2**20
 
 
@@ -59,7 +59,7 @@ def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
         name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / _seconds(prepare, 1)))) for name, prepare in variants.items()
     }
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(_UNTIMED_ROUNDS):
+    for _ in range(UNTIMED_ROUNDS):
         for prepare in variants.values():
             _seconds(prepare, 1)
     for _ in range(repeats):
