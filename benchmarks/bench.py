@@ -1,7 +1,7 @@
 """The benchmark: softmax_ext against eager torch, torch.compile and, where installed, JAX/optax and TensorFlow.
 
     make bench                       all of it
-    make bench PEERS=1               with JAX and TensorFlow, in an environment of their own; 23 minutes on two cores
+    make bench PEERS=1               with JAX and TensorFlow, in an environment of their own
     make bench-quick                 a few ratios in a minute; writes nothing
     python benchmarks/bench.py --only 4096x32000-f32
 

@@ -3,8 +3,8 @@
 // Forward reads the logits once. Where the gradient is asked for in the same call, the exponentials are kept, in the
 // gradient itself or in a buffer, and become the gradient once the row's sum is known; a row too long for the cache, or
 // one whose gradient needs the logits again, is read a second time instead. Backward reads the logits once and writes
-// the gradient once. Float32 logits that need no transformation are read where they lie; everything else passes through
-// a buffer of the arithmetic's type.
+// the gradient once. In rows, float32 logits that need no transformation are read where they lie; everything else, and
+// every tile, passes through a buffer of the arithmetic's type.
 //
 // What depends on the target class alone is computed apart, per row and in double (row_batch.h).
 #include <array>
