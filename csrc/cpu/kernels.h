@@ -5,7 +5,7 @@
 // T is the type of the arithmetic: double if any operand is float64, float otherwise.
 #pragma once
 
-#include "layout.h"
+#include "../layout.h"
 
 namespace softmax_ext {
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 
-#include "layout.h"
+#include "../layout.h"
 
 #ifdef CPU_CAPABILITY_AVX512
 #include <immintrin.h>

@@ -11,7 +11,7 @@
 #include <optional>
 #include <vector>
 
-#include "../cpu/layout.h"
+#include "../layout.h"
 
 namespace softmax_ext {
 
