@@ -130,7 +130,7 @@ def find_units(version: str, compiler: str) -> list[Unit]:
 
     units = [unit(Path("csrc/module.cpp"), *with_isas, *module)]
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-    for source in sorted(Path("csrc/ops").glob("*.cpp")):
+    for source in sorted([*Path("csrc/ops").glob("*.cpp"), *Path("csrc/ops/cpu").glob("*.cpp")]):
         units.append(unit(source, target, *torch_headers))
     for source in sorted(Path("csrc/cpu").glob("*.cpp")):
         if not source.stem.endswith("_kernel"):
