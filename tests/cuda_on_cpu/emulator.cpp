@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU for the tests: one fiber for each thread, in an order drawn by a seeded generator.
 //
-//   - A fiber runs until it waits (barrier, warp collective, cluster barrier) or exits; then another one that can run is
-//     drawn. Half of the clusters draw at random, half take the one that could run last, which lets some warps run far
-//     ahead of the others. Between two collectives no order of threads is certain, as on the card.
+//   - A fiber runs until it waits (barrier, warp collective, cluster barrier) or exits; then one that can run is drawn,
+//     in half of the clusters from the same warp as long as that has any, so that warps run far ahead of each other.
+//     Between two collectives no order of threads is certain, as on the card.
 //   - Blocks of a cluster live at the same time; clusters run one after the other, in random order.
 //   - Shared memory is a block's own, all NaN before the block begins; it cannot be touched beyond its end or, in a
 //     cluster, while its block has not begun or after it has exited.
@@ -59,6 +59,7 @@ constexpr size_t kMaxShared = 228 << 10;
 enum class State { kReady, kInWarp, kAtBarrier, kAtCluster, kExited };
 
 struct Block;
+struct Warp;
 
 struct Fiber {
   void* registers[5];  // of __builtin_setjmp
@@ -73,8 +74,7 @@ struct Fiber {
   Block* block = nullptr;
   uint3 thread{};
   int lane = 0;
-  Fiber* warp = nullptr;        // of its lane 0; the others follow
-  unsigned* waiting = nullptr;  // the lanes of the warp in a collective
+  Warp* warp = nullptr;
 
   State state = State::kExited;
   Where where{};
@@ -102,13 +102,20 @@ __attribute__((noinline, no_sanitize_address)) void switch_registers(Fiber* from
 
 // ---- what runs -------------------------------------------------------------------------------------------------------
 
+struct Warp {
+  Fiber* lanes;
+  unsigned waiting;  // lanes in a collective
+  unsigned ready;    // lanes that can run
+  size_t place;      // in ready_warps, if there are any
+};
+
 struct Block {
   uint3 index{};
   unsigned rank = 0;  // in the cluster
   Fiber* fibers = nullptr;
   unsigned live = 0, at_barrier = 0;
   bool begun = false;
-  unsigned warp_waiting[kMaxThreads / kWarp];
+  Warp warps[kMaxThreads / kWarp];
   char* memory = nullptr;  // kMaxShared bytes between two guard pages
   char* shared = nullptr;  // at their end
 };
@@ -118,8 +125,8 @@ Fiber* pool[kMaxCluster];  // kMaxThreads for each block of a cluster; kept for 
 Fiber host;                // the thread that launches
 Fiber* current = nullptr;
 Fiber* previous = nullptr;  // what was left by the last switch
-std::vector<Fiber*> ready;
-bool take_last = false;
+std::vector<Warp*> ready_warps;
+bool run_ahead = false;  // stay with a warp as long as it can run
 
 const Kernel* kernel = nullptr;
 size_t shared_bytes = 0;
@@ -313,18 +320,31 @@ void switch_to(Fiber* to) {
 }
 
 void make_ready(Fiber* fiber) {
+  Warp& warp = *fiber->warp;
   fiber->state = State::kReady;
-  ready.push_back(fiber);
+  if (warp.ready == 0) {
+    warp.place = ready_warps.size();
+    ready_warps.push_back(&warp);
+  }
+  warp.ready |= 1u << fiber->lane;
 }
 
 // Goes on with a fiber that can run, or with the host where none can.
 void run_another() {
-  if (ready.empty()) return switch_to(&host);
-  const size_t i = take_last ? ready.size() - 1 : draw(ready.size());
-  Fiber* next = ready[i];
-  ready[i] = ready.back();
-  ready.pop_back();
-  switch_to(next);
+  if (ready_warps.empty()) return switch_to(&host);
+  const bool stay = run_ahead && current != &host && current->warp->ready != 0;
+  Warp& warp = stay ? *current->warp : *ready_warps[draw(ready_warps.size())];
+  // The first ready lane from a random one on.
+  const unsigned from = static_cast<unsigned>(draw(kWarp));
+  const unsigned later = warp.ready >> from << from;
+  const int lane = __builtin_ctz(later != 0 ? later : warp.ready);
+  warp.ready &= ~(1u << lane);
+  if (warp.ready == 0) {
+    ready_warps[warp.place] = ready_warps.back();
+    ready_warps[warp.place]->place = warp.place;
+    ready_warps.pop_back();
+  }
+  switch_to(&warp.lanes[lane]);
 }
 
 void release_barrier(Block& block) {
@@ -401,10 +421,10 @@ void run_cluster(dim3 cluster, uint64_t first) {
   const uint3 origin{static_cast<unsigned>(first % across) * cluster.x,
                      static_cast<unsigned>(first / across % down) * cluster.y,
                      static_cast<unsigned>(first / across / down) * cluster.z};
-  take_last = draw(2);
+  run_ahead = draw(2) != 0;
   cluster_live = cluster_size * block_threads;
   cluster_arrived = 0;
-  ready.clear();
+  ready_warps.clear();
   for (unsigned b = 0; b < cluster_size; b++) {
     Block& block = blocks[b];
     block.index = {origin.x + b % cluster.x, origin.y + b / cluster.x % cluster.y,
@@ -414,19 +434,17 @@ void run_cluster(dim3 cluster, uint64_t first) {
     block.live = block_threads;
     block.at_barrier = 0;
     block.begun = false;
-    std::fill(std::begin(block.warp_waiting), std::end(block.warp_waiting), 0);
+    for (unsigned w = 0; w * kWarp < block_threads; w++) block.warps[w] = {block.fibers + w * kWarp, 0, 0, 0};
     for (unsigned i = 0; i < block_threads; i++) {
       Fiber& fiber = block.fibers[i];
       fiber.block = &block;
       fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
       fiber.lane = i % kWarp;
-      fiber.warp = block.fibers + i / kWarp * kWarp;
-      fiber.waiting = &block.warp_waiting[i / kWarp];
+      fiber.warp = &block.warps[i / kWarp];
       fiber.arrived = false;
       make_ready(&fiber);
     }
   }
-  shuffle_order(ready);
   run_another();
   if (cluster_live > 0) report_deadlock();
 }
@@ -448,6 +466,7 @@ void maybe_yield() {
 
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int source, Where where) {
   Fiber& self = *current;
+  Warp& warp = *self.warp;
   if (!(mask >> self.lane & 1)) fail(where, "lane %d is not in the mask 0x%08x that it names", self.lane, mask);
   self.collective = kind;
   self.mask = mask;
@@ -455,12 +474,12 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
   self.source = source;
   self.where = where;
   self.state = State::kInWarp;
-  *self.waiting |= 1u << self.lane;
+  warp.waiting |= 1u << self.lane;
 
   // A lane of `mask` that waits for other lanes or in another collective has yet to come.
-  bool complete = (*self.waiting & mask) == mask;
+  bool complete = (warp.waiting & mask) == mask;
   for (unsigned rest = mask; complete && rest != 0; rest &= rest - 1) {
-    const Fiber& other = self.warp[__builtin_ctz(rest)];
+    const Fiber& other = warp.lanes[__builtin_ctz(rest)];
     complete = other.mask == mask && other.collective == kind;
   }
   if (!complete) {
@@ -471,18 +490,18 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, int sou
   uint64_t votes = 0;
   if (kind == Collective::kVote)
     for (unsigned rest = mask; rest != 0; rest &= rest - 1)
-      if (self.warp[__builtin_ctz(rest)].value != 0) votes |= rest & -rest;
+      if (warp.lanes[__builtin_ctz(rest)].value != 0) votes |= rest & -rest;
   for (unsigned rest = mask; rest != 0; rest &= rest - 1) {
-    Fiber& other = self.warp[__builtin_ctz(rest)];
+    Fiber& other = warp.lanes[__builtin_ctz(rest)];
     other.result = votes;
     if (kind == Collective::kShuffle) {
       if (!(mask >> other.source & 1)) fail(other.where, "a shuffle of lanes 0x%08x reads lane %d", mask, other.source);
-      other.result = self.warp[other.source].value;
+      other.result = warp.lanes[other.source].value;
     }
     if (&other != &self) make_ready(&other);
   }
   self.state = State::kReady;
-  *self.waiting &= ~mask;
+  warp.waiting &= ~mask;
   return self.result;
 }
 
