@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kThreads) scale_elements(const __grid_constant
   const double factor = load_value<double>(s.factor.data, s.factor.type, at.offset[kRow] * s.factor.stride);
   if (factor == 1) return;
   const int64_t element = at.offset[0] + (along_classes ? rest : slow) * s.layout.class_stride[0];
-  store_value(load_value<double>(s.data, s.type, element) * factor, s.data, s.type, element);
+  // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
+  store_value(multiply_or_zero(load_value<double>(s.data, s.type, element), factor), s.data, s.type, element);
 }
 
 }  // namespace
