@@ -1,4 +1,10 @@
-"""What all tests share: the device, fixed seeds, and the number of threads, which a test may change."""
+"""What all tests share: the device, fixed seeds, and the number of threads, which a test may change.
+
+    pytest --device cpu         the CPU kernels (the default)
+    pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
+    pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
+                                --sanitized under AddressSanitizer and UBSan
+"""
 
 import os
 from collections.abc import Iterator
@@ -8,18 +14,49 @@ import torch
 
 from softmax_ext import cuda
 
-DEVICES = ["cpu", "cuda"] if cuda.library is not None and torch.cuda.is_available() else ["cpu"]
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="which kernels are tested")
+    parser.addoption("--sanitized", action="store_true", help="with --device emulated: under AddressSanitizer")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Every worker of xdist has the machine's whole pool of threads otherwise.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    device, sanitized = config.getoption("--device"), config.getoption("--sanitized")
+    if sanitized and device != "emulated":
+        raise pytest.UsageError("--sanitized needs --device emulated")
+    if device == "cuda":
+        _use_cuda()
+    if device == "emulated":
+        _load_emulated(sanitized)
 
 
-@pytest.fixture(params=DEVICES)
+def _use_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no GPU")
+    if cuda.library is None:
+        raise pytest.UsageError(f"--device cuda: {cuda.missing}")
+    torch.set_default_device("cuda")
+
+
+def _load_emulated(sanitized: bool) -> None:
+    from cuda_on_cpu import build
+
+    if sanitized and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        raise pytest.UsageError("--sanitized: start it by tests/emulated.py, which preloads AddressSanitizer")
+    try:
+        library = build.build("libemulated.so", sanitized)
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from None
+    # Says, once for each operator, that it replaces the CPU kernel.
+    torch.ops.load_library(library)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    return torch.device("cuda" if request.config.getoption("--device") == "cuda" else "cpu")
 
 
 @pytest.fixture(autouse=True)
