@@ -1,9 +1,9 @@
 """What all tests share: the device, fixed seeds, and the number of threads, which a test may change.
 
-    pytest --device cpu         the CPU kernels (the default)
-    pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
-    pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
-                                --sanitized under AddressSanitizer and UBSan
+pytest --device cpu         the CPU kernels (the default)
+pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
+pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
+                            --sanitized under AddressSanitizer and UBSan
 """
 
 import os
