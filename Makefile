@@ -19,16 +19,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
 EDITABLE := $(PIP) install --no-build-isolation --config-settings editable_mode=compat --editable
-CPP = $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test bench bench-quick lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test bench bench-quick lint format dist clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the extension into softmax_ext/
+
+cuda-library: $(VENV)/.built ## compile the CUDA library too, with nvcc and no GPU, whatever torch is installed
+	FORCE_CUDA=1 $(BIN)/python setup.py build_ext
 
 demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; draws demo/report.png
 	$(BIN)/python examples/report.py

@@ -1,9 +1,9 @@
 """What all tests share: the device, fixed seeds, and the number of threads, which a test may change.
 
-    pytest --device cpu         the CPU kernels (the default)
-    pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
-    pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
-                                --sanitized under AddressSanitizer and UBSan
+pytest --device cpu         the CPU kernels (the default)
+pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
+pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
+                            --sanitized under AddressSanitizer and UBSan
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import softmax_ext  # noqa: F401  registers the operators
+from softmax_ext import cuda
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,8 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _use_cuda() -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("softmax_ext::cross_entropy", "CUDA"):
-        raise pytest.UsageError("--device cuda: softmax_ext has no CUDA kernels; python -m softmax_ext says why")
+    if cuda.library is None:
+        raise pytest.UsageError(f"--device cuda: {cuda.missing}")
     torch.set_default_device("cuda")
 
 
