@@ -1,15 +1,31 @@
-"""Builds the extension module softmax_ext._C: which sources, with which flags, for which ISAs.
+"""Builds softmax_ext's libraries: which sources, with which flags, for which processors.
 
-pyproject.toml holds the metadata; this file only compiles. It writes build/ninja/build.ninja and
-runs ninja, which rebuilds what changed (headers included) and nothing else. One library runs on
-every CPU of its architecture:
+pyproject.toml holds the metadata; this file only compiles. For each library it writes a build.ninja
+and runs ninja, which rebuilds what changed (headers included) and nothing else.
+
+softmax_ext._C, in build/ninja: the Python module, the operators' schemas and the CPU. One library
+runs on every CPU of its architecture:
 
     csrc/module.cpp          once             the Python module; sees pybind11, no torch header
     csrc/ops/*.cpp           once             the operators, in torch's stable ABI
+    csrc/ops/cpu/*.cpp       once             and what they do on the CPU
     csrc/cpu/*_kernel.cpp    once per ISA     the SIMD kernels, over the headers of at::vec
     csrc/cpu/*.cpp           once             the rest: picks among the ISAs at run time
 
-Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at once).
+softmax_ext._cuda, in build/ninja-cuda, where torch has CUDA and there is an nvcc: the same
+operators for CUDA tensors. No Python in it, and no GPU is needed to build it:
+
+    csrc/ops/*.cpp           C++ compiler     as above
+    csrc/ops/cuda/*.cpp      C++ compiler     and what they do with CUDA tensors
+    csrc/cuda/*              nvcc             the kernels; no torch header
+
+Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at once). For CUDA:
+
+    FORCE_CUDA=1             build it though torch has no CUDA, or stop; it can't be loaded there
+    FORCE_CPU=1              do not build it
+    CUDA_HOME, CUDA_PATH     where bin/nvcc is; else PATH and /usr/local/cuda are searched
+    TORCH_CUDA_ARCH_LIST     for which GPUs: "8.0;9.0+PTX"
+    NVCC_FLAGS               for nvcc besides
 """
 
 from __future__ import annotations
@@ -30,7 +46,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = Path("build/ninja")
+BUILD = {"_C": Path("build/ninja"), "_cuda": Path("build/ninja-cuda")}
 
 # What a build needs, and the least version of each.
 # setuptools 77 is the first that reads pyproject.toml's license.
@@ -53,13 +69,40 @@ COMMON_FLAGS = [
     *("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
 ]
 
+# Compute capabilities from Turing on, which is what CUDA 13 compiles for; the last one's PTX, from
+# which the driver makes code for newer GPUs. What nvcc does not know is left out.
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+CUDA = "softmax_ext._cuda"
+
+# What one nvcc takes at most.
+NVCC_BYTES = 3 << 30
+
 
 class Unit(NamedTuple):
-    """One run of the compiler."""
+    """One run of a compiler."""
 
     source: str
     object: str
     flags: list[str]
+    rule: str = "compile"
+
+
+class Library(NamedTuple):
+    """What is linked from the units, and how."""
+
+    units: list[Unit]
+    link: list[str]
+    jobs: int | None = None  # compilers at once; None: ninja's choice
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit and what it is to compile for."""
+
+    nvcc: str
+    version: str
+    gencode: list[str]
+    architectures: str  # as the library reports them
 
 
 def stop(message: str) -> NoReturn:
@@ -100,62 +143,98 @@ def find_compiler() -> tuple[list[str], str]:
     return command, answer.stdout.splitlines()[0]
 
 
-def find_units(version: str, compiler: str) -> list[Unit]:
-    """Every source in csrc with its flags, once for each ISA where it is a kernel."""
-    import pybind11
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def find_nvcc() -> str | None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and not shutil.which(f"{home}/bin/nvcc"):
+            stop(f"{variable} is {home}, where there is no bin/nvcc. Set it right, or FORCE_CPU=1.")
+        if home:
+            return f"{home}/bin/nvcc"
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def find_toolkit() -> Toolkit | str:
+    """The toolkit to build the CUDA library with, or why that library is not built."""
     import torch
 
-    python_headers = sysconfig.get_path("include")
-    if not Path(python_headers, "Python.h").exists():
-        stop(f"no Python.h in {python_headers}: install python3-dev (python3-devel).")
+    force, cuda = is_set("FORCE_CUDA"), torch.version.cuda
+    if is_set("FORCE_CPU"):
+        if force:
+            stop("FORCE_CUDA and FORCE_CPU are both set. Unset one.")
+        return "FORCE_CPU is set"
+    if cuda is None and not force:
+        return f"this torch, {torch.__version__}, has no CUDA (FORCE_CUDA=1 compiles it all the same)"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = (
+            "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda: install the CUDA toolkit"
+            f"{f' {cuda}' if cuda else ''} or set CUDA_HOME to where it is"
+        )
+        return stop(f"{reason}.") if force else reason
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", answer).group(1)
+    if cuda and cuda.split(".")[0] != version.split(".")[0]:
+        stop(
+            f"{nvcc} is of CUDA {version}, torch {torch.__version__} of CUDA {cuda}: the numbers "
+            f"before the point must be the same. Set CUDA_HOME to a toolkit {cuda.split('.')[0]}.x, "
+            f"install a torch for CUDA {version.split('.')[0]}, or set FORCE_CPU=1 to build without."
+        )
+    return Toolkit(nvcc, version, *find_architectures(nvcc, version))
 
-    isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
-    common = [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc"]
-    with_isas = [f"-DSOFTMAX_EXT_WITH_{isa}" for isa in isas if isa != "DEFAULT"]
-    torch_headers = [
+
+def find_architectures(nvcc: str, version: str) -> tuple[list[str], str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST or the default, and the architectures by nvcc's names."""
+    answer = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    known = re.findall(r"compute_(\d+)", answer.stdout)
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    chosen = []  # (number, whether PTX too)
+    for word in re.split(r"[;,\s]+", given.strip() or CUDA_ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
+        if not match:
+            hint = "This build asks no GPU. " if word.lower() == "native" else ""
+            stop(
+                f"TORCH_CUDA_ARCH_LIST must list compute capabilities, as in '8.0;9.0+PTX'; got "
+                f"{word!r}. {hint}nvidia-smi --query-gpu=compute_cap --format=csv tells a GPU's."
+            )
+        number = match[1] + match[2]
+        if number.rstrip("af") in known:
+            chosen.append((number, bool(match[3])))
+        elif given.strip():
+            names = " ".join(f"{n[:-1]}.{n[-1]}" for n in known)
+            stop(f"TORCH_CUDA_ARCH_LIST has {word}; nvcc {version} compiles for {names}.")
+    if not given.strip():
+        chosen[-1] = (chosen[-1][0], True)
+    flags = []
+    for number, ptx in chosen:
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags, ";".join(f"{number}+PTX" if ptx else number for number, ptx in chosen)
+
+
+def sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
+def torch_headers() -> list[str]:
+    import torch
+
+    return [
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *("-isystem", str(Path(torch.__file__).parent / "include")),
     ]
-    module = [
-        f'-DSOFTMAX_EXT_VERSION="{version}"',
-        f'-DSOFTMAX_EXT_BUILT_TORCH="{torch.__version__}"',
-        f'-DSOFTMAX_EXT_COMPILER="{compiler}"',
-        *("-isystem", pybind11.get_include()),
-        *("-isystem", python_headers),
-    ]
-
-    def unit(source: Path, *flags: str, isa: str = "") -> Unit:
-        name = source.relative_to("csrc").with_suffix(f".{isa}.o" if isa else ".o")
-        return Unit(str(source), str(BUILD / name), [*common, *flags])
-
-    units = [unit(Path("csrc/module.cpp"), *with_isas, *module)]
-    target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-    for source in sorted(Path("csrc/ops").glob("*.cpp")):
-        units.append(unit(source, target, *torch_headers))
-    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
-        if not source.stem.endswith("_kernel"):
-            units.append(unit(source, *with_isas))
-            continue
-        for isa, isa_flags in isas.items():
-            # at::vec's own switch.
-            capability = [f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}"]
-            # GCC takes the operand that its AVX-512 intrinsics leave undefined on purpose for a
-            # mistake (GCC bug 105593).
-            quiet = isa == "AVX512" and "clang" not in compiler
-            warnings = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if quiet else []
-            units.append(unit(source, *torch_headers, *capability, *isa_flags, *warnings, isa=isa))
-
-    print(f"softmax_ext {version}")
-    print(f"  compiler   {compiler}")
-    print(f"  torch      {torch.__version__}, headers in {torch_headers[-1]}")
-    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
-    print(f"  sources    {' '.join(dict.fromkeys(u.source for u in units))}")
-    print("  CUDA       not built: this version has no CUDA kernels", flush=True)
-    return units
 
 
-def link_flags() -> list[str]:
-    """No rpath: torch is imported before the extension, so its library is in the process already.
+def common_flags() -> list[str]:
+    return [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc"]
+
+
+def link_flags(libraries: list[str]) -> list[str]:
+    """No rpath: torch is imported before the extension, so its libraries are in the process already.
 
     libstdc++ stands before libtorch_cpu, which exports copies of some of its functions.
     """
@@ -164,63 +243,181 @@ def link_flags() -> list[str]:
     return [
         *shlex.split(os.environ.get("LDFLAGS", "")),
         *("-shared", "-Wl,--as-needed", "-lstdc++"),
-        *(f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"),
+        *(f"-L{Path(torch.__file__).parent / 'lib'}", *libraries),
     ]
 
 
-def write_ninja(path: Path, command: list[str], units: list[Unit], library: str) -> None:
+def object_of(library: str, source: Path, suffix: str = ".o") -> str:
+    return str(BUILD[library] / source.relative_to("csrc").with_suffix(suffix))
+
+
+def operator_units(library: str, device: str) -> list[Unit]:
+    """The operators, and what they do on one device."""
+    flags = [*common_flags(), f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *torch_headers()]
+    paths = sources("ops/*.cpp", f"ops/{device}/*.cpp")
+    return [Unit(str(path), object_of(library, path), flags) for path in paths]
+
+
+def cpu_library(version: str, compiler: str) -> Library:
+    import pybind11
+    import torch
+
+    python_headers = sysconfig.get_path("include")
+    if not Path(python_headers, "Python.h").exists():
+        stop(f"no Python.h in {python_headers}: install python3-dev (python3-devel).")
+
+    isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
+    with_isas = [f"-DSOFTMAX_EXT_WITH_{isa}" for isa in isas if isa != "DEFAULT"]
+    module = [
+        f'-DSOFTMAX_EXT_VERSION="{version}"',
+        f'-DSOFTMAX_EXT_BUILT_TORCH="{torch.__version__}"',
+        f'-DSOFTMAX_EXT_COMPILER="{compiler}"',
+        *("-isystem", pybind11.get_include()),
+        *("-isystem", python_headers),
+    ]
+
+    def unit(source: Path, *flags: str, suffix: str = ".o") -> Unit:
+        return Unit(str(source), object_of("_C", source, suffix), [*common_flags(), *flags])
+
+    units = [unit(Path("csrc/module.cpp"), *with_isas, *module), *operator_units("_C", "cpu")]
+    for source in sources("cpu/*.cpp"):
+        if not source.stem.endswith("_kernel"):
+            units.append(unit(source, *with_isas))
+            continue
+        for isa, isa_flags in isas.items():
+            # at::vec's own switch.
+            flags = [*torch_headers(), f"-DCPU_CAPABILITY={isa}", f"-DCPU_CAPABILITY_{isa}", *isa_flags]
+            # GCC takes the operand that its AVX-512 intrinsics leave undefined on purpose for a
+            # mistake (GCC bug 105593).
+            if isa == "AVX512" and "clang" not in compiler:
+                flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+            units.append(unit(source, *flags, suffix=f".{isa}.o"))
+    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
+    return Library(units, link_flags(["-ltorch_cpu"]))
+
+
+def nvcc_jobs() -> int:
+    """As many as there are processors and memory for."""
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs:
+        return max(1, int(jobs))
+    free = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    fit = int(free[1]) * 1024 // NVCC_BYTES if free else 1
+    return max(1, min(len(os.sched_getaffinity(0)), fit))
+
+
+def cuda_library(toolkit: Toolkit, command: list[str]) -> Library:
+    import torch
+
+    kernels, jobs = sources("cuda/*.cu", "cuda/*.cpp"), nvcc_jobs()
+    flags = [
+        *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+        f'-DSOFTMAX_EXT_CUDA_ARCHITECTURES="{toolkit.architectures}"',
+        *toolkit.gencode,
+        # The architectures of one source beside each other, where there are jobs to spare.
+        f"--threads={max(1, jobs // max(1, len(kernels)))}",
+        *([f"-ccbin={command[0]}"] if len(command) == 1 else []),
+        *shlex.split(os.environ.get("NVCC_FLAGS", "")),
+    ]
+    units = [Unit(str(path), object_of("_cuda", path), flags, "nvcc") for path in kernels]
+    # CUDA's own run-time library is linked in: the library then needs none of a certain name and
+    # version at run time, wherever pip or the system put torch's. Streams and memory are the
+    # driver's, so that the two work on the same ones.
+    answer = subprocess.run(
+        [toolkit.nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    )
+    paths = shlex.split(re.search(r"LIBRARIES=(.*)", answer.stderr)[1])
+    # Without libtorch_cuda, which has the current stream, that symbol stays undefined.
+    torch_libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if torch.version.cuda else [])]
+    runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once")
+    print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
+    return Library([*units, *operator_units("_cuda", "cuda")], link_flags([*torch_libraries, *runtime]), jobs)
+
+
+def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, output: str) -> None:
     from ninja.ninja_syntax import Writer, escape
 
     def quoted(words: list[str]) -> str:
         return escape(shlex.join(words))
 
-    cxx = quoted(command)
     with path.open("w") as file:
         ninja = Writer(file)
-        ninja.variable("builddir", str(BUILD))
+        ninja.variable("builddir", str(path.parent))
         # -MD, with the system headers: a new torch in the same place rebuilds what includes it.
-        ninja.rule(
-            "compile",
-            f"{cxx} -MD -MF $out.d $flags -c $in -o $out",
-            description="compile $out",
-            depfile="$out.d",
-            deps="gcc",
-        )
-        ninja.rule("link", f"{cxx} $in $flags -o $out", description="link $out")
-        for unit in units:
+        for rule, command in compilers.items():
+            ninja.rule(
+                rule,
+                f"{quoted(command)} -MD -MF $out.d $flags -c $in -o $out",
+                description=f"{rule} $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+        ninja.rule("link", f"{quoted(compilers['compile'])} $in $flags -o $out", description="link $out")
+        for unit in library.units:
             flags = {"flags": quoted(unit.flags)}
-            ninja.build(unit.object, "compile", unit.source, variables=flags)
-        flags = {"flags": quoted(link_flags())}
-        ninja.build(library, "link", [unit.object for unit in units], variables=flags)
+            ninja.build(unit.object, unit.rule, unit.source, variables=flags)
+        flags = {"flags": quoted(library.link)}
+        ninja.build(output, "link", [unit.object for unit in library.units], variables=flags)
+
+
+def run_ninja(path: Path, jobs: int | None) -> None:
+    ninja = [sys.executable, "-m", "ninja", "-f", str(path)]
+    most = os.environ.get("MAX_JOBS") or jobs
+    try:
+        subprocess.run([*ninja, *(["-j", str(most)] if most else [])], check=True)
+        subprocess.run([*ninja, "-t", "cleandead"], check=True, stdout=subprocess.DEVNULL)
+    except subprocess.CalledProcessError:
+        stop("the build failed; the first error above says where.")
 
 
 class NinjaBuild(build_ext):
     """setuptools' build_ext, with ninja in the place of its own compiler calls."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def finalize_options(self) -> None:
+        # Here and not below, so that an sdist needs no toolkit.
+        self.toolkit = find_toolkit()
+        extensions = self.distribution.ext_modules
+        if isinstance(self.toolkit, Toolkit) and not any(e.name == CUDA for e in extensions):
+            extensions.append(Extension(CUDA, sources=[]))
+        super().finalize_options()
+
+    def build_extensions(self) -> None:
+        import torch
+
         # Paths stay relative, so that no message in the library names a directory of this machine.
         os.chdir(ROOT)
-        command, compiler = find_compiler()
-        units = find_units(self.distribution.get_version(), compiler)
-        library = BUILD / Path(self.get_ext_filename(ext.name)).name
-        BUILD.mkdir(parents=True, exist_ok=True)
-        write_ninja(BUILD / "build.ninja", command, units, str(library))
+        self.command, self.compiler_name = find_compiler()
+        print(f"softmax_ext {self.distribution.get_version()}")
+        print(f"  compiler   {self.compiler_name}")
+        print(f"  torch      {torch.__version__}, headers in {torch_headers()[-1]}")
+        if isinstance(self.toolkit, str):
+            print(f"  CUDA       NOT BUILT: {self.toolkit}")
+            # One of an earlier build would be taken for this one's.
+            Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
+        super().build_extensions()
 
-        ninja = [sys.executable, "-m", "ninja", "-f", str(BUILD / "build.ninja")]
-        jobs = os.environ.get("MAX_JOBS")
-        try:
-            subprocess.run([*ninja, *(["-j", jobs] if jobs else [])], check=True)
-            subprocess.run([*ninja, "-t", "cleandead"], check=True, stdout=subprocess.DEVNULL)
-        except subprocess.CalledProcessError:
-            stop("the build failed; the first error above says where.")
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rpartition(".")[2]
+        compilers = {"compile": self.command}
+        if ext.name == CUDA:
+            compilers["nvcc"] = [self.toolkit.nvcc]
+            library = cuda_library(self.toolkit, self.command)
+        else:
+            library = cpu_library(self.distribution.get_version(), self.compiler_name)
+        print(f"  sources    {' '.join(dict.fromkeys(u.source for u in library.units))}", flush=True)
+        output = BUILD[name] / Path(self.get_ext_filename(ext.name)).name
+        BUILD[name].mkdir(parents=True, exist_ok=True)
+        write_ninja(BUILD[name] / "build.ninja", compilers, library, str(output))
+        run_ninja(BUILD[name] / "build.ninja", library.jobs)
 
         installed = Path(self.get_ext_fullpath(ext.name))
         installed.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(library), str(installed))
+        self.copy_file(str(output), str(installed))
 
 
 if sys.platform != "linux":
     stop(f"builds on Linux only (x86-64 and ARM); this is {sys.platform}.")
 check_build_tools()
-# A CUDA library (csrc/cuda, compiled by nvcc) becomes the second Extension of this list.
+# NinjaBuild adds the one for CUDA.
 setup(ext_modules=[Extension("softmax_ext._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -2,8 +2,6 @@
 #include "tensors.h"
 
 #include <sys/mman.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
@@ -12,15 +10,6 @@
 namespace softmax_ext {
 
 namespace {
-
-// Elements below which a second thread costs more than it saves.
-constexpr int64_t kParallelElements = 32768;
-
-// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
-// nothing else, so that a row has the same bits alone and among others.
-constexpr int64_t kSmallClasses = 128;
-
-constexpr int64_t kMaxGroups = 1024;
 
 OuterDim merge(const OuterDim& outer, const OuterDim& inner) {
   OuterDim merged = inner;
@@ -56,24 +45,6 @@ ScalarType arithmetic_type(std::initializer_list<DType> types) {
   for (DType type : types)
     if (type == DType::kFloat64) return ScalarType::Double;
   return ScalarType::Float;
-}
-
-double value_at(const void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: return static_cast<const double*>(data)[i];
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kBFloat16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
-    default: return static_cast<const torch::headeronly::Half*>(data)[i];
-  }
-}
-
-void set_value(void* data, DType type, double value) {
-  switch (type) {
-    case DType::kFloat64: *static_cast<double*>(data) = value; break;
-    case DType::kFloat32: *static_cast<float*>(data) = static_cast<float>(value); break;
-    case DType::kBFloat16: *static_cast<torch::headeronly::BFloat16*>(data) = static_cast<float>(value); break;
-    default: *static_cast<torch::headeronly::Half*>(data) = static_cast<float>(value); break;
-  }
 }
 
 namespace {
@@ -166,11 +137,12 @@ void check_same_sizes(const Tensor& a, const Tensor& b, const char* op, const ch
   STD_TORCH_CHECK(sizes_of(a) == sizes_of(b), op, ": ", argument, " must have the input's shape.");
 }
 
-void check_cpu(const Tensor& tensor, const char* op, const char* argument) {
-  STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", argument, " must be on the CPU, as the input is.");
+void check_device(const Tensor& tensor, const Tensor& input, const char* op, const char* argument) {
+  STD_TORCH_CHECK(tensor.device() == input.device(), op, ": ", argument, " must be on the input's device.");
 }
 
-JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands) {
+JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands,
+                         const LayoutRule& rule) {
   const auto sizes = shape.sizes();
   const int64_t rank = shape.dim();
   const auto stride_of = [&](size_t slot, int64_t d) {
@@ -207,7 +179,7 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
     layout_.class_stride[slot] = layout_.classes == 1 ? 1 : stride_of(slot, dim);
     if (used) unit_stride = unit_stride && layout_.class_stride[slot] == 1;
   }
-  layout_.rows = unit_stride && layout_.classes > kSmallClasses;
+  layout_.rows = unit_stride && layout_.classes > rule.small_classes;
   layout_.inner = 1;
   if (!layout_.rows && !dims_.empty()) {
     const OuterDim& inner = dims_.back();
@@ -217,17 +189,10 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
   }
   layout_.outer = rows == 0 ? 0 : rows / layout_.inner;
   layout_.outer_dims = static_cast<int>(dims_.size());
+  STD_TORCH_CHECK(layout_.outer_dims <= rule.max_outer_dims, "softmax_ext: the strides of the operands need ",
+                  layout_.outer_dims, " dimensions beside the classes, and the kernels take ", rule.max_outer_dims,
+                  ". Use input.contiguous().");
   layout_.dims = dims_.data();
-}
-
-int64_t JointLayout::units() const {
-  return layout_.rows ? layout_.outer : layout_.outer * ((layout_.inner + kTile - 1) / kTile);
-}
-
-Groups::Groups(int64_t units, int64_t elements_per_unit) : units_(units) {
-  size_ = std::max<int64_t>(1, (units + kMaxGroups - 1) / kMaxGroups);
-  count_ = (units + size_ - 1) / size_;
-  grain_ = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements_per_unit * size_));
 }
 
 }  // namespace softmax_ext

@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -24,10 +22,6 @@ DType dtype_of(ScalarType type, const char* op, const char* argument);
 
 // double if any of the operands is.
 ScalarType arithmetic_type(std::initializer_list<DType> types);
-
-// One element of a contiguous array.
-double value_at(const void* data, DType type, int64_t i);
-void set_value(void* data, DType type, double value);
 
 // Uninitialised and contiguous, on the device of `like`.
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);
@@ -48,50 +42,27 @@ int64_t product(const std::vector<int64_t>& sizes);
 int64_t wrap_dim(const Tensor& tensor, int64_t dim, const char* op);
 
 void check_same_sizes(const Tensor& a, const Tensor& b, const char* op, const char* argument);
-void check_cpu(const Tensor& tensor, const char* op, const char* argument);
+void check_device(const Tensor& tensor, const Tensor& input, const char* op, const char* argument);
+
+// What a device's kernels take.
+struct LayoutRule {
+  int64_t small_classes;  // rows of at most this many go into the columns layout, whatever their strides
+  int max_outer_dims;
+};
 
 // The layout shared by up to four tensors of one shape (null: slot unused), with its dimensions' storage.
 class JointLayout {
  public:
-  JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands);
+  JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands, const LayoutRule& rule);
   JointLayout(const JointLayout&) = delete;  // layout() points into dims_
   JointLayout& operator=(const JointLayout&) = delete;
 
   const Layout& layout() const { return layout_; }
-  int64_t units() const;  // rows, or tiles of kTile rows
+  bool empty() const { return layout_.outer == 0 || layout_.classes == 0; }
 
  private:
   Layout layout_{};
   std::vector<OuterDim> dims_;
-};
-
-// Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
-// run(group, begin unit, end unit). Sums over groups taken in order are the same for any number of threads.
-//
-// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups' work
-// differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
-class Groups {
- public:
-  Groups(int64_t units, int64_t elements_per_unit);
-  int64_t count() const { return count_; }
-
-  template <typename F>
-  void run(const F& f) const {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, count_, grain_, [&](int64_t share_begin, int64_t share_end) {
-      const int64_t threads = (count_ + share_end - share_begin - 1) / (share_end - share_begin);
-      for (int64_t begin = next, size; begin < count_; begin = next) {
-        size = std::max<int64_t>(1, (count_ - begin) / (2 * threads));
-        if (threads == 1) size = count_;
-        if (!next.compare_exchange_strong(begin, begin + size)) continue;
-        const int64_t end = std::min(count_, begin + size);
-        for (int64_t g = begin; g < end; g++) f(g, g * size_, std::min(units_, (g + 1) * size_));
-      }
-    });
-  }
-
- private:
-  int64_t units_, size_, count_, grain_;
 };
 
 }  // namespace softmax_ext

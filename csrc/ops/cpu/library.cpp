@@ -1,8 +1,9 @@
-// The schemas of the operators. All are registered in torch's stable ABI; tensors are given in any shape and strides with
-// the dimension of the classes, one result per row is in the shape of the batch (the input's without that dimension).
+// The schemas of the operators, for every device, and their registration for the CPU. All is in torch's stable ABI;
+// tensors are given in any shape and strides with the dimension of the classes, one result per row is in the shape of the
+// batch (the input's without that dimension).
 //
 // The functional forms allocate; a name with a trailing underscore writes the gradient over its first argument.
-#include <torch/csrc/stable/library.h>
+#include "../operators.h"
 
 STABLE_TORCH_LIBRARY(softmax_ext, m) {
   // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
@@ -40,4 +41,9 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
   m.def("softmax_traced(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");  // as cross_entropy_traced
   m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor");
   m.def("scale_rows_(Tensor(a!) tensor, Tensor factor, int dim) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(softmax_ext, CPU, m) {
+  softmax_ext::add_cross_entropy(m);
+  softmax_ext::add_softmax(m);
 }

@@ -1,0 +1,240 @@
+// The kernels for rows whose classes are apart in memory, or too few for more than a thread: tile_rows, which takes a tile
+// of rows through shared memory, a thread to each row, and stream_columns, where the lanes of a warp are adjacent rows.
+// Op is as in rows.cuh.
+#pragma once
+
+#include "rows.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+// How the rows of a tile lie in one operand, from class 0 of its first row on.
+struct TilePlace {
+  int64_t class_stride, row_stride;
+  int classes, rows;
+
+  // All elements follow one another.
+  __device__ __forceinline__ bool linear() const { return class_stride == 1 && row_stride == classes; }
+};
+
+// ---- a thread to a row ---------------------------------------------------------------------------------------------
+
+constexpr int kTileRows = 128;
+
+// The tile in shared memory: [rows, classes] of T, the rows an odd number of elements apart, so that neither a warp's rows
+// nor its classes share a bank.
+__host__ __device__ inline int tile_pitch(int64_t classes) { return static_cast<int>(classes) | 1; }
+
+// Calls visit(row, class, offset in memory) for the elements of a tile that is not linear, the nearer ones first.
+template <typename Visit>
+__device__ __forceinline__ void each_of_tile(const TilePlace& place, const Visit& visit) {
+  const bool along_classes = place.class_stride < place.row_stride;
+  const int fast = along_classes ? place.classes : place.rows, total = place.classes * place.rows;
+  for (int i = threadIdx.x; i < total; i += blockDim.x) {
+    const int slow = i / fast, rest = i - slow * fast;
+    const int r = along_classes ? slow : rest, c = along_classes ? rest : slow;
+    visit(r, c, c * place.class_stride + r * place.row_stride);
+  }
+}
+
+// Calls visit(i, row, class) for n adjacent elements of a linear tile, of which the first is number `at`.
+template <int kCount, typename Visit>
+__device__ __forceinline__ void each_adjacent(int at, int classes, const Visit& visit) {
+  int r = at / classes, c = at - r * classes;
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    visit(i, r, c);
+    if (++c == classes) {
+      c = 0;
+      r++;
+    }
+  }
+}
+
+template <typename E, typename T>
+__device__ __forceinline__ void load_tile(const E* data, const TilePlace& place, T* tile) {
+  const int pitch = tile_pitch(place.classes);
+  if (!place.linear()) {
+    each_of_tile(place, [&](int r, int c, int64_t at) { tile[r * pitch + c] = widen(data[at]); });
+    return;
+  }
+  const Cut<E> cut(data, place.rows * place.classes);
+  const Row<const E, E> row(data, cut);
+  for (int chunk = threadIdx.x; chunk < cut.chunks; chunk += blockDim.x) {
+    const auto loaded = row.template load<false>(cut.of_chunk(chunk));
+    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes, [&](int i, int r, int c) {
+      tile[r * pitch + c] = widen(loaded.element[i]);
+    });
+  }
+  if (static_cast<int>(threadIdx.x) < cut.loose)
+    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes, [&](int, int r, int c) {
+      tile[r * pitch + c] = widen(data[r * place.classes + c]);
+    });
+}
+
+template <typename E, typename T>
+__device__ __forceinline__ void store_tile(const T* tile, const TilePlace& place, E* data) {
+  const int pitch = tile_pitch(place.classes);
+  if (!place.linear()) {
+    each_of_tile(place, [&](int r, int c, int64_t at) { narrow(tile[r * pitch + c], data[at]); });
+    return;
+  }
+  const Cut<E> cut(data, place.rows * place.classes);
+  const Row<E, E> row(data, cut);
+  for (int chunk = threadIdx.x; chunk < cut.chunks; chunk += blockDim.x) {
+    Chunk<E, Cut<E>::kSize> out;
+    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes, [&](int i, int r, int c) {
+      narrow(tile[r * pitch + c], out.element[i]);
+    });
+    row.store(cut.of_chunk(chunk), out);
+  }
+  if (static_cast<int>(threadIdx.x) < cut.loose)
+    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes, [&](int, int r, int c) {
+      narrow(tile[r * pitch + c], data[r * place.classes + c]);
+    });
+}
+
+// One row of the tile, by one thread: the elements give way to the output.
+template <typename Op>
+__device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at, typename Op::T* const* inputs) {
+  const int classes = op.layout.classes;
+  const auto elements = [&](int c) {
+    Elements<Op> x;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) x.of[j] = inputs[j][c];
+    return x;
+  };
+  const auto context = op.begin(at, true);
+  const bool skips = op.skips(context);
+  typename Op::Sums sums;
+  if (op.reduces && !skips) {
+    if constexpr (Op::kMaximum) {
+      typename Op::T max = sums.max;
+      for (int c = 0; c < classes; c++) max = larger(max, op.level(elements(c)));
+      sums.raise(max);
+    }
+    for (int c = 0; c < classes; c++) op.add(sums, context, elements(c), c);
+  }
+  const auto coefficients = op.finish(context, sums, true);
+  if (!op.writes && !op.has_extra) return;
+  for (int c = 0; c < classes; c++) {
+    if (op.has_extra && !skips) op.extra(context, coefficients, elements(c), c);
+    inputs[0][c] = skips ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
+  }
+  int c;
+  typename Op::T value;
+  if (op.apart(context, coefficients, c, value)) inputs[0][c] = value;
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kTileRows) tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
+  const DeviceLayout& layout = op.layout;
+  const unsigned outer = blockIdx.x / tiles;
+  const int64_t first = static_cast<int64_t>(blockIdx.x - outer * tiles) * rows_per_tile;
+  const int rows = static_cast<int>(min(layout.inner - first, static_cast<int64_t>(rows_per_tile)));
+  const int classes = layout.classes, pitch = tile_pitch(classes);
+  const Position at = locate(layout, outer, first);
+  const auto place = [&](int operand) {
+    return TilePlace{layout.class_stride[operand], layout.inner_stride[operand], classes, rows};
+  };
+  typename Op::T* const shared = shared_memory<typename Op::T>();
+#pragma unroll
+  for (int j = 0; j < Op::kInputs; j++)
+    load_tile(op.input(j, at), place(Op::input_operand(j)), shared + j * rows_per_tile * pitch);
+  __syncthreads();
+  for (int r = threadIdx.x; r < rows; r += blockDim.x) {
+    typename Op::T* inputs[Op::kInputs];
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) inputs[j] = shared + (j * rows_per_tile + r) * pitch;
+    visit_tile_row(op, locate(layout, outer, first + r), inputs);
+  }
+  __syncthreads();
+  if (op.writes) store_tile(shared, place(Op::kOutputOperand), op.output(at));
+}
+
+// ---- a lane to a row -----------------------------------------------------------------------------------------------
+
+constexpr int kColumnWarps = 16;
+
+// Merges the sums of the warps of a block lane by lane, through `shared` [kColumnWarps, kWarp].
+template <typename V>
+__device__ __forceinline__ void reduce_columns(V& value, V* shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  shared[warp * kWarp + lane] = value;
+  __syncthreads();
+  for (int half = kColumnWarps / 2; half > 0; half /= 2) {
+    if (warp < half) {
+      value.merge(shared[(warp + half) * kWarp + lane]);
+      shared[warp * kWarp + lane] = value;
+    }
+    __syncthreads();
+  }
+  value = shared[lane];
+}
+
+// The row of a lane.
+template <typename Op>
+struct Column {
+  const typename Op::In* input[Op::kInputs];
+  int64_t stride[Op::kInputs];
+
+  __device__ __forceinline__ Column(const Op& op, const Position& at) {
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) {
+      input[j] = op.input(j, at);
+      stride[j] = op.layout.class_stride[Op::input_operand(j)];
+    }
+  }
+  __device__ __forceinline__ Elements<Op> load(int c) const {
+    Elements<Op> x;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) x.of[j] = widen(input[j][c * stride[j]]);
+    return x;
+  }
+};
+
+template <typename Op>
+__global__ void __launch_bounds__(kColumnWarps* kWarp, 1) stream_columns(const __grid_constant__ Op op, unsigned tiles) {
+  constexpr int kClasses = Op::kStreamChunks;
+  const DeviceLayout& layout = op.layout;
+  const unsigned outer = blockIdx.x / tiles;
+  const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;
+  const bool exists = inner < layout.inner, leader = exists && threadIdx.x < kWarp;
+  const Position at = locate(layout, outer, exists ? inner : 0);
+  const auto context = op.begin(at, leader);
+  const bool skips = op.skips(context);
+  const Column<Op> column(op, at);
+  const int first = threadIdx.x / kWarp, last = exists ? layout.classes : 0;
+  typename Op::Sums sums;
+  if (op.reduces) {
+    int c = skips ? last : first;
+    for (; c + (kClasses - 1) * kColumnWarps < last; c += kClasses * kColumnWarps) {
+      Elements<Op> x[kClasses];
+#pragma unroll
+      for (int k = 0; k < kClasses; k++) x[k] = column.load(c + k * kColumnWarps);
+      add_elements<kClasses>(
+          op, context, sums, [&](int k) { return x[k]; }, [&](int k) { return c + k * kColumnWarps; });
+    }
+    for (; c < last; c += kColumnWarps) add_one(op, context, sums, column.load(c), c);
+    reduce_columns(sums, shared_memory<typename Op::Sums>());
+  } else {
+    __syncthreads();
+  }
+  const auto coefficients = op.finish(context, sums, leader);
+  if (!op.writes && !op.has_extra) return;
+  typename Op::Out* const output = op.output(at);
+  const int64_t stride = layout.class_stride[Op::kOutputOperand];
+#pragma unroll 4
+  for (int c = first; c < last; c += kColumnWarps) {
+    const Elements<Op> x = column.load(c);
+    if (op.has_extra && !skips) op.extra(context, coefficients, x, c);
+    if (op.writes) narrow(skips ? typename Op::T(0) : op.value(context, coefficients, x, c), output[c * stride]);
+  }
+  __syncthreads();
+  int c;
+  typename Op::T value;
+  if (op.writes && leader && op.apart(context, coefficients, c, value)) narrow(value, output[c * stride]);
+}
+
+}  // namespace cuda
+}  // namespace softmax_ext

@@ -1,0 +1,91 @@
+// Launches an Op with the kernel that is chosen for its rows.
+#pragma once
+
+#include <algorithm>
+
+#include "choice.h"
+#include "columns.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+// The rows of a tile: as many as a block has threads, fewer where their classes do not fit in shared memory.
+template <typename Op>
+int rows_per_tile(int64_t row_bytes) {
+  constexpr int64_t kSharedBytes = 48 << 10;
+  return static_cast<int>(std::clamp<int64_t>(kSharedBytes / row_bytes / kWarp * kWarp, kWarp, kTileRows));
+}
+
+template <typename Op>
+void launch_tile(const char* name, const Op& op, cudaStream_t stream) {
+  using T = typename Op::T;
+  const int64_t row_bytes = Op::kInputs * tile_pitch(op.layout.classes) * sizeof(T);
+  const int rows = rows_per_tile<Op>(row_bytes);
+  const int64_t tiles = (op.layout.inner + rows - 1) / rows;
+  launch(name, tile_rows<Op>, {tiles * op.layout.outer, kTileRows, 1, static_cast<int>(rows * row_bytes)}, stream, op,
+         rows, tiles);
+}
+
+template <typename Op>
+void launch_columns(const char* name, const Op& op, cudaStream_t stream) {
+  const int64_t tiles = (op.layout.inner + kWarp - 1) / kWarp;
+  const int shared = op.reduces ? static_cast<int>(sizeof(typename Op::Sums)) * kColumnWarps * kWarp : 0;
+  launch(name, stream_columns<Op>, {tiles * op.layout.outer, kColumnWarps * kWarp, 1, shared}, stream, op, tiles);
+}
+
+// Into how many parts a row is split where its parts need not wait for each other, so that few rows fill the device.
+template <typename Op>
+int row_parts(const Op& op, const Device& device) {
+  if (op.reduces) return 1;
+  constexpr int64_t kBlocksEach = 4;  // of a multiprocessor
+  const int64_t wanted = kBlocksEach * device.multiprocessors / op.layout.outer + 1;
+  const int64_t most = op.layout.classes / (kStreamBlock * Op::kStreamChunks * InputChunk<Op>::kSize) + 1;
+  return static_cast<int>(std::min(wanted, most));
+}
+
+template <typename Op>
+void launch_stream(const char* name, const Op& op, const Device& device, cudaStream_t stream) {
+  const int parts = row_parts(op, device);
+  launch(name, stream_rows<Op>,
+         {op.layout.outer * parts, kStreamBlock, 1, shared_bytes<typename Op::Sums>(Scope::kBlock)}, stream, op, parts);
+}
+
+template <typename Op>
+void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
+  if constexpr (Op::kKeptChunks > 0) {
+    const int64_t rows = op.layout.outer;
+    const auto shared = [](Scope scope) { return shared_bytes<typename Op::Sums>(scope); };
+    if (choice.kernel == Kernel::kWarp) {
+      const int64_t rows_per_block = kWarpBlock / choice.threads;
+      launch(name, kept_rows<Op, Scope::kWarp>, {(rows + rows_per_block - 1) / rows_per_block, kWarpBlock}, stream, op,
+             choice.threads, rows);
+    } else if (choice.kernel == Kernel::kBlock) {
+      launch(name, kept_rows<Op, Scope::kBlock>, {rows, choice.threads, 1, shared(Scope::kBlock)}, stream, op,
+             choice.threads, rows);
+    } else {
+      launch(name, kept_rows<Op, Scope::kCluster>,
+             {rows * choice.cluster, choice.threads, choice.cluster, shared(Scope::kCluster)}, stream, op,
+             choice.threads, rows);
+    }
+  }
+}
+
+// `streams`: the row is read again although it could be kept.
+template <typename Op>
+void launch_op(const char* name, const Op& op, const Layout& layout, bool streams, cudaStream_t stream) {
+  if (op.layout.outer == 0 || op.layout.inner == 0) return;
+  if (layout.classes >= INT32_MAX) throw std::runtime_error(std::string(name) + ": a row on CUDA may have less than 2^31 classes.");
+  const Device device = current_device();
+  const Choice choice = choose({layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)),
+                                streams ? 0 : Op::kKeptChunks},
+                               device);
+  switch (choice.kernel) {
+    case Kernel::kTile: return launch_tile(name, op, stream);
+    case Kernel::kColumns: return launch_columns(name, op, stream);
+    case Kernel::kStream: return launch_stream(name, op, device, stream);
+    default: return launch_kept(name, op, choice, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace softmax_ext

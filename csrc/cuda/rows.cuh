@@ -1,0 +1,311 @@
+// The kernels for rows whose classes are adjacent in memory: kept_rows, which holds the row in registers between its
+// reduction and its output, and stream_rows, which reads it a second time.
+//
+// Both, and those of columns.cuh, are written over an Op, which says what is reduced and what is written:
+//
+//   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
+//   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
+//   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
+//   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
+//   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
+//   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
+//   input(i, at), output(at)         where the row at a Position begins
+//   begin(at, leader) -> Context     the row's own data; the leader also reads what the output may overwrite
+//   skips(context)                   whether the row is not read and its output is 0
+//   level(x)                         of the elements x of all inputs: what the maximum is taken of
+//   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
+//   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
+//   value(context, coefficients, x, c)             the output of class c
+//   apart(context, coefficients, &c, &value)       whether one class has an output that is computed apart
+//   extra(context, coefficients, x, c)             writes a second output of class c (not in kept_rows)
+#pragma once
+
+#include "group.cuh"
+#include "sums.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+// The elements of one class in all inputs.
+template <typename Op>
+struct Elements {
+  typename Op::T of[Op::kInputs];
+};
+
+// Adjacent classes of all inputs.
+template <typename Op>
+struct InputChunk {
+  static constexpr int kSize = Cut<typename Op::In>::kSize;
+  Chunk<typename Op::In, kSize> input[Op::kInputs];
+
+  __device__ __forceinline__ Elements<Op> elements(int i) const {
+    Elements<Op> x;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) x.of[j] = widen(input[j].element[i]);
+    return x;
+  }
+  __device__ __forceinline__ void hide() {
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) input[j].hide();
+  }
+};
+
+// Where the inputs and the output of a row lie, cut in the same places.
+template <typename Op>
+struct RowOperands {
+  Cut<typename Op::In> cut;
+  Row<const typename Op::In, typename Op::In> inputs[Op::kInputs];
+  Row<typename Op::Out, typename Op::In> output;
+
+  __device__ __forceinline__ RowOperands(const Op& op, const Position& at, int n)
+      : cut(op.input(0, at), n), output(op.output(at), cut) {
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) inputs[j] = {op.input(j, at), cut};
+    inputs[0].aligned = true;  // the cuts are its own
+  }
+
+  template <bool kAgain>
+  __device__ __forceinline__ InputChunk<Op> load(int chunk) const {
+    InputChunk<Op> loaded;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) loaded.input[j] = inputs[j].template load<kAgain>(cut.of_chunk(chunk));
+    return loaded;
+  }
+  __device__ __forceinline__ Elements<Op> load_one(int c) const {
+    Elements<Op> x;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) x.of[j] = widen(inputs[j].data[c]);
+    return x;
+  }
+};
+
+// Adds the first n of kCount elements; element(i) is the i-th, class_of(i) its class.
+template <int kCount, typename Op, typename Element, typename ClassOf>
+__device__ __forceinline__ void add_elements(const Op& op, const typename Op::Context& context,
+                                             typename Op::Sums& sums, const Element& element, const ClassOf& class_of) {
+  if constexpr (Op::kMaximum) {
+    typename Op::T max = sums.max;
+#pragma unroll
+    for (int i = 0; i < kCount; i++) max = larger(max, op.level(element(i)));
+    sums.raise(max);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i++) op.add(sums, context, element(i), class_of(i));
+}
+
+template <typename Op>
+__device__ __forceinline__ void add_one(const Op& op, const typename Op::Context& context, typename Op::Sums& sums,
+                                        const Elements<Op>& x, int c) {
+  add_elements<1>(op, context, sums, [&](int) { return x; }, [&](int) { return c; });
+}
+
+template <typename Op>
+__device__ __forceinline__ void write_one(const Op& op, const typename Op::Context& context,
+                                          const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
+                                          const Elements<Op>& x, int c) {
+  if (op.has_extra) op.extra(context, coefficients, x, c);
+  if (op.writes) narrow(op.value(context, coefficients, x, c), row.output.data[c]);
+}
+
+template <typename Op>
+__device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Context& context,
+                                            const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
+                                            const InputChunk<Op>& chunk, int at) {
+  constexpr int kSize = InputChunk<Op>::kSize;
+  if (op.has_extra)
+    for (int i = 0; i < kSize; i++) op.extra(context, coefficients, chunk.elements(i), at + i);
+  if (!op.writes) return;
+  Chunk<typename Op::Out, kSize> out;
+#pragma unroll
+  for (int i = 0; i < kSize; i++) narrow(op.value(context, coefficients, chunk.elements(i), at + i), out.element[i]);
+  row.output.store(at, out);
+}
+
+// Writes 0 to elements first, first + step, ... of a row, up to `last`.
+template <typename Op>
+__device__ __forceinline__ void clear_row(const RowOperands<Op>& row, int first, int last, int step) {
+  for (int c = first; c < last; c += step) narrow(typename Op::T(0), row.output.data[c]);
+}
+
+// The class whose output is computed apart, if it is one of [first, last).
+template <typename Op>
+__device__ __forceinline__ void write_apart(const Op& op, const typename Op::Context& context,
+                                            const typename Op::Coefficients& coefficients, typename Op::Out* output,
+                                            int first, int last) {
+  int c;
+  typename Op::T value;
+  if (op.apart(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
+}
+
+// ---- a row in registers --------------------------------------------------------------------------------------------
+
+constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of their own
+
+// A thread's part of a row: chunks thread, thread + size, ..., and loose elements in the same way. kThreads: the fewest
+// that share a row.
+template <typename Op, int kThreads>
+struct KeptRow {
+  static constexpr int kChunks = Op::kKeptChunks, kSize = InputChunk<Op>::kSize;
+  static constexpr int kLoose = (2 * kSize - 2 + kThreads - 1) / kThreads;
+  InputChunk<Op> chunk[kChunks];
+  Elements<Op> loose[kLoose];
+
+  // All loads are under way before the first value is used.
+  __device__ __forceinline__ void load(const RowOperands<Op>& row, int thread, int size) {
+#pragma unroll
+    for (int k = 0; k < kChunks; k++)
+      if (thread + k * size < row.cut.chunks) chunk[k] = row.template load<false>(thread + k * size);
+#pragma unroll
+    for (int k = 0; k < kLoose; k++)
+      if (thread + k * size < row.cut.loose) loose[k] = row.load_one(row.cut.of_loose(thread + k * size));
+  }
+
+  __device__ __forceinline__ void add(const Op& op, const typename Op::Context& context, const RowOperands<Op>& row,
+                                      int thread, int size, typename Op::Sums& sums) {
+    if constexpr (Op::kMaximum) {
+      typename Op::T max = sums.max;
+#pragma unroll
+      for (int k = 0; k < kChunks; k++)
+        if (thread + k * size < row.cut.chunks) {
+#pragma unroll
+          for (int i = 0; i < kSize; i++) max = larger(max, op.level(chunk[k].elements(i)));
+          chunk[k].hide();
+        }
+      sums.raise(max);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunks; k++)
+      if (thread + k * size < row.cut.chunks) {
+        const int at = row.cut.of_chunk(thread + k * size);
+#pragma unroll
+        for (int i = 0; i < kSize; i++) op.add(sums, context, chunk[k].elements(i), at + i);
+        chunk[k].hide();
+      }
+#pragma unroll
+    for (int k = 0; k < kLoose; k++)
+      if (thread + k * size < row.cut.loose) add_one(op, context, sums, loose[k], row.cut.of_loose(thread + k * size));
+  }
+
+  __device__ __forceinline__ void write(const Op& op, const typename Op::Context& context,
+                                        const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
+                                        int thread, int size) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; k++)
+      if (thread + k * size < row.cut.chunks)
+        write_chunk(op, context, coefficients, row, chunk[k], row.cut.of_chunk(thread + k * size));
+#pragma unroll
+    for (int k = 0; k < kLoose; k++)
+      if (thread + k * size < row.cut.loose)
+        write_one(op, context, coefficients, row, loose[k], row.cut.of_loose(thread + k * size));
+  }
+};
+
+template <typename Op, Scope kScope>
+__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024)
+    kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  constexpr bool kRuns = true;
+#else
+  constexpr bool kRuns = kScope != Scope::kCluster;
+#endif
+  if constexpr (kRuns) {
+    const Group<kScope> group(threads_per_row);
+    const bool exists = group.row < rows, leader = exists && group.thread == 0;
+    const Position at = locate(op.layout, exists ? group.row : 0, 0);
+    const auto context = op.begin(at, leader);
+    const bool skips = op.skips(context);
+    const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
+    KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
+    if (!skips) kept.load(row, group.thread, group.size);
+    typename Op::Sums sums;
+    if (op.reduces) {
+      if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
+      group.reduce(sums);
+    } else {
+      group.sync();  // the leader has read what the output overwrites
+    }
+    const auto coefficients = op.finish(context, sums, leader);
+    if (op.writes && skips)
+      clear_row(row, group.thread, row.cut.n, group.size);
+    else if (op.writes)
+      kept.write(op, context, coefficients, row, group.thread, group.size);
+    group.sync();
+    if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, 0, op.layout.classes);
+  }
+}
+
+// ---- a row read again ----------------------------------------------------------------------------------------------
+
+constexpr int kStreamBlock = 512;
+
+// A block for each row, or, without a reduction, for each of `parts` of it.
+template <typename Op>
+__global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
+  constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
+  const unsigned outer = blockIdx.x / parts;
+  const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
+  const Position at = locate(op.layout, outer, 0);
+  const bool leader = threadIdx.x == 0;
+  const auto context = op.begin(at, leader);
+  const RowOperands<Op> row(op, at, op.layout.classes);
+  const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
+  const int end = min(row.cut.chunks, begin + share), first = begin + threadIdx.x, step = blockDim.x;
+  const int loose = threadIdx.x;
+  const bool skips = op.skips(context);
+  const bool has_loose = loose < row.cut.loose && part == (loose < row.cut.head ? 0 : last_part);
+  typename Op::Sums sums;
+  if (op.reduces) {
+    if (!skips) {
+      int chunk = first;
+      for (; chunk + (kChunks - 1) * step < end; chunk += kChunks * step) {
+        InputChunk<Op> chunks[kChunks];
+#pragma unroll
+        for (int k = 0; k < kChunks; k++) chunks[k] = row.template load<true>(chunk + k * step);
+        add_elements<kChunks * kSize>(
+            op, context, sums, [&](int i) { return chunks[i / kSize].elements(i % kSize); },
+            [&](int i) { return row.cut.of_chunk(chunk + i / kSize * step) + i % kSize; });
+      }
+      for (; chunk < end; chunk += step) {
+        const InputChunk<Op> one = row.template load<true>(chunk);
+        add_elements<kSize>(
+            op, context, sums, [&](int i) { return one.elements(i); },
+            [&](int i) { return row.cut.of_chunk(chunk) + i; });
+      }
+      if (has_loose) {
+        const int c = row.cut.of_loose(loose);
+        add_one(op, context, sums, row.load_one(c), c);
+      }
+    }
+    reduce_block(sums, shared_memory<typename Op::Sums>());
+  } else {
+    __syncthreads();
+  }
+  const auto coefficients = op.finish(context, sums, leader);
+  if (!op.writes && !op.has_extra) return;
+  const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
+  const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
+  if (skips) {
+    clear_row(row, first_class + threadIdx.x, last_class, step);
+  } else {
+    int chunk = first;
+    for (; chunk + (kChunks - 1) * step < end; chunk += kChunks * step) {
+      InputChunk<Op> chunks[kChunks];
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) chunks[k] = row.template load<false>(chunk + k * step);
+#pragma unroll
+      for (int k = 0; k < kChunks; k++)
+        write_chunk(op, context, coefficients, row, chunks[k], row.cut.of_chunk(chunk + k * step));
+    }
+    for (; chunk < end; chunk += step)
+      write_chunk(op, context, coefficients, row, row.template load<false>(chunk), row.cut.of_chunk(chunk));
+    if (has_loose) {
+      const int c = row.cut.of_loose(loose);
+      write_one(op, context, coefficients, row, row.load_one(c), c);
+    }
+  }
+  __syncthreads();
+  if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, first_class, last_class);
+}
+
+}  // namespace cuda
+}  // namespace softmax_ext

@@ -1,0 +1,151 @@
+// What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order that
+// depends on the sizes alone; the search for a class out of range; the scaling of a gradient that is there already.
+#include <algorithm>
+#include <type_traits>
+
+#include "group.cuh"
+#include "launch.h"
+#include "sums.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kElementsEach = 16;  // that a thread adds before another block pays
+
+// ---- sums --------------------------------------------------------------------------------------------------------
+
+struct TypedArray {
+  const void* data;
+  DType type;
+  __device__ double operator()(int64_t i) const { return load_value<double>(data, type, i); }
+};
+
+template <typename T>
+struct TargetWeights {
+  const int64_t* index;
+  const uint8_t* index_u8;
+  const T* weight;
+  int64_t classes, ignore_index;
+  // 0 for a class out of range, whose row is NaN anyway.
+  __device__ double operator()(int64_t row) const {
+    const int64_t y = index ? index[row] : index_u8[row];
+    if (y == ignore_index || static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes)) return 0;
+    return weight ? static_cast<double>(weight[y]) : 1;
+  }
+};
+
+// partial[block] = sum of value(i) over the block's share.
+template <typename Value>
+__global__ void __launch_bounds__(kThreads) sum_shares(Value value, int64_t n, double* partial) {
+  Sum<double> sum;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step) sum.total += value(i);
+  reduce_block(sum, shared_memory<Sum<double>>());
+  if (threadIdx.x == 0) partial[blockIdx.x] = sum.total;
+}
+
+// *out = sum of partial / *divisor
+__global__ void __launch_bounds__(kThreads)
+    sum_partial(const double* partial, int64_t n, const double* divisor, void* out, DType out_type) {
+  Sum<double> sum;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum.total += partial[i];
+  reduce_block(sum, shared_memory<Sum<double>>());
+  if (threadIdx.x == 0) store_value(divisor ? sum.total / *divisor : sum.total, out, out_type, 0);
+}
+
+template <typename Value>
+void sum(const char* name, const Value& value, int64_t n, const double* divisor, void* out, DType out_type,
+         double* scratch, cudaStream_t stream) {
+  constexpr int kShared = shared_bytes<Sum<double>>(Scope::kBlock);
+  const int64_t blocks = std::clamp<int64_t>(n / (kThreads * kElementsEach), 1, kSumScratch);
+  launch(name, sum_shares<Value>, {blocks, kThreads, 1, kShared}, stream, value, n, scratch);
+  launch("sum_partial", sum_partial, {1, kThreads, 1, kShared}, stream, scratch, blocks, divisor, out, out_type);
+}
+
+DType arithmetic_type(bool is_double) { return is_double ? DType::kFloat64 : DType::kFloat32; }
+
+template <typename T>
+void sum_targets_as(const CrossEntropy& call, int64_t classes, double* total, double* scratch, Stream stream) {
+  const TargetWeights<T> weights{call.index, call.index_u8, static_cast<const T*>(call.weight), classes,
+                                 call.ignore_index};
+  sum("sum_targets", weights, call.rows, nullptr, total, DType::kFloat64, scratch, stream);
+}
+
+// ---- classes out of range ------------------------------------------------------------------------------------------
+
+__global__ void set_first(int64_t* first, int64_t rows) { *first = rows; }
+
+__global__ void __launch_bounds__(kThreads)
+    find_first(const int64_t* index, const uint8_t* index_u8, int64_t rows, int64_t classes, int64_t ignore_index,
+               int64_t* first) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  const int64_t y = index ? index[row] : index_u8[row];
+  if (y != ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes))
+    atomicMin(reinterpret_cast<long long*>(first), static_cast<long long>(row));
+}
+
+// ---- scaling -----------------------------------------------------------------------------------------------------
+
+struct Scaling {
+  DeviceLayout layout;
+  void* data;
+  DType type;
+  Upstream factor;
+};
+
+// A thread for each element; adjacent threads follow the smaller of the two strides.
+__global__ void __launch_bounds__(kThreads) scale_elements(const __grid_constant__ Scaling s) {
+  const int64_t classes = s.layout.classes, inner = s.layout.inner;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= s.layout.outer * classes * inner) return;
+  const bool along_classes = inner == 1 || s.layout.class_stride[0] < s.layout.inner_stride[0];
+  const int64_t fast = along_classes ? classes : inner, outer = i / (classes * inner);
+  const int64_t of_outer = i - outer * classes * inner, slow = of_outer / fast, rest = of_outer - slow * fast;
+  const Position at = locate(s.layout, static_cast<unsigned>(outer), along_classes ? slow : rest);
+  const double factor = load_value<double>(s.factor.data, s.factor.type, at.offset[kRow] * s.factor.stride);
+  if (factor == 1) return;
+  const int64_t element = at.offset[0] + (along_classes ? rest : slow) * s.layout.class_stride[0];
+  store_value(load_value<double>(s.data, s.type, element) * factor, s.data, s.type, element);
+}
+
+}  // namespace
+
+void sum_weights(const void* weight, bool is_double, int64_t n, double* total, double* scratch, Stream stream) {
+  sum("sum_weights", TypedArray{weight, arithmetic_type(is_double)}, n, nullptr, total, DType::kFloat64, scratch,
+      stream);
+}
+
+void sum_targets(const CrossEntropy& call, int64_t classes, double* total, double* scratch, Stream stream) {
+  if (call.is_double)
+    sum_targets_as<double>(call, classes, total, scratch, stream);
+  else
+    sum_targets_as<float>(call, classes, total, scratch, stream);
+}
+
+void sum_losses(const void* losses, bool is_double, int64_t n, const double* divisor, void* out, DType out_type,
+                double* scratch, Stream stream) {
+  sum("sum_losses", TypedArray{losses, arithmetic_type(is_double)}, n, divisor, out, out_type, scratch, stream);
+}
+
+void find_bad_class(const CrossEntropy& call, int64_t classes, int64_t* first, Stream stream) {
+  launch("set_first", set_first, {1, 1}, stream, first, call.rows);
+  if (call.rows == 0) return;
+  launch("find_first", find_first, {(call.rows + kThreads - 1) / kThreads, kThreads}, stream, call.index, call.index_u8,
+         call.rows, classes, call.ignore_index, first);
+}
+
+void scale_rows(const ScaleRows& call, Stream stream) {
+  const Scaling scaling{device_layout(call.layout), call.data, call.type, call.factor};
+  const int64_t elements = call.layout.outer * call.layout.classes * call.layout.inner;
+  if (elements == 0) return;
+  launch("scale_rows", scale_elements, {(elements + kThreads - 1) / kThreads, kThreads}, stream, scaling);
+}
+
+const char* compiled_architectures() { return SOFTMAX_EXT_CUDA_ARCHITECTURES; }
+
+}  // namespace cuda
+}  // namespace softmax_ext

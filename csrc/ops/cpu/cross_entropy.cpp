@@ -1,0 +1,147 @@
+// The cross-entropy operators on CPU tensors: target scan, kernel, reduction.
+//
+// The targets are scanned before any output is touched: a class out of range is an IndexError, and the mean's
+// denominator is known before the kernel runs, so that it can write final gradients in the same visit.
+#include "../../cpu/dispatch.h"
+#include "../kernel_calls.h"
+#include "parallel.h"
+#include "values.h"
+
+namespace softmax_ext {
+namespace {
+
+// The class weights in the type of the arithmetic, as the kernels read them.
+template <typename T>
+struct Weights {
+  std::vector<T> weight;
+  double sum;
+
+  explicit Weights(const Call& call) : sum(static_cast<double>(call.classes)) {
+    if (!call.weight) return;
+    const Tensor source = as_contiguous(*call.weight);
+    const void* data = source.const_data_ptr();
+    const DType type = dtype_of(source, call.op, "weight");
+    weight.assign(call.classes + kWeightPadding, 0);
+    sum = 0;
+    for (int64_t c = 0; c < call.classes; c++) {
+      weight[c] = static_cast<T>(value_at(data, type, c));
+      sum += weight[c];
+    }
+  }
+
+  const T* weight_data() const { return weight.empty() ? nullptr : weight.data(); }
+};
+
+ClassScan scan_kernel(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return kernels().scan_classes(index, n, classes, ignore_index);
+}
+ClassScan scan_kernel(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
+  return kernels().scan_classes_u8(index, n, classes, ignore_index);
+}
+
+// Checks every class and returns the sum of weight[target] over the rows not ignored.
+template <typename T, typename Index>
+double scan_classes(const Call& call, const Index* classes, const T* weight) {
+  const Groups groups(call.rows, 1);
+  std::vector<double> sums(groups.count());
+  std::vector<int64_t> bad(groups.count(), call.rows);  // the first row of a class out of range
+  groups.run([&](int64_t group, int64_t begin, int64_t end) {
+    const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.ignore_index; };
+    const auto out_of_range = [&](int64_t row) {
+      return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
+    };
+    const ClassScan found = scan_kernel(classes + begin, end - begin, call.classes, call.ignore_index);
+    sums[group] = static_cast<double>(found.live);
+    if (found.out_of_range) {
+      for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
+    } else if (weight) {
+      double sum = 0;
+      for (int64_t row = begin; row < end; row++)
+        if (!ignored(row)) sum += weight[classes[row]];
+      sums[group] = sum;
+    }
+  });
+  double total = 0;
+  for (int64_t group = 0; group < groups.count(); group++) {
+    if (bad[group] != call.rows) throw_bad_class(call, bad[group], classes[bad[group]]);
+    total += sums[group];
+  }
+  return total;
+}
+
+// Checks the target and returns the mean's denominator.
+template <typename T>
+double scan_targets(const Call& call, const Weights<T>& weights) {
+  if (call.probabilities) return static_cast<double>(call.classes > 0 ? call.rows : 0);  // numel / classes
+  const void* data = call.target.const_data_ptr();
+  return call.byte_target ? scan_classes(call, static_cast<const uint8_t*>(data), weights.weight_data())
+                          : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
+}
+
+double run_kernel(const CrossEntropy<float>& k, int64_t begin, int64_t end) {
+  return kernels().cross_entropy_float(k, begin, end);
+}
+double run_kernel(const CrossEntropy<double>& k, int64_t begin, int64_t end) {
+  return kernels().cross_entropy_double(k, begin, end);
+}
+
+template <typename T>
+double run(const CrossEntropy<T>& k) {
+  if (units(k.layout) == 0) return 0;
+  const Groups groups(k.layout);
+  std::vector<double> losses(groups.count());
+  groups.run([&](int64_t group, int64_t begin, int64_t end) { losses[group] = run_kernel(k, begin, end); });
+  double sum = 0;
+  for (double loss : losses) sum += loss;
+  return sum;
+}
+
+template <typename T>
+void add_weights(CrossEntropy<T>& k, const Weights<T>& weights) {
+  k.weight = weights.weight_data();
+  k.weight_sum = static_cast<T>(weights.sum);
+}
+
+template <typename T>
+void forward(const Call& call, const Forward& out) {
+  const Weights<T> weights(call);
+  const double total_weight = scan_targets(call, weights);
+  const JointLayout joint = cross_entropy_layout(call, out.grad, std::nullopt, kLayoutRule);
+  auto k = forward_call<CrossEntropy<T>>(call, out, joint.layout());
+  add_weights(k, weights);
+  k.loss_type = out.loss_type;
+  if (call.reduction == kNone) k.loss = out.loss.data_ptr();
+  const double one = 1;
+  if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, divides_precomputed(call) ? 1 / total_weight : 1.0};
+  const double sum = run(k);
+  *static_cast<double*>(out.total_weight.data_ptr()) = total_weight;
+  if (call.reduction != kNone)
+    set_value(out.loss.data_ptr(), out.loss_type, call.reduction == kMean ? sum / total_weight : sum);
+}
+
+template <typename T>
+void backward(const Call& call, const Backward& operands) {
+  const Weights<T> weights(call);
+  scan_targets(call, weights);
+  const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kLayoutRule);
+  auto k = backward_call<CrossEntropy<T>>(call, operands, joint.layout());
+  add_weights(k, weights);
+  const auto total_weight = static_cast<const double*>(operands.total_weight.const_data_ptr());
+  k.grad_loss = row_values(operands.loss, call.reduction == kMean ? 1 / *total_weight : 1.0);
+  k.grad_lse = row_values(operands.lse);
+  k.grad_nll = row_values(operands.nll);
+  k.grad_entropy = row_values(operands.entropy);
+  run(k);
+}
+
+}  // namespace
+
+void device::cross_entropy(const Call& call, const Forward& out) {
+  out.arithmetic == ScalarType::Double ? forward<double>(call, out) : forward<float>(call, out);
+}
+
+void device::cross_entropy_backward(const Call& call, const Backward& operands) {
+  operands.arithmetic == ScalarType::Double ? backward<double>(call, operands) : backward<float>(call, operands);
+}
+
+}  // namespace softmax_ext

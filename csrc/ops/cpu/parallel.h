@@ -1,0 +1,62 @@
+// How the CPU kernels' units of work are split among threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "../tensors.h"
+
+namespace softmax_ext {
+
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
+// nothing else, so that a row has the same bits alone and among others.
+constexpr int64_t kSmallClasses = 128;
+
+constexpr LayoutRule kLayoutRule{kSmallClasses, std::numeric_limits<int>::max()};
+
+// Rows, or tiles of kTile rows.
+inline int64_t units(const Layout& layout) {
+  return layout.rows ? layout.outer : layout.outer * ((layout.inner + kTile - 1) / kTile);
+}
+
+// Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
+// run(group, begin unit, end unit). Sums over groups taken in order are the same for any number of threads.
+//
+// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups' work
+// differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
+class Groups {
+ public:
+  Groups(int64_t units, int64_t elements_per_unit) : units_(units) {
+    size_ = std::max<int64_t>(1, (units + kMaxGroups - 1) / kMaxGroups);
+    count_ = (units + size_ - 1) / size_;
+    grain_ = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements_per_unit * size_));
+  }
+  explicit Groups(const Layout& layout) : Groups(units(layout), layout.classes * (layout.rows ? 1 : kTile)) {}
+
+  int64_t count() const { return count_; }
+
+  template <typename F>
+  void run(const F& f) const {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, count_, grain_, [&](int64_t share_begin, int64_t share_end) {
+      const int64_t threads = (count_ + share_end - share_begin - 1) / (share_end - share_begin);
+      for (int64_t begin = next, size; begin < count_; begin = next) {
+        size = std::max<int64_t>(1, (count_ - begin) / (2 * threads));
+        if (threads == 1) size = count_;
+        if (!next.compare_exchange_strong(begin, begin + size)) continue;
+        const int64_t end = std::min(count_, begin + size);
+        for (int64_t g = begin; g < end; g++) f(g, g * size_, std::min(units_, (g + 1) * size_));
+      }
+    });
+  }
+
+ private:
+  // Elements below which a second thread costs more than it saves.
+  static constexpr int64_t kParallelElements = 32768;
+  static constexpr int64_t kMaxGroups = 1024;
+
+  int64_t units_, size_, count_, grain_;
+};
+
+}  // namespace softmax_ext

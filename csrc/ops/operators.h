@@ -1,0 +1,99 @@
+// The operators, which are the same for every device, and what a device gives to them.
+//
+// A library holds one device: it is linked from the sources of this folder, those of the device's own (cpu/ or cuda/),
+// which define the functions of `device`, and the kernels. The sources of this folder check the arguments and allocate
+// the outputs; the device computes.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+
+namespace softmax_ext {
+
+// Registers the operators' implementations in the library of a device.
+void add_cross_entropy(torch::stable::detail::StableLibrary& library);
+void add_softmax(torch::stable::detail::StableLibrary& library);
+
+// ---- cross entropy ---------------------------------------------------------------------------------------------------
+
+enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
+
+// The arguments that forward and backward share, checked.
+struct Call {
+  const char* op;
+  Tensor input;
+  Tensor target;  // contiguous where it holds class indices
+  std::optional<Tensor> weight;
+  int64_t dim;
+  int64_t reduction;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap, logit_scale;
+
+  DType input_type{};
+  bool probabilities = false;
+  bool byte_target = false;  // class indices of uint8, otherwise of int64
+  DType target_type{};       // of probabilities
+  std::vector<int64_t> batch{};
+  int64_t rows = 0, classes = 0;
+};
+
+// The outputs of a forward call, to be filled.
+struct Forward {
+  ScalarType arithmetic;
+  DType loss_type;
+  Tensor loss;                 // [*batch] or []
+  Tensor state;                // [2 or 4, *batch], or [0]: no backward follows
+  Tensor total_weight;         // [] float64: the mean's denominator
+  std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
+  std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input
+  bool keeps_state;
+};
+
+// Values that multiply the rows: one for each row, or one for all. Contiguous.
+struct Factor {
+  std::optional<Tensor> values;  // none: zero
+  DType type{};
+  int64_t stride = 0;  // 1: one for each row, 0: one for all
+
+  const void* data() const { return values ? values->const_data_ptr() : nullptr; }
+};
+
+// The operands of a backward call besides those of `Call`, checked, and the gradients to be filled.
+struct Backward {
+  ScalarType arithmetic;
+  Factor loss, lse, nll, entropy;  // upstream gradients; the mean's denominator is yet to be divided by
+  Tensor state;
+  Tensor total_weight;
+  std::optional<Tensor> entropy_values;  // where their gradient is given
+  std::optional<Tensor> grad_input, grad_target;
+};
+
+// Whether a gradient that is written before its upstream gradient is known is divided by the mean's denominator. Not in
+// float16, where small gradients would be lost to underflow before a loss scale can lift them.
+inline bool divides_precomputed(const Call& call) {
+  return call.reduction == kMean && call.input_type != DType::kFloat16;
+}
+
+// IndexError for the class y in the given row.
+[[noreturn]] void throw_bad_class(const Call& call, int64_t row, int64_t y);
+
+// ---- what a device defines -------------------------------------------------------------------------------------------
+
+namespace device {
+
+void cross_entropy(const Call& call, const Forward& out);
+void cross_entropy_backward(const Call& call, const Backward& operands);
+
+// output = softmax or log_softmax of input along dim; the types may differ.
+void softmax(const Tensor& input, const Tensor& output, int64_t dim, bool log);
+
+// grad_input from the upstream gradient and the saved output, whose types are the same.
+void softmax_backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim, bool log);
+
+// tensor *= factor; nothing is touched where the factor is 1 for all.
+void scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor);
+
+}  // namespace device
+}  // namespace softmax_ext
