@@ -409,7 +409,9 @@ void grow() {
     pool[b] = new Fiber[kMaxThreads];
     char* stacks = map(kMaxThreads * kStack);
     // Each above a guard page.
-    for (unsigned i = 0; i < kMaxThreads; i++) make_fiber(pool[b][i], stacks + i * kStack + kPage, kStack - kPage);
+    // Their upper ends lie at different distances from a page's, or they would share few of the caches' lines.
+    for (unsigned i = 0; i < kMaxThreads; i++)
+      make_fiber(pool[b][i], stacks + i * kStack + kPage, kStack - kPage - i * 5 % 64 * 64);
     blocks.emplace_back();
     blocks[b].memory = map(kMaxShared + 2 * kPage) + kPage;
   }
