@@ -132,7 +132,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90; default: all")
     parser.add_argument("--source", nargs="+", help="names in csrc/cuda; default: all")
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS", 0)) or None, help="compilers at once")
+    parser.add_argument(
+        "--jobs", type=int, default=int(os.environ.get("MAX_JOBS", 0)) or None, help="compilers at once"
+    )
     parser.add_argument("--skip-without-nvcc", action="store_true", help="no failure where there is no nvcc")
     arguments = parser.parse_args()
 
