@@ -1,7 +1,7 @@
 """Compiles every CUDA source for every architecture and reads the compiler's resource report; needs no GPU.
 
-A warning fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed would depend
-on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
+A warning fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed would
+depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
 
     registers of a thread, then ! and what is wrong
 
@@ -102,7 +102,8 @@ def compile_all(nvcc: str, sources: list[Path], architectures: list[str], jobs: 
         # The report goes to a file beside the object; the rest of what nvcc says is shown where it fails.
         ninja.rule(
             "nvcc",
-            f"'{nvcc}' {flags} $gencode -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (grep -v 'ptxas info\|bytes stack frame' $out.log; exit 1)",
+            f"'{nvcc}' {flags} $gencode -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+            "|| (grep -v -e 'ptxas info' -e 'bytes stack frame' $out.log; exit 1)",
             description="nvcc $in for $arch",
             depfile="$out.d",
             deps="gcc",
