@@ -20,13 +20,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
 EDITABLE := $(PIP) install --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test bench bench-quick lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check bench bench-quick lint format dist clean distclean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the extension into softmax_ext/
 
@@ -38,6 +39,14 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python tests/emulated.py -n 2
+	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
+
+test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, without a GPU; part of make test
+	$(BIN)/python tests/emulated.py -n 2
+
+cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make test
+	$(BIN)/python tests/cuda_check.py
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
@@ -48,13 +57,13 @@ bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a m
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
 	$(BIN)/mypy --strict softmax_ext
 
 format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
 dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/
 	rm -rf dist
