@@ -151,13 +151,11 @@ void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>&
   RowSums<T> sums;
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
-    const Ahead ahead = Ahead::nothing(buffer);
-    for (int64_t r = 0; r < at.rows; r += kLanes<T>) {
-      if (keeps)
-        add_columns<false, true>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
-      else
-        add_columns<false, false>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
-    }
+    const auto ahead = [&](int64_t) { return Ahead::nothing(buffer); };
+    if (keeps)
+      add_tile<false, true>(sums, at.rows, buffer, n, c, buffer, ahead);
+    else
+      add_tile<false, false>(sums, at.rows, buffer, n, c, buffer, ahead);
   });
   alignas(64) double rest[kTile];
   alignas(64) T log_sum[kTile], inverse_sum[kTile];

@@ -220,11 +220,11 @@ class TileBuffers {
   TileBuffers(const Layout& layout, int count)
       : whole_(layout.classes * kTile <= kCachedElements),
         classes_(whole_ ? layout.classes : kTileClasses<T>),
-        data_(layout.rows ? nullptr : new T[count * classes_ * kTile]) {}
+        data_(layout.rows ? nullptr : new Lines[count * classes_]) {}
 
   bool whole() const { return whole_; }
   int64_t classes() const { return classes_; }  // at a time
-  T* get(int i) const { return data_.get() + i * classes_ * kTile; }
+  T* get(int i) const { return data_[i * classes_].data; }
 
   // Calls visit(first class, classes) for each block of a tile.
   template <typename Visit>
@@ -235,7 +235,10 @@ class TileBuffers {
  private:
   bool whole_;
   int64_t classes_;
-  std::unique_ptr<T[]> data_;
+  struct alignas(64) Lines {  // of one class
+    T data[kTile];
+  };
+  std::unique_ptr<Lines[]> data_;
 };
 
 }  // namespace
