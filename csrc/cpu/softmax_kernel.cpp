@@ -109,11 +109,11 @@ void softmax_backward_row_of(const SoftmaxBackward<T>& p, const Position& at) {
     if (i < n) add(1, i, n - i);
     sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
   }
-  const Vec<T> total(static_cast<T>(sum));
+  const T total = static_cast<T>(sum);
   for (int64_t c = 0; c < classes; c += kBlock<T>)
     write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, std::min(kBlock<T>, classes - c),
                  [log = p.log, total, gc = g + c, yc = y + c](int64_t i, int64_t count) {
-                   return backward_value(log, total, load_converted<T>(gc + i, count),
+                   return backward_value(log, Vec<T>(total), load_converted<T>(gc + i, count),
                                          load_converted<T>(yc + i, count));
                  });
 }

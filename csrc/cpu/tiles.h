@@ -31,8 +31,8 @@ inline Position locate(const Layout& layout, int64_t unit) {
   for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
   for (int d = layout.outer_dims - 1; d >= 0; d--) {
     const OuterDim& dim = layout.dims[d];
-    const int64_t index = outer % dim.size;
-    outer /= dim.size;
+    const int64_t index = d == 0 ? outer : outer % dim.size;  // a division saved, which counts for short rows
+    if (d > 0) outer /= dim.size;
     for (int i = 0; i < kOperands; i++) at.offset[i] += index * dim.stride[i];
   }
   return at;

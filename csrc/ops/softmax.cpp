@@ -44,9 +44,12 @@ Tensor softmax(Tensor input, int64_t dim, bool log, std::optional<ScalarType> dt
   return output;
 }
 
+// Without exponentials a transposition costs more than it saves, except where rows are short.
+constexpr int64_t kSmallClassesOfBackward = 40;
+
 template <typename T>
 void backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim, bool log) {
-  const JointLayout joint(output, dim, {&grad_input, &output, &grad_output});
+  const JointLayout joint(output, dim, {&grad_input, &output, &grad_output}, kSmallClassesOfBackward);
   run(SoftmaxBackward<T>{joint.layout(), log, grad_output.const_data_ptr(), output.const_data_ptr(),
                          dtype_of(output, "softmax_backward", "output"), grad_input.data_ptr(),
                          dtype_of(grad_input, "softmax_backward", "dtype")},

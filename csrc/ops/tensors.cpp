@@ -16,10 +16,6 @@ namespace {
 // Elements below which a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
 
-// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
-// nothing else, so that a row has the same bits alone and among others.
-constexpr int64_t kSmallClasses = 128;
-
 constexpr int64_t kMaxGroups = 1024;
 
 OuterDim merge(const OuterDim& outer, const OuterDim& inner) {
@@ -170,7 +166,8 @@ void check_cpu(const Tensor& tensor, const char* op, const char* argument) {
   STD_TORCH_CHECK(tensor.is_cpu(), op, ": ", argument, " must be on the CPU, as the input is.");
 }
 
-JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands) {
+JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands,
+                         int64_t small_classes) {
   const auto sizes = shape.sizes();
   const int64_t rank = shape.dim();
   const auto stride_of = [&](size_t slot, int64_t d) {
@@ -207,7 +204,7 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
     layout_.class_stride[slot] = layout_.classes == 1 ? 1 : stride_of(slot, dim);
     if (used) unit_stride = unit_stride && layout_.class_stride[slot] == 1;
   }
-  layout_.rows = unit_stride && layout_.classes > kSmallClasses;
+  layout_.rows = unit_stride && layout_.classes > small_classes;
   layout_.inner = 1;
   if (!layout_.rows && !dims_.empty()) {
     const OuterDim& inner = dims_.back();

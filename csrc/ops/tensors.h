@@ -50,10 +50,15 @@ int64_t wrap_dim(const Tensor& tensor, int64_t dim, const char* op);
 void check_same_sizes(const Tensor& a, const Tensor& b, const char* op, const char* argument);
 void check_cpu(const Tensor& tensor, const char* op, const char* argument);
 
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends
+// on nothing else, so that a row has the same bits alone and among others.
+constexpr int64_t kSmallClasses = 128;
+
 // The layout shared by up to four tensors of one shape (null: slot unused), with its dimensions' storage.
 class JointLayout {
  public:
-  JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands);
+  JointLayout(const Tensor& shape, int64_t dim, const std::vector<const Tensor*>& operands,
+              int64_t small_classes = kSmallClasses);
   JointLayout(const JointLayout&) = delete;  // layout() points into dims_
   JointLayout& operator=(const JointLayout&) = delete;
 
