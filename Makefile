@@ -24,12 +24,16 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test test-emulated cuda-check bench bench-quick lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check bench bench-quick lint format dist clean distclean \
+	FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the extension into softmax_ext/
+
+cuda-library: $(VENV)/.built ## compile the CUDA library too, with nvcc and no GPU, whatever torch is installed
+	FORCE_CUDA=1 $(BIN)/python setup.py build_ext
 
 demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; draws demo/report.png
 	$(BIN)/python examples/report.py

@@ -416,8 +416,9 @@ class NinjaBuild(build_ext):
         self.copy_file(str(output), str(installed))
 
 
-if sys.platform != "linux":
-    stop(f"builds on Linux only (x86-64 and ARM); this is {sys.platform}.")
-check_build_tools()
-# NinjaBuild adds the one for CUDA.
-setup(ext_modules=[Extension("softmax_ext._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    if sys.platform != "linux":
+        stop(f"builds on Linux only (x86-64 and ARM); this is {sys.platform}.")
+    check_build_tools()
+    # NinjaBuild adds the one for CUDA.
+    setup(ext_modules=[Extension("softmax_ext._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

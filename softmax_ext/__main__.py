@@ -11,8 +11,28 @@ import sys
 
 import torch
 
-from . import ops
+from . import cuda, ops
 from ._version import __version__
+
+# Row lengths at which the report says which kernel takes them.
+_CLASSES = (10, 1000, 32000, 128256, 262144)
+
+
+def _report_cuda() -> list[tuple[str, str]]:
+    if cuda.library is None:
+        return [("CUDA", f"no: {cuda.missing}")]
+    lines = [
+        ("CUDA", f"{torch.version.cuda}, {torch.cuda.device_count()} devices"),
+        ("CUDA library", str(cuda.path())),
+        ("CUDA kernels compiled", f"for {cuda.architectures().replace(';', ', ')}"),
+    ]
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        lines.append((f"CUDA device {device}", f"{torch.cuda.get_device_name(device)}, {major}.{minor}"))
+        for dtype in (torch.float32, torch.bfloat16):
+            chosen = (f"{classes}: {cuda.kernel_for(classes, dtype, device)}" for classes in _CLASSES)
+            lines.append((f"  {str(dtype).removeprefix('torch.')} classes", ", ".join(chosen)))
+    return lines
 
 
 def _report() -> list[tuple[str, str]]:
@@ -22,7 +42,6 @@ def _report() -> list[tuple[str, str]]:
         ("torch running", torch.__version__),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("CPU as torch sees it", torch.backends.cpu.get_cpu_capability()),
-        ("CUDA", f"no: softmax_ext {__version__} has no CUDA kernels; CUDA tensors are refused"),
     ]
     if ops.extension is None:
         return [*lines, ("extension", f"NOT LOADED: {ops.load_error}")]
@@ -37,6 +56,7 @@ def _report() -> list[tuple[str, str]]:
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
+        *_report_cuda(),
     ]
 
 

@@ -26,7 +26,7 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 from .ops import MEAN, NONE
-from .reference import Options, Rows, is_live, total_weight
+from .reference import Options, Rows, class_index, is_live, total_weight
 
 # Results of a cross-entropy operator: always three, with statistics seven.
 _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
@@ -78,7 +78,7 @@ def _per_sample_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_i
     if target.is_floating_point():
         return total_weight(target[0], weight, dim, ignore_index).expand(target.shape[0])
     live = is_live(target, ignore_index)
-    value = live.double() if weight is None else weight.double()[torch.where(live, target, 0).long()] * live
+    value = live.double() if weight is None else weight.double()[class_index(target, live, weight.shape[0])] * live
     return _per_sample(value)
 
 

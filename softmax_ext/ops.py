@@ -1,19 +1,23 @@
 """Loads the extension and registers what its operators look like without data.
 
-Importing this module makes ``torch.ops.softmax_ext`` available: the schemas are in csrc/ops/library.cpp, the CPU
-kernels in the same library, and the fake kernels (meta tensors, torch.compile, torch.export) here. If the extension
-cannot be loaded, ``load_error`` says why in a sentence and the operators are missing.
+Importing this module makes ``torch.ops.softmax_ext`` available: the schemas and the CPU kernels are in the extension
+(csrc/ops/cpu), the CUDA kernels in a library of their own (see cuda.py), and the fake kernels (meta tensors,
+torch.compile, torch.export) here. If the extension cannot be loaded, ``load_error`` says why in a sentence and the
+operators are missing.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import cuda
 
 NONE, MEAN, SUM = 0, 1, 2
 """The operators' codes for ``reduction``."""
@@ -133,21 +137,23 @@ def _fake_writes_in_place(*args: object) -> None:
     return None
 
 
-def _register_fakes() -> None:
-    register = torch.library.register_fake
-    register("softmax_ext::cross_entropy", _fake_cross_entropy)
-    register("softmax_ext::cross_entropy_traced", _fake_cross_entropy)
-    register("softmax_ext::cross_entropy_", _fake_cross_entropy_)
-    register("softmax_ext::cross_entropy_backward", _fake_cross_entropy_backward)
-    register("softmax_ext::cross_entropy_backward_", _fake_writes_in_place)
-    register("softmax_ext::softmax", _fake_softmax)
-    register("softmax_ext::softmax_traced", _fake_softmax)
-    register("softmax_ext::softmax_backward", _fake_softmax_backward)
-    register("softmax_ext::scale_rows_", _fake_writes_in_place)
+_FAKES: dict[str, Callable[..., Any]] = {
+    "cross_entropy": _fake_cross_entropy,
+    "cross_entropy_traced": _fake_cross_entropy,
+    "cross_entropy_": _fake_cross_entropy_,
+    "cross_entropy_backward": _fake_cross_entropy_backward,
+    "cross_entropy_backward_": _fake_writes_in_place,
+    "softmax": _fake_softmax,
+    "softmax_traced": _fake_softmax,
+    "softmax_backward": _fake_softmax_backward,
+    "scale_rows_": _fake_writes_in_place,
+}
 
 
 if extension is not None:
-    _register_fakes()
+    for _name, _fake in _FAKES.items():
+        torch.library.register_fake(f"softmax_ext::{_name}", _fake)
+    cuda.load(_FAKES)
     cross_entropy = torch.ops.softmax_ext.cross_entropy.default
     cross_entropy_traced = torch.ops.softmax_ext.cross_entropy_traced.default
     cross_entropy_ = torch.ops.softmax_ext.cross_entropy_.default

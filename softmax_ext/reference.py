@@ -51,6 +51,15 @@ def is_live(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() != ignore_index
 
 
+def class_index(target: Tensor, live: Tensor, classes: int) -> Tensor:
+    """An index for ``gather`` and the like: 0 where ignored. A class out of range stays, which they refuse on the CPU.
+
+    On CUDA they would take the context down with them, so it becomes one in range there.
+    """
+    index = torch.where(live, target, 0).long()
+    return index.clamp(0, max(classes - 1, 0)) if index.is_cuda else index
+
+
 def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
     """The mean's denominator, float64: the sum of weight[target] over rows not ignored; rows, for probabilities."""
     if target.is_floating_point():
@@ -59,7 +68,7 @@ def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: 
     live = is_live(target, ignore_index)
     if weight is None:
         return live.sum(dtype=torch.float64)
-    picked = weight.double()[torch.where(live, target, 0).long()]
+    picked = weight.double()[class_index(target, live, weight.shape[0])]
     return torch.where(live, picked, 0.0).sum()
 
 
@@ -102,8 +111,10 @@ class Rows:
             self.b = self.class_weight * self.y + share * weights
         else:
             self.live = is_live(target, options.ignore_index)
-            clean = torch.where(self.live, target, 0).long().unsqueeze(-1)
-            one_hot = torch.zeros_like(x).scatter(-1, clean, 1.0)  # refuses a class out of range
+            index = class_index(target, self.live, classes)
+            one_hot = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1), 1.0)
+            if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
+                one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
             self.class_weight = kept * weights
             self.b = (self.class_weight * self.y + share * weights) * self.live.unsqueeze(-1)

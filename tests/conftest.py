@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import softmax_ext  # noqa: F401  registers the operators
+from softmax_ext import cuda
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,8 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _use_cuda() -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU")
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("softmax_ext::cross_entropy", "CUDA"):
-        raise pytest.UsageError("--device cuda: softmax_ext has no CUDA kernels; python -m softmax_ext says why")
+    if cuda.library is None:
+        raise pytest.UsageError(f"--device cuda: {cuda.missing}")
     torch.set_default_device("cuda")
     _check_targets()
 

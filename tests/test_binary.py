@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import pytest
 
+from softmax_ext import cuda
+
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "ninja" / "cpu"  # setup.py's BUILD
 
@@ -72,6 +74,16 @@ def library() -> str:
     return spec.origin
 
 
+@pytest.fixture(scope="module")
+def cuda_library() -> str:
+    """The one that the package would load, or one built beside it to see that it links."""
+    built = [cuda.path(), *sorted(map(str, (ROOT / "build" / "ninja-cuda").glob("_cuda*.so")))]
+    found = [path for path in built if path is not None]
+    if not found:
+        pytest.skip("the CUDA library is not built")
+    return found[0]
+
+
 @pytest.fixture(params=["AVX2", "AVX512"])
 def isa(request: pytest.FixtureRequest, library: str) -> str:
     if not Path(library).is_relative_to(ROOT):
@@ -95,6 +107,28 @@ def test_links_no_other_library_and_no_path_of_this_machine(library):
     dynamic = re.findall(r"\((NEEDED|RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "--dynamic", "--wide", library))
     assert ("NEEDED", "libtorch_cpu.so") in dynamic
     unexpected = [(tag, value) for tag, value in dynamic if tag != "NEEDED" or not NEEDED.fullmatch(value)]
+    assert not unexpected
+
+
+def test_cuda_library_needs_only_the_stable_abi_and_the_runtime(cuda_library):
+    """CUDA's run-time library is in it."""
+    undefined = [s.name for s in symbols("-D", "--undefined-only", cuda_library)]
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    unexpected = [name for name in undefined if name.startswith("Sleef_") or not ALLOWED.fullmatch(name)]
+    assert not unexpected, f"outside torch's stable ABI and the C and C++ runtime:{demangled(unexpected)}"
+
+
+def test_cuda_library_offers_only_what_the_report_asks(cuda_library):
+    """And the weak symbols of the C++ library, which are the same everywhere."""
+    own = {s.name for s in symbols("-D", "--defined-only", cuda_library) if s.kind in "TD" and s.name[0] != "_"}
+    assert own == {"softmax_ext_cuda_architectures", "softmax_ext_cuda_kernel_for"}
+
+
+def test_cuda_library_links_no_other_library_and_no_path_of_this_machine(cuda_library):
+    dynamic = re.findall(r"\((NEEDED|RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "--dynamic", "--wide", cuda_library))
+    needed = re.compile(rf"{NEEDED.pattern}|(libtorch_cuda|libdl|librt)\.so.*")
+    assert ("NEEDED", "libtorch_cpu.so") in dynamic
+    unexpected = [(tag, value) for tag, value in dynamic if tag != "NEEDED" or not needed.fullmatch(value)]
     assert not unexpected
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import softmax_ext
-from softmax_ext import ops
+from softmax_ext import cuda, ops
 
 PACKAGE = Path(softmax_ext.__file__).parent
 COMMAND = "pip install --no-build-isolation"
@@ -84,8 +84,55 @@ def test_report():
     assert lines["CPU kernels chosen"].split()[0] in ops.extension.available_isas()
 
 
+@pytest.mark.skipif(cuda.library is not None, reason="the CUDA library is loaded")
 def test_report_says_why_there_is_no_cuda():
-    assert re.match(r"no\b.+", report(python("-m", "softmax_ext"))["CUDA"])
+    assert re.match(r"no: .+", report(python("-m", "softmax_ext"))["CUDA"])
+
+
+@pytest.mark.skipif(cuda.library is None, reason="the CUDA library is not loaded")
+def test_report_of_the_cuda_kernels():
+    lines = report(python("-m", "softmax_ext"))
+    assert lines["CUDA"].startswith(str(torch.version.cuda))
+    assert cuda.architectures().split(";")[0] in lines["CUDA kernels compiled"]
+    for device in range(torch.cuda.device_count()):
+        assert torch.cuda.get_device_name(device) in lines[f"CUDA device {device}"]
+
+
+# What is said where torch has CUDA and the library is missing, unreadable, or another's.
+REFUSED = """
+import sys, torch
+torch.version.cuda = torch.version.cuda or "13.0"
+import softmax_ext
+from softmax_ext import cuda
+assert cuda.library is None
+x = torch.randn(2, 3)
+torch.testing.assert_close(softmax_ext.softmax(x, 1), x.softmax(1))
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.softmax_ext.softmax.default.redispatch(key, x, 1, False, None)
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", ["missing", "garbage", "another library"])
+def test_cuda_tensors_without_the_cuda_library(kind, tmp_path):
+    """The CPU works; a CUDA tensor is refused in a sentence with the command."""
+    copy_of_the_package(tmp_path)
+    suffix = the_extension(tmp_path).name.removeprefix("_C")
+    library = tmp_path / "softmax_ext" / f"_cuda{suffix}"
+    library.unlink(missing_ok=True)
+    if kind == "garbage":
+        library.write_bytes(b"\x7fELF and then nothing of use" * 10)
+    elif kind == "another library":
+        shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", library)
+    result = python("-c", REFUSED, path=tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = "built without CUDA" if kind == "missing" else "do not load with torch"
+    assert said in result.stdout
+    assert COMMAND in result.stdout
+    assert "input.cpu()" in result.stdout
+    assert len(result.stdout) < 600
 
 
 def test_report_without_the_extension(broken):

@@ -8,9 +8,9 @@ namespace cuda {
 
 namespace {
 
-constexpr int kMostThreads = 1024;   // of a block
+constexpr int kMostThreads = 1024;    // of a block
 constexpr int kClusterThreads = 512;  // of a block of a cluster, so that two fit on a multiprocessor
-constexpr int kMostBlocks = 8;       // of a cluster that every device with clusters can run
+constexpr int kMostBlocks = 8;        // of a cluster that every device with clusters can run
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -17,10 +17,10 @@ struct Choice {
 
 // What the choice depends on. Chunks are of 16 bytes of the inputs.
 struct RowShape {
-  bool rows;            // classes are adjacent
+  bool rows;  // classes are adjacent
   int64_t classes;
   int element_bytes;
-  int kept_chunks;      // that a thread can keep of each input; 0: none
+  int kept_chunks;  // that a thread can keep of each input; 0: none
 };
 
 Choice choose(const RowShape& shape, const Device& device);

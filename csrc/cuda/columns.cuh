@@ -62,14 +62,12 @@ __device__ __forceinline__ void load_tile(const E* data, const TilePlace& place,
   const Row<const E, E> row(data, cut);
   for (int chunk = threadIdx.x; chunk < cut.chunks; chunk += blockDim.x) {
     const auto loaded = row.template load<false>(cut.of_chunk(chunk));
-    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes, [&](int i, int r, int c) {
-      tile[r * pitch + c] = widen(loaded.element[i]);
-    });
+    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes,
+                                 [&](int i, int r, int c) { tile[r * pitch + c] = widen(loaded.element[i]); });
   }
   if (static_cast<int>(threadIdx.x) < cut.loose)
-    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes, [&](int, int r, int c) {
-      tile[r * pitch + c] = widen(data[r * place.classes + c]);
-    });
+    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes,
+                     [&](int, int r, int c) { tile[r * pitch + c] = widen(data[r * place.classes + c]); });
 }
 
 template <typename E, typename T>
@@ -83,15 +81,13 @@ __device__ __forceinline__ void store_tile(const T* tile, const TilePlace& place
   const Row<E, E> row(data, cut);
   for (int chunk = threadIdx.x; chunk < cut.chunks; chunk += blockDim.x) {
     Chunk<E, Cut<E>::kSize> out;
-    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes, [&](int i, int r, int c) {
-      narrow(tile[r * pitch + c], out.element[i]);
-    });
+    each_adjacent<Cut<E>::kSize>(cut.of_chunk(chunk), place.classes,
+                                 [&](int i, int r, int c) { narrow(tile[r * pitch + c], out.element[i]); });
     row.store(cut.of_chunk(chunk), out);
   }
   if (static_cast<int>(threadIdx.x) < cut.loose)
-    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes, [&](int, int r, int c) {
-      narrow(tile[r * pitch + c], data[r * place.classes + c]);
-    });
+    each_adjacent<1>(cut.of_loose(threadIdx.x), place.classes,
+                     [&](int, int r, int c) { narrow(tile[r * pitch + c], data[r * place.classes + c]); });
 }
 
 // One row of the tile, by one thread: the elements give way to the output.
@@ -127,7 +123,8 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
 }
 
 template <typename Op>
-__global__ void __launch_bounds__(kTileRows) tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
+__global__ void __launch_bounds__(kTileRows)
+    tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t first = static_cast<int64_t>(blockIdx.x - outer * tiles) * rows_per_tile;
@@ -194,7 +191,8 @@ struct Column {
 };
 
 template <typename Op>
-__global__ void __launch_bounds__(kColumnWarps* kWarp, 1) stream_columns(const __grid_constant__ Op op, unsigned tiles) {
+__global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
+    stream_columns(const __grid_constant__ Op op, unsigned tiles) {
   constexpr int kClasses = Op::kStreamChunks;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;

@@ -1,6 +1,5 @@
 // Launches cross entropy: which types, and whether the plain kernels do.
 #include "cross_entropy.cuh"
-
 #include "dispatch.cuh"
 
 namespace softmax_ext {
@@ -58,8 +57,7 @@ template <typename S, typename T, bool kGeneral>
 void launch_as(const CrossEntropy& call, Stream stream) {
   CrossEntropyOp<S, T, kGeneral> op;
   static_cast<CrossEntropyArguments<T>&>(op) = arguments<T>(call);
-  launch_op(kGeneral ? "cross_entropy with options" : "cross_entropy", op, call.layout, call.has_probabilities,
-            stream);
+  launch_op(kGeneral ? "cross_entropy with options" : "cross_entropy", op, call.layout, call.has_probabilities, stream);
 }
 
 // Arithmetic in double is general alone: what it is for is not speed.

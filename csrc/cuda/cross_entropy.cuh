@@ -51,9 +51,9 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   struct Context {
     int64_t row;
     int64_t probabilities, grad_probabilities;  // where they begin
-    int y;           // class; -1 with probabilities, where ignored, and where out of range
-    bool live, bad;  // not ignored; out of range
-    T z, weight;     // of class y; z is the leader's alone
+    int y;                                      // class; -1 with probabilities, where ignored, and where out of range
+    bool live, bad;                             // not ignored; out of range
+    T z, weight;                                // of class y; z is the leader's alone
   };
 
   // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (kept w_c + nll) ]
@@ -213,8 +213,8 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     if (this->has_probabilities) {
       all += g * s.b_sum + g_nll * s.q_sum;
     } else {
-      const T weight_sum = this->weight && eps != 0 ? static_cast<T>(*this->weight_sum)
-                                                    : static_cast<T>(this->layout.classes);
+      const T weight_sum =
+          this->weight && eps != 0 ? static_cast<T>(*this->weight_sum) : static_cast<T>(this->layout.classes);
       one_hot = g * (1 - eps) * context.weight + g_nll;
       all += g * share * weight_sum;
     }
@@ -234,8 +234,8 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   }
 
   // p_y - 1: of a maximal class by its complement, which does not cancel; any other p_y is at most 1/2.
-  __device__ __forceinline__ T at_target(const Context& context, const State& s, T one_hot, T all, T g_entropy, T uniform,
-                                         T inverse_sum) const {
+  __device__ __forceinline__ T at_target(const Context& context, const State& s, T one_hot, T all, T g_entropy,
+                                         T uniform, T inverse_sum) const {
     const T d = context.z - s.max, probability = exp_nonpositive<T>(d) * inverse_sum;
     const T less_one = d == 0 ? -s.rest * inverse_sum : probability - 1;
     T gradient = one_hot * less_one + multiply_or_zero(probability, all - g_entropy * d);

@@ -74,11 +74,11 @@ void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStrea
 template <typename Op>
 void launch_op(const char* name, const Op& op, const Layout& layout, bool streams, cudaStream_t stream) {
   if (op.layout.outer == 0 || op.layout.inner == 0) return;
-  if (layout.classes >= INT32_MAX) throw std::runtime_error(std::string(name) + ": a row on CUDA may have less than 2^31 classes.");
+  if (layout.classes >= INT32_MAX)
+    throw std::runtime_error(std::string(name) + ": a row on CUDA may have less than 2^31 classes.");
   const Device device = current_device();
-  const Choice choice = choose({layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)),
-                                streams ? 0 : Op::kKeptChunks},
-                               device);
+  const Choice choice = choose(
+      {layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)), streams ? 0 : Op::kKeptChunks}, device);
   switch (choice.kernel) {
     case Kernel::kTile: return launch_tile(name, op, stream);
     case Kernel::kColumns: return launch_columns(name, op, stream);

@@ -13,8 +13,8 @@ namespace cuda {
 struct Grid {
   int64_t blocks;
   int threads;
-  int cluster = 1;        // blocks of a cluster
-  int shared_bytes = 0;   // of each block
+  int cluster = 1;       // blocks of a cluster
+  int shared_bytes = 0;  // of each block
 };
 
 struct Device {
@@ -31,7 +31,8 @@ struct Device {
 }
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("softmax_ext: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("softmax_ext: ") + what + ": " + cudaGetErrorString(error));
 }
 
 inline Device current_device() {
@@ -55,8 +56,8 @@ void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, c
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
   if (grid.blocks > kMostBlocks) throw_launch_error(name, grid, cudaErrorInvalidConfiguration);
   if (grid.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     if (error != cudaSuccess) throw_launch_error(name, grid, error);
   }
   cudaLaunchAttribute cluster{};

@@ -81,8 +81,8 @@ struct RowOperands {
 
 // Adds the first n of kCount elements; element(i) is the i-th, class_of(i) its class.
 template <int kCount, typename Op, typename Element, typename ClassOf>
-__device__ __forceinline__ void add_elements(const Op& op, const typename Op::Context& context,
-                                             typename Op::Sums& sums, const Element& element, const ClassOf& class_of) {
+__device__ __forceinline__ void add_elements(const Op& op, const typename Op::Context& context, typename Op::Sums& sums,
+                                             const Element& element, const ClassOf& class_of) {
   if constexpr (Op::kMaximum) {
     typename Op::T max = sums.max;
 #pragma unroll

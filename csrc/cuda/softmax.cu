@@ -1,7 +1,6 @@
 // Launches softmax, log-softmax and their backward: which types.
-#include "softmax.cuh"
-
 #include "dispatch.cuh"
+#include "softmax.cuh"
 
 namespace softmax_ext {
 namespace cuda {

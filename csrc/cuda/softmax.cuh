@@ -59,8 +59,7 @@ struct SoftmaxOp : SimpleOp<std::conditional_t<sizeof(O) == 8, double, float>> {
     const T rest = sums.rest();
     return {sums.max, log ? log1p_of(rest) : rest, divide(T(1), 1 + rest)};
   }
-  __device__ __forceinline__ T value(const Context&, const Coefficients& k, const Elements<SoftmaxOp>& x,
-                                     int) const {
+  __device__ __forceinline__ T value(const Context&, const Coefficients& k, const Elements<SoftmaxOp>& x, int) const {
     const T d = x.of[0] - k.max;
     return log ? d - k.log_sum : exp_nonpositive<O>(d) * k.inverse_sum;
   }
@@ -96,8 +95,7 @@ struct SoftmaxBackwardOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, f
   __device__ __forceinline__ O* output(const Position& at) const {
     return static_cast<O*>(to) + at.offset[kSoftmaxInput];
   }
-  __device__ __forceinline__ void add(Sums& sums, const Context&, const Elements<SoftmaxBackwardOp>& x,
-                                      int) const {
+  __device__ __forceinline__ void add(Sums& sums, const Context&, const Elements<SoftmaxBackwardOp>& x, int) const {
     sums.total += log ? x.of[1] : x.of[1] * x.of[0];
   }
   __device__ __forceinline__ Coefficients finish(const Context&, const Sums& sums, bool) const { return {sums.total}; }

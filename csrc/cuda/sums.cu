@@ -78,9 +78,8 @@ void sum_targets_as(const CrossEntropy& call, int64_t classes, double* total, do
 
 __global__ void set_first(int64_t* first, int64_t rows) { *first = rows; }
 
-__global__ void __launch_bounds__(kThreads)
-    find_first(const int64_t* index, const uint8_t* index_u8, int64_t rows, int64_t classes, int64_t ignore_index,
-               int64_t* first) {
+__global__ void __launch_bounds__(kThreads) find_first(const int64_t* index, const uint8_t* index_u8, int64_t rows,
+                                                       int64_t classes, int64_t ignore_index, int64_t* first) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= rows) return;
   const int64_t y = index ? index[row] : index_u8[row];
@@ -109,7 +108,8 @@ __global__ void __launch_bounds__(kThreads) scale_elements(const __grid_constant
   const double factor = load_value<double>(s.factor.data, s.factor.type, at.offset[kRow] * s.factor.stride);
   if (factor == 1) return;
   const int64_t element = at.offset[0] + (along_classes ? rest : slow) * s.layout.class_stride[0];
-  store_value(load_value<double>(s.data, s.type, element) * factor, s.data, s.type, element);
+  // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
+  store_value(multiply_or_zero(load_value<double>(s.data, s.type, element), factor), s.data, s.type, element);
 }
 
 }  // namespace

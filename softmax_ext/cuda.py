@@ -1,0 +1,85 @@
+"""Loads the CUDA library, which registers the operators for CUDA tensors, and asks it what was built.
+
+``library`` is it; where it can't be had ``missing`` says why in a sentence, and CUDA tensors are refused with that
+sentence. A torch without CUDA has no such tensors, and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+
+_BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/layout.h
+
+
+def path() -> str | None:
+    """Where the library is, if it was built for this Python."""
+    spec = importlib.util.find_spec("softmax_ext._cuda")
+    return None if spec is None else spec.origin
+
+
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    found = path()
+    if torch.version.cuda is None:
+        built = "; the CUDA kernels are built, and need one that has" if found else ""
+        return None, f"torch {torch.__version__} has no CUDA{built}"
+    if found is None:
+        return None, (
+            "softmax_ext was built without CUDA; in the project's folder type: FORCE_CUDA=1 "
+            f"{_BUILD} (the toolkit must be of CUDA {torch.version.cuda.split('.')[0]})"
+        )
+    try:
+        kernels = ctypes.CDLL(found)
+        kernels.softmax_ext_cuda_architectures.restype = ctypes.c_char_p
+        kernels.softmax_ext_cuda_kernel_for.restype = ctypes.c_char_p
+        kernels.softmax_ext_cuda_kernel_for.argtypes = [ctypes.c_int64, ctypes.c_int32]
+    except (OSError, AttributeError) as error:
+        return None, (
+            f"softmax_ext's CUDA kernels do not load with torch {torch.__version__} ({str(error).splitlines()[0]}); "
+            f"build them again with this torch: FORCE_CUDA=1 {_BUILD}"
+        )
+    return kernels, None
+
+
+library: ctypes.CDLL | None = None
+missing: str | None = None
+_refusals: torch.library.Library | None = None
+
+
+def load(operators: Iterable[str]) -> None:
+    """Loads the library or, where torch has CUDA and the library can't be had, lets the operators say so."""
+    global library, missing, _refusals
+    library, missing = _load()
+    if library is None and torch.version.cuda is not None:
+        _refusals = refuse(operators)
+
+
+def refuse(operators: Iterable[str]) -> torch.library.Library:
+    """Registers a sentence in the place of the CUDA kernels."""
+
+    def refused(*args: object, **kwargs: object) -> NoReturn:
+        raise NotImplementedError(f"{missing}. Until then use input.cpu().")
+
+    registered = torch.library.Library("softmax_ext", "IMPL", "CUDA")
+    for name in operators:
+        registered.impl(name, refused)
+    return registered
+
+
+def architectures() -> str:
+    """The compute capabilities that were compiled, as nvcc names them: "75;80;86"."""
+    assert library is not None
+    return str(library.softmax_ext_cuda_architectures().decode())
+
+
+def kernel_for(classes: int, dtype: torch.dtype, device: int) -> str:
+    """Which kernel takes the rows of a cross entropy on that device; "unknown" if it can't be asked."""
+    assert library is not None
+    with torch.cuda.device(device):
+        name = library.softmax_ext_cuda_kernel_for(classes, _DTYPES.index(dtype))
+    return "unknown" if name is None else str(name.decode())

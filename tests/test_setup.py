@@ -1,0 +1,121 @@
+"""What setup.py decides about CUDA: which nvcc, whether it fits torch, which GPUs. The nvcc here only answers."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+KNOWN = {"12.4": (60, 75, 80, 86, 89, 90), "13.0": (75, 80, 86, 89, 90, 100, 120)}
+
+
+def nvcc_of(home: Path, version: str) -> Path:
+    """A toolkit whose nvcc tells its version and what it compiles for."""
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    names = "\\n".join(f"compute_{number}" for number in KNOWN[version])
+    nvcc.write_text(
+        f"#!/bin/sh\n"
+        f"case $1 in --version) echo 'Cuda compilation tools, release {version}, V{version}.99';;\n"
+        f"--list-gpu-arch) printf '{names}\\n';; *) exit 1;; esac\n"
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+@pytest.fixture
+def decide(monkeypatch, tmp_path) -> Callable[..., Any]:
+    """setup.py's decision with a toolkit of ``nvcc``, a torch for ``cuda`` and environment variables."""
+    for name in ("FORCE_CUDA", "FORCE_CPU", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+
+    def decision(cuda: str | None, nvcc: str | None = None, **environment: str) -> Any:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        if nvcc is not None:
+            monkeypatch.setenv("CUDA_HOME", str(nvcc_of(tmp_path / "toolkit", nvcc)))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        setup = runpy.run_path(str(SETUP))
+        if nvcc is None:
+            setup["find_toolkit"].__globals__["find_nvcc"] = lambda: None
+        return setup["find_toolkit"]()
+
+    return decision
+
+
+def test_toolkit_of_torchs_cuda(decide, tmp_path):
+    toolkit = decide("13.0", nvcc="13.0")
+    assert toolkit.nvcc == str(tmp_path / "toolkit" / "bin" / "nvcc")
+    assert toolkit.architectures == "75;80;86;89;90;100;120+PTX"
+    assert "-gencode=arch=compute_75,code=sm_75" in toolkit.gencode
+    assert toolkit.gencode[-1] == "-gencode=arch=compute_120,code=compute_120"
+
+
+def test_default_is_what_nvcc_knows(decide):
+    toolkit = decide("12.9", nvcc="12.4")  # the minor versions need not agree
+    assert toolkit.architectures == "75;80;86;89;90+PTX"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("8.0", "80"), ("8.0;9.0+PTX", "80;90+PTX"), ("9.0a 12.0", "90a;120"), (" 8.0, 8.6 ", "80;86")],
+)
+def test_chosen_architectures(decide, given, expected):
+    assert decide("13.0", nvcc="13.0", TORCH_CUDA_ARCH_LIST=given).architectures == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("native", ["'native'", "asks no GPU"]),
+        ("8.0;Hopper", ["'Hopper'", "8.0;9.0+PTX"]),
+        ("80", ["'80'", "8.0;9.0+PTX"]),
+        ("6.0", ["6.0", "nvcc 13.0 compiles for 7.5 8.0"]),
+    ],
+)
+def test_wrong_architectures(decide, given, said):
+    with pytest.raises(SystemExit) as stopped:
+        decide("13.0", nvcc="13.0", TORCH_CUDA_ARCH_LIST=given)
+    for part in ["TORCH_CUDA_ARCH_LIST", *said]:
+        assert part in str(stopped.value)
+
+
+@pytest.mark.parametrize("force", ["0", "1"])
+def test_versions_that_disagree(decide, force):
+    """Both are named, and the ways out."""
+    with pytest.raises(SystemExit) as stopped:
+        decide("12.8", nvcc="13.0", FORCE_CUDA=force)
+    for part in ["CUDA 13.0", "CUDA 12.8", "CUDA_HOME", "12.x", "FORCE_CPU=1"]:
+        assert part in str(stopped.value)
+
+
+def test_reasons_for_the_cpu_alone(decide):
+    assert "has no CUDA" in decide(None)
+    assert "FORCE_CPU" in decide("13.0", FORCE_CPU="1")
+    reason = decide("13.0", FORCE_CPU="0")
+    assert "no nvcc" in reason
+    assert "CUDA toolkit 13.0" in reason
+
+
+def test_forced(decide):
+    assert decide(None, nvcc="13.0", FORCE_CUDA="1").version == "13.0"
+
+
+def test_forced_without_a_toolkit(decide):
+    with pytest.raises(SystemExit, match="no nvcc"):
+        decide("13.0", FORCE_CUDA="1")
+
+
+def test_forced_both_ways(decide):
+    with pytest.raises(SystemExit, match="Unset one"):
+        decide("13.0", FORCE_CUDA="1", FORCE_CPU="1")
+
+
+def test_home_without_nvcc(decide, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"CUDA_PATH is .*no bin/nvcc"):
+        runpy.run_path(str(SETUP))["find_toolkit"]()
