@@ -125,6 +125,7 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
 template <typename Op>
 __global__ void __launch_bounds__(kTileRows)
     tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
+  if (op.idle()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t first = static_cast<int64_t>(blockIdx.x - outer * tiles) * rows_per_tile;
@@ -194,6 +195,7 @@ template <typename Op>
 __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
     stream_columns(const __grid_constant__ Op op, unsigned tiles) {
   constexpr int kClasses = Op::kStreamChunks;
+  if (op.idle()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;

@@ -64,6 +64,8 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     T at_target;                         // the whole gradient of class y; the leader's alone
   };
 
+  __device__ __forceinline__ bool never_kept() const { return this->has_probabilities || this->has_extra; }
+  __device__ __forceinline__ bool idle() const { return false; }
   __device__ __forceinline__ static int input_operand(int) { return kLogits; }
   __device__ __forceinline__ const S* input(int, const Position& at) const {
     return static_cast<const S*>(this->logits) + at.offset[kLogits];

@@ -9,6 +9,8 @@
 //   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
+//   never_kept()                     what is true of no Op that kept_rows is launched with
+//   idle()                           whether the output is what is there already
 //   input(i, at), output(at)         where the row at a Position begins
 //   begin(at, leader) -> Context     the row's own data; the leader also reads what the output may overwrite
 //   skips(context)                   whether the row is not read and its output is 0
@@ -137,6 +139,28 @@ __device__ __forceinline__ void write_apart(const Op& op, const typename Op::Con
   if (op.apart(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
 }
 
+// What an Op needs not have: an Op without context whose rows are all read and written.
+template <typename Arithmetic>
+struct SimpleOp {
+  using T = Arithmetic;
+  struct Context {};
+  static constexpr bool reduces = true, writes = true, has_extra = false;
+
+  __device__ __forceinline__ bool never_kept() const { return false; }
+  __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ Context begin(const Position&, bool) const { return {}; }
+  template <typename C>
+  __device__ __forceinline__ bool skips(const C&) const {
+    return false;
+  }
+  template <typename C, typename K>
+  __device__ __forceinline__ bool apart(const C&, const K&, int&, T&) const {
+    return false;
+  }
+  template <typename C, typename K, typename X>
+  __device__ __forceinline__ void extra(const C&, const K&, const X&, int) const {}
+};
+
 // ---- a row in registers --------------------------------------------------------------------------------------------
 
 constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of their own
@@ -209,6 +233,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024)
   constexpr bool kRuns = kScope != Scope::kCluster;
 #endif
   if constexpr (kRuns) {
+    if (op.never_kept()) __builtin_unreachable();  // spares the registers
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
@@ -242,6 +267,7 @@ constexpr int kStreamBlock = 512;
 template <typename Op>
 __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
   constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
+  if (op.idle()) return;
   const unsigned outer = blockIdx.x / parts;
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
