@@ -46,7 +46,10 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
-  static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : kGeneral ? 4 : 8;  // what 64 registers hold
+  static constexpr int kKeptChunks = sizeof(T) == 8   ? 0
+                                     : !kGeneral      ? 8
+                                     : sizeof(S) == 4 ? 4
+                                                      : 3;  // what 64 registers hold
 
   struct Context {
     int64_t row;

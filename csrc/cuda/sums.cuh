@@ -71,14 +71,17 @@ struct RowSums : LogSumExp<T> {
     const bool was_finite = this->max > -infinity<T>();
     const T step = was_finite ? this->max - larger_max : T(0), mass = this->below + this->ties;
     const T scale = LogSumExp<T>::raise(larger_max);
-    weighted = was_finite ? scale * (weighted + step * mass) : T(0);
+    weighted = was_finite ? multiply_or_zero(scale, weighted + step * mass) : T(0);
     dot += b_sum * step;
     q_dot += q_sum * step;
     argmax = kNowhere;
     return scale;
   }
 
-  __device__ __forceinline__ int prediction() const { return first_nan != kNowhere ? first_nan : argmax; }
+  // 0 where there is no class.
+  __device__ __forceinline__ int prediction() const {
+    return first_nan != kNowhere ? first_nan : argmax != kNowhere ? argmax : 0;
+  }
 
   __device__ __forceinline__ void merge(RowSums other) {
     const T common = larger(this->max, other.max);
