@@ -114,7 +114,7 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
       typename Op::Sums part;
       if constexpr (Op::kMaximum) part.max = sums.max;
       for (int c = begin; c < min(classes, begin + kSummedClasses); c++) op.add(part, context, elements(c), c);
-      sums.merge(part);
+      sums.join(part);
     }
   }
   const auto coefficients = op.finish(context, sums, true);

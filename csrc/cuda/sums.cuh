@@ -44,12 +44,17 @@ struct LogSumExp {
     return max > -infinity<T>() && max < infinity<T>() ? below + (ties - 1) : not_a_number<T>();
   }
 
+  // Of the same maximum.
+  __device__ __forceinline__ void join(const LogSumExp& other) {
+    below += other.below;
+    ties += other.ties;
+  }
+
   __device__ __forceinline__ void merge(LogSumExp other) {
     const T common = larger(max, other.max);
     raise(common);
     other.raise(common);
-    below += other.below;
-    ties += other.ties;
+    join(other);
   }
 };
 
@@ -83,12 +88,8 @@ struct RowSums : LogSumExp<T> {
     return first_nan != kNowhere ? first_nan : argmax != kNowhere ? argmax : 0;
   }
 
-  __device__ __forceinline__ void merge(RowSums other) {
-    const T common = larger(this->max, other.max);
-    raise(common);
-    other.raise(common);
-    this->below += other.below;
-    this->ties += other.ties;
+  __device__ __forceinline__ void join(const RowSums& other) {
+    LogSumExp<T>::join(other);
     weighted += other.weighted;
     dot += other.dot;
     b_sum += other.b_sum;
@@ -97,13 +98,21 @@ struct RowSums : LogSumExp<T> {
     argmax = min(argmax, other.argmax);
     first_nan = min(first_nan, other.first_nan);
   }
+
+  __device__ __forceinline__ void merge(RowSums other) {
+    const T common = larger(this->max, other.max);
+    raise(common);
+    other.raise(common);
+    join(other);
+  }
 };
 
 // One plain sum.
 template <typename T>
 struct Sum {
   T total = 0;
-  __device__ __forceinline__ void merge(const Sum& other) { total += other.total; }
+  __device__ __forceinline__ void join(const Sum& other) { total += other.total; }
+  __device__ __forceinline__ void merge(const Sum& other) { join(other); }
 };
 
 }  // namespace cuda
