@@ -21,9 +21,7 @@ int whole_warps(int64_t threads) { return static_cast<int>(divide_up(threads, 32
 Choice choose(const RowShape& shape, const Device& device) {
   if (!shape.rows) return {shape.classes <= kSmallClasses ? Kernel::kTile : Kernel::kColumns};
   if (shape.kept_chunks == 0) return {Kernel::kStream};
-  // One more than needed where the row begins in the middle of a chunk.
-  const int64_t chunks = divide_up(shape.classes * shape.element_bytes, 16) + 1;
-  const int64_t threads = divide_up(chunks, shape.kept_chunks);
+  const int64_t threads = divide_up(shape.classes * shape.element_bytes / 16, shape.kept_chunks);
   for (int lanes = 8; lanes <= 32; lanes *= 2)
     if (threads <= lanes) return {Kernel::kWarp, lanes};
   if (threads <= kClusterThreads) return {Kernel::kBlock, whole_warps(threads)};

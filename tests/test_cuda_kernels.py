@@ -1,0 +1,127 @@
+"""The CUDA kernels one by one: which of them takes a row, and each at the ends of its range, on rows that lie askew.
+
+On the emulator as a device of compute capability 7.5, which has no clusters, and as one of 9.0; on a card as it is.
+"""
+
+import ctypes
+from collections.abc import Callable
+
+import oracle
+import pytest
+import torch
+from test_cross_entropy import Strategy, bounds_for, check, run
+
+from softmax_ext import cuda, log_softmax, softmax
+
+CAPABILITIES = [75, 90]
+
+# The kernel for rows of so many classes: (dtype, classes, without clusters, with clusters). A row's last length in each
+# kernel, and the first in the next.
+CHOICES = [
+    (torch.float32, 64, "tile", "tile"),
+    (torch.float32, 65, "warp", "warp"),
+    (torch.float32, 1024, "warp", "warp"),
+    (torch.bfloat16, 2048, "warp", "warp"),
+    (torch.float32, 1028, "block", "block"),
+    (torch.bfloat16, 2056, "block", "block"),
+    (torch.float32, 16384, "block", "block"),
+    (torch.float32, 16388, "block", "cluster of 2"),
+    (torch.float32, 32768, "block", "cluster of 2"),
+    (torch.bfloat16, 32768, "block", "block"),
+    (torch.float32, 32772, "stream", "cluster of 4"),
+    (torch.bfloat16, 65544, "stream", "cluster of 4"),
+    (torch.float32, 128256, "stream", "cluster of 8"),
+    (torch.float32, 262144, "stream", "cluster of 8"),
+    (torch.float32, 262148, "stream", "stream"),
+    (torch.bfloat16, 524288, "stream", "cluster of 8"),
+    (torch.float64, 65, "stream", "stream"),
+]
+
+# Row lengths that reach every kernel, whole chunks of 16 bytes or not.
+LENGTHS = [1, 10, 63, 64, 65, 257, 1000, 1024, 1027, 2051, 16384, 16391, 33000, 140001, 262144, 262151]
+OPTIONS = [{}, {"label_smoothing": 0.1, "softcap": 20.0, "z_loss": 1e-3}]
+
+
+@pytest.fixture(params=CAPABILITIES, ids=lambda capability: f"{capability // 10}.{capability % 10}")
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    device = request.config.getoption("--device")
+    if device == "cpu":
+        pytest.skip("the CUDA kernels run with --device emulated or cuda")
+    if device == "emulated":
+        monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CAPABILITY", str(request.param))
+    elif (torch.cuda.get_device_capability() >= (9, 0)) != (request.param >= 90):
+        pytest.skip("the card is of another kind")
+    return request.param
+
+
+@pytest.fixture
+def kernel_for(request: pytest.FixtureRequest) -> Callable[[int, torch.dtype], str]:
+    if request.config.getoption("--device") == "cuda":
+        return lambda classes, dtype: cuda.kernel_for(classes, dtype, torch.cuda.current_device())
+    from cuda_on_cpu import build
+
+    library = ctypes.CDLL(str(build.build("libemulated.so", request.config.getoption("--sanitized"))))
+    library.softmax_ext_cuda_kernel_for.restype = ctypes.c_char_p
+    library.softmax_ext_cuda_kernel_for.argtypes = [ctypes.c_int64, ctypes.c_int32]
+    return lambda classes, dtype: library.softmax_ext_cuda_kernel_for(classes, oracle.DTYPES.index(dtype)).decode()
+
+
+@pytest.mark.parametrize(("dtype", "classes", "without", "with_clusters"), CHOICES, ids=str)
+def test_choice(capability, kernel_for, dtype, classes, without, with_clusters):
+    assert kernel_for(classes, dtype) == (with_clusters if capability >= 90 else without)
+
+
+def askew(values: torch.Tensor, skip: int) -> torch.Tensor:
+    """Rows that follow each other without a gap, `skip` elements behind a multiple of 16 bytes."""
+    memory = values.new_zeros(values.numel() + skip)
+    placed = memory[skip:].view(values.shape)
+    placed.copy_(values)
+    return placed
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "options"])
+@pytest.mark.parametrize("classes", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy(capability, device, dtype, classes, options, skip):
+    rows = 2 if classes > 3000 else 9
+    values = (3 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype).to(device)
+    target = oracle.make_target("int64", (rows, classes), dtype).to(device)
+    if classes > 1:
+        target[0] = -100
+    upstream = torch.ones((), dtype=dtype, device=device)
+    bounds = bounds_for(values, target, None, upstream, **options)
+    for strategy in [Strategy(False, False, False), Strategy(True, False, False), Strategy(True, True, False)]:
+        results = run(askew(values, skip), target, None, upstream, strategy, **options)
+        check(bounds, strategy, results, (classes, strategy))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+@pytest.mark.parametrize("classes", [10, 65, 1000, 1027, 16391, 70001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax(capability, device, dtype, classes, log):
+    values = (3 * torch.randn(3, classes, dtype=torch.float64)).to(dtype).to(device)
+    x = askew(values, 1).requires_grad_()
+    upstream = torch.randn(3, classes, dtype=torch.float64).to(dtype).to(device)
+    y = (log_softmax if log else softmax)(x, 1)
+    (grad,) = torch.autograd.grad(y, x, askew(upstream, 2))
+    exact, exact_grad = oracle.softmax(values, 1, log, upstream)
+    oracle.assert_within(y, exact, oracle.softmax_tolerance(exact, 1, log, dtype), "output")
+    allowed = oracle.softmax_grad_tolerance(exact, exact_grad, upstream, 1, log, dtype)
+    oracle.assert_within(grad, exact_grad, allowed, "gradient")
+
+
+def test_class_out_of_range_is_nan(capability, device, monkeypatch):
+    """Without the check of the targets: its row alone, in loss and gradient, and nothing is read at its place."""
+    monkeypatch.delenv("SOFTMAX_EXT_CHECK_TARGETS", raising=False)
+    for classes in (10, 100, 5000):
+        for bad in (classes, -1, 2**62, -(2**63)):
+            x = torch.randn(4, classes, device=device)
+            target = torch.tensor([1, bad, 2, -100], device=device)
+            outputs = torch.ops.softmax_ext.cross_entropy(
+                x, target, None, 1, 0, -100, 0.0, None, 0.0, None, 1.0, False, True
+            )
+            rows, grad = outputs[0], outputs[-1]
+            assert rows.isnan().tolist() == [False, True, False, False]
+            assert grad.isnan().all(1).tolist() == [False, True, False, False]
+            assert not grad[[0, 2, 3]].isnan().any()
