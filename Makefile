@@ -5,7 +5,7 @@
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
 #   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
-#   BENCH_ARGS='--threads 1'       what make bench passes to benchmarks/bench.py besides
+#   BENCH_ARGS='--threads 1'       what make bench passes to benchmarks/bench.py besides, and make bench-gpu to bench_gpu.py
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -23,7 +23,7 @@ CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test bench bench-quick lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-gpu bench bench-quick bench-gpu lint format dist clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,11 +39,18 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
+test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
+	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
+	$(BIN)/python tests/sanitize_gpu.py
+
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
 	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
+	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
