@@ -5,7 +5,7 @@
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
 #   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
-#   BENCH_ARGS='--threads 1'       what make bench passes to benchmarks/bench.py besides, and make bench-gpu to bench_gpu.py
+#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,13 +20,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
 EDITABLE := $(PIP) install --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-gpu bench bench-quick bench-gpu lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-quick bench-gpu lint format dist clean distclean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the extension into softmax_ext/
 
@@ -38,6 +39,14 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python tests/emulated.py -n 2
+	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
+
+test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, without a GPU; part of make test
+	$(BIN)/python tests/emulated.py -n 2
+
+cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make test
+	$(BIN)/python tests/cuda_check.py
 
 test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
@@ -55,13 +64,13 @@ bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and o
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(TEST_CPP)
 	$(BIN)/mypy --strict softmax_ext
 
 format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
 dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/
 	rm -rf dist

@@ -7,6 +7,7 @@ pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ r
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,7 @@ from softmax_ext import cuda
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="which kernels are tested")
     parser.addoption("--sanitized", action="store_true", help="with --device emulated: under AddressSanitizer")
+    parser.addoption("--sample", action="append", default=[], metavar="FILE=N", help="of a file, one in N tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,12 +35,24 @@ def pytest_configure(config: pytest.Config) -> None:
         _load_emulated(sanitized)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    samples = dict(sample.split("=") for sample in config.getoption("--sample"))
+
+    def chosen(item: pytest.Item) -> bool:
+        # By a hash: one in four in the order of the parameters would be all of one dtype.
+        return zlib.crc32(item.nodeid.encode()) % int(samples.get(item.path.name, 1)) == 0
+
+    config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
+    items[:] = [item for item in items if chosen(item)]
+
+
 def _use_cuda() -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no GPU")
     if cuda.library is None:
         raise pytest.UsageError(f"--device cuda: {cuda.missing}")
     torch.set_default_device("cuda")
+    _check_targets()
 
 
 def _load_emulated(sanitized: bool) -> None:
@@ -50,8 +64,14 @@ def _load_emulated(sanitized: bool) -> None:
         library = build.build("libemulated.so", sanitized)
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
-    # Says, once for each operator, that it replaces the CPU kernel.
+    # Warns, once, that it replaces the CPU kernels.
     torch.ops.load_library(library)
+    _check_targets()
+
+
+def _check_targets() -> None:
+    """Bad class indices raise IndexError, as they always do on the CPU; the CUDA kernels do it on demand."""
+    os.environ.setdefault("SOFTMAX_EXT_CHECK_TARGETS", "1")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@
 // every tile, passes through a buffer of the arithmetic's type.
 //
 // What depends on the target class alone is computed apart, per row and in double (row_batch.h).
-#include <array>
+#include <memory>
 
 #include "isa_kernels.h"
 #include "row_batch.h"
@@ -78,27 +78,27 @@ const T* load_probabilities(const CrossEntropy<T>& p, int64_t at, int64_t n, T* 
 
 // ---- targets -----------------------------------------------------------------------------------------------------
 
-// class_of(r) is the target of row r.
+// class_of(r) is the target of row r. By values and in loops of one thing each, which the compiler turns into vectors.
 template <typename T, typename ClassOf>
-void set_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const ClassOf& class_of) {
-  int64_t live_rows = 0;
-  for (int64_t r = 0; r < batch.rows; r++) {
+void set_classes(RowBatch<T>& batch, int64_t ignore_index, const ClassOf& class_of) {
+  const int64_t rows = batch.rows;
+  int64_t ignored_rows = 0;
+  for (int64_t r = 0; r < rows; r++) {
     const int64_t y = class_of(r);
-    const bool live = y != p.ignore_index;
-    batch.y[r] = live ? y : -1;
-    batch.live[r] = live;
-    live_rows += live;
+    batch.y[r] = y == ignore_index ? -1 : y;
   }
-  batch.any_ignored = live_rows < batch.rows;
+  for (int64_t r = 0; r < rows; r++) ignored_rows += batch.y[r] < 0;
+  for (int64_t r = 0; r < rows; r++) batch.live[r] = batch.y[r] < 0 ? 0.0 : 1.0;
+  batch.any_ignored = ignored_rows > 0;
 }
 
 template <typename T, typename Index>
 void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* index) {
   const Index* const first = index + batch.number[0];
   if (batch.consecutive)
-    set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(first[r]); });
+    set_classes(batch, p.ignore_index, [first](int64_t r) { return static_cast<int64_t>(first[r]); });
   else
-    set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
+    set_classes(batch, p.ignore_index, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
 }
 
 // The targets of a batch whose `rows` and `number` are set, without their logits.
@@ -567,65 +567,63 @@ Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first,
   return {static_cast<const char*>(p.logits) + next * bytes, step * bytes};
 }
 
+// Adds the terms of the classes [first, first + classes) of a tile, whose sums hold the classes before.
+template <typename T>
+void add_tile_terms(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, RowTerms* terms,
+                    int64_t first, int64_t classes, const TileBuffers<T>& buffers) {
+  constexpr int64_t L = kLanes<T>;
+  for (int64_t r = 0; r < at.rows; r += L) {
+    const T* const z = buffers.get(kZ) + r;
+    const Vec<T> so_far = first == 0 ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(batch.sums.max + r);
+    alignas(64) T max[L];
+    Vec<T> none(-1);
+    max_of_columns<false>(z, classes, so_far, none).store(max);
+    for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
+    add_column_terms(terms + r, p, z, p.has_probabilities ? buffers.get(kQ) + r : nullptr, classes, first);
+  }
+}
+
 // The first block of the tile is loaded already.
 template <typename T>
 void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
-  constexpr int64_t L = kLanes<T>;
   const bool keeps = keeps_exponentials(p, buffers);
-  std::array<RowTerms, kTile> terms;
-  if (has_terms(p)) terms.fill({});
+  const std::unique_ptr<RowTerms[]> terms(has_terms(p) ? new RowTerms[kTile] : nullptr);
   if (p.layout.classes == 0)
     for (int64_t r = 0; r < at.rows; r++) batch.sums.set(r, {});
+  T* const z = buffers.get(kZ);
   for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
     if (c > 0) load_tile_blocks(p, at, c, n, buffers);
-    for (int64_t r = 0; r < at.rows; r += L) {
-      T* const z = buffers.get(kZ) + r;
-      const Ahead ahead = ahead_of_tile(p, at, c, r);
-      if (has_terms(p)) {  // before the exponentials take the place of the logits
-        const Vec<T> so_far = c == 0 ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(batch.sums.max + r);
-        alignas(64) T max[L];
-        Vec<T> none(-1);
-        max_of_columns<false>(z, kTile, n, so_far, none).store(max);
-        for (int64_t i = 0; i < L; i++) terms[r + i].move_to(max[i]);
-        add_column_terms(terms.data() + r, p, z, p.has_probabilities ? buffers.get(kQ) + r : nullptr, n, c);
-      }
-      if (p.stats && keeps)
-        add_columns<true, true>(batch.sums, r, z, kTile, n, c, z, ahead);
-      else if (p.stats)
-        add_columns<true, false>(batch.sums, r, z, kTile, n, c, z, ahead);
-      else if (keeps)
-        add_columns<false, true>(batch.sums, r, z, kTile, n, c, z, ahead);
-      else
-        add_columns<false, false>(batch.sums, r, z, kTile, n, c, z, ahead);
-    }
+    // Before the exponentials take the place of the logits.
+    if (has_terms(p)) add_tile_terms(p, at, batch, terms.get(), c, n, buffers);
+    const auto ahead = [&](int64_t r) { return ahead_of_tile(p, at, c, r); };
+    if (p.stats && keeps)
+      add_tile<true, true>(batch.sums, at.rows, z, n, c, z, ahead);
+    else if (p.stats)
+      add_tile<true, false>(batch.sums, at.rows, z, n, c, z, ahead);
+    else if (keeps)
+      add_tile<false, true>(batch.sums, at.rows, z, n, c, z, ahead);
+    else
+      add_tile<false, false>(batch.sums, at.rows, z, n, c, z, ahead);
   }
   if (!has_terms(p)) return;
   for (int64_t r = 0; r < at.rows; r++) set_terms(batch, r, terms[r]);
 }
 
-// A gradient of the classes [first, first + classes) of a tile, value(r)(i) for the vector of rows r and class first + i;
-// through `buffer` [classes, kTile] unless it can be written by the vector.
+// tile[i, r] = value(r)(i) for the vector of rows r and class i.
 template <typename T, typename Value>
-void write_tile(void* dst, DType type, const Layout& layout, int operand, const Position& at, int64_t first,
-                int64_t classes, T* buffer, const Value& value) {
-  constexpr int64_t L = kLanes<T>;
-  const int64_t class_stride = layout.class_stride[operand], inner_stride = layout.inner_stride[operand];
-  const int64_t offset = at.offset[operand] + first * class_stride;
-  const bool direct = is_own<T>(type) && inner_stride == 1;
-  T* const out = direct ? static_cast<T*>(dst) + offset : buffer;
-  const int64_t stride = direct ? class_stride : kTile;
-  for (int64_t r = 0; r < at.rows; r += L) {
+void fill_tile(T* tile, int64_t classes, int64_t rows, const Value& value) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
     const auto value_of_class = value(r);
-    const int64_t count = std::min(L, at.rows - r);
-    for (int64_t i = 0; i < classes; i++) {
-      if (count == L || !direct)
-        value_of_class(i).store(out + i * stride + r);
-      else
-        value_of_class(i).store(out + i * stride + r, count);
-    }
+    for (int64_t i = 0; i < classes; i++) value_of_class(i).store(tile + i * kTile + r);
   }
-  if (!direct) store_tile(buffer, dst, type, offset, class_stride, inner_stride, classes, at.rows);
+}
+
+// Writes the gradient of class y of each row to the tile [classes, kTile].
+template <typename T>
+void put_at_targets(const RowBatch<T>& batch, T* tile) {
+  for (int64_t r = 0; r < batch.rows; r++)
+    if (batch.y[r] >= 0) tile[batch.y[r] * kTile + r] = static_cast<T>(batch.at_target[r]);
 }
 
 // The buffers hold the tile's exponentials, or the logits of its first block.
@@ -642,16 +640,18 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), layout.classes - c);
     if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers);
-    if (p.grad_probabilities)
-      write_tile(p.grad_probabilities, p.probabilities_type, layout, kGradProbabilities, at, c, n, buffers.get(kGradQ),
-                 [&](int64_t r) {
-                   return [g = load_rows(batch, r), zr = z + r, c, weight_of](int64_t i) {
-                     return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
-                   };
-                 });
+    if (p.grad_probabilities) {
+      T* const grad_q = buffers.get(kGradQ);
+      fill_tile(grad_q, n, at.rows, [&](int64_t r) {
+        return [g = load_rows(batch, r), zr = z + r, c, weight_of](int64_t i) {
+          return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
+        };
+      });
+      store_operand_tile(layout, kGradProbabilities, grad_q, p.grad_probabilities, p.probabilities_type, at, c, n);
+    }
     if (!p.grad_logits) continue;
     const auto write = [&](const auto& value) {
-      write_tile(p.grad_logits, p.logits_type, layout, kGradLogits, at, c, n, z, [&](int64_t r) {
+      fill_tile(z, n, at.rows, [&](int64_t r) {
         alignas(64) T live[kLanes<T>];
         if (masks) std::copy(batch.live + r, batch.live + r + kLanes<T>, live);
         const Ahead ahead = keeps ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
@@ -678,6 +678,8 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
       write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i) {
         return full_gradient(p, has, g, x, y, weight_of(i));
       });
+    if (buffers.whole()) put_at_targets(batch, z);
+    store_operand_tile(layout, kGradLogits, z, p.grad_logits, p.logits_type, at, c, n);
   }
 }
 
@@ -716,7 +718,7 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
   if (!p.grad_logits && !p.grad_probabilities) return loss;
   prepare_gradients(p, batch);
   write_tile_gradients(p, at, batch, buffers);
-  if (!p.grad_logits) return loss;
+  if (!p.grad_logits || buffers.whole()) return loss;
   int64_t gradient_at[kTile];
   for (int64_t r = 0; r < at.rows; r++)
     gradient_at[r] = at.offset[kGradLogits] + r * p.layout.inner_stride[kGradLogits];

@@ -8,6 +8,8 @@
 // Included only by units compiled per instruction set.
 #pragma once
 
+#include <array>
+
 #include "tiles.h"
 
 namespace softmax_ext {
@@ -169,15 +171,15 @@ inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t 
   if constexpr (Keep) kept[excluded] = 1;
 }
 
-// ---- columns: a tile [classes, stride] with one row per lane ---------------------------------------------------
+// ---- columns: a tile [classes, kTile] with one row per lane ---------------------------------------------------
 
 // The maximum of a vector of rows over `classes` classes and the maximum so far. With Weighted NaN wins, and the class
 // where it was first reached goes to `where` (-1: none raised it).
 template <bool Weighted, typename T>
-inline Vec<T> max_of_columns(const T* z, int64_t stride, int64_t classes, const Vec<T>& previous, Vec<T>& where) {
+inline Vec<T> max_of_columns(const T* z, int64_t classes, const Vec<T>& previous, Vec<T>& where) {
   Vec<T> max = previous;
   for (int64_t c = 0; c < classes; c++) {
-    const Vec<T> x = Vec<T>::loadu(z + c * stride);
+    const Vec<T> x = Vec<T>::loadu(z + c * kTile);
     if constexpr (Weighted) {  // x > max, or x NaN and max not yet
       const Vec<T> later = (x > max) | ((x != x) & (max == max));
       where = Vec<T>::blendv(where, Vec<T>(static_cast<T>(c)), later);
@@ -206,50 +208,79 @@ inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double maxima
   sums.set(r, row);
 }
 
-// One vector of rows, sums' [r, r + lanes): merges the classes [first, first + classes), each at z + (c - first) * stride.
-// With Keep the exponentials go to kept + c * kTile; then all classes of the rows must come in one call.
-template <bool Weighted, bool Keep, typename T>
-inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t stride, int64_t classes, int64_t first,
-                        T* kept, const Ahead& ahead) {
+// N vectors of rows, sums' [r, r + N lanes): merges the classes [first, first + classes) of the tile at z. With Keep
+// the exponentials go to kept, which may be z; then all classes of the rows must come in one call. `ahead` has one for
+// each vector.
+template <bool Weighted, bool Keep, int N, typename T>
+inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes, int64_t first, T* kept,
+                        const std::array<Ahead, N>& ahead) {
   constexpr int64_t L = kLanes<T>;
   const bool begins = first == 0;
-  Vec<T> where(-1);
-  const Vec<T> previous = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r);
-  const Vec<T> max = max_of_columns<Weighted>(z, stride, classes, previous, where);
-  alignas(64) double rest[L], maximal[L], weighted_sum[L];
+  Vec<T> max[N], where[N];
+  for (int k = 0; k < N; k++) {
+    where[k] = Vec<T>(-1);
+    max[k] = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r + k * L);
+    max[k] = max_of_columns<Weighted>(z + r + k * L, classes, max[k], where[k]);
+  }
+  alignas(64) double rest[N * L], maximal[N * L], weighted_sum[N * L];
   const auto sum_from = [&](int64_t begin, bool is_first) {
-    Vec<T> s(0), w(0), n(0);
+    Vec<T> s[N], w[N], n[N];
+    for (int k = 0; k < N; k++) s[k] = w[k] = n[k] = Vec<T>(0);
     for (int64_t c = begin; c < std::min(classes, begin + kSummedClasses); c++) {
-      ahead.fetch(c);
-      const Vec<T> x = Vec<T>::loadu(z + c * stride);
-      const Vec<T> d = x - max;
-      const Vec<T> e = exp_nonpositive(d);
-      add_apart(s, n, e, x, max);
-      if constexpr (Weighted) w = w + multiply_or_zero(e, d);
-      if constexpr (Keep) e.store(kept + c * kTile);
+      for (int k = 0; k < N; k++) {
+        ahead[k].fetch(c);
+        const int64_t at = c * kTile + r + k * L;
+        const Vec<T> x = Vec<T>::loadu(z + at);
+        const Vec<T> d = x - max[k];
+        const Vec<T> e = exp_nonpositive(d);
+        add_apart(s[k], n[k], e, x, max[k]);
+        if constexpr (Weighted) w[k] = w[k] + multiply_or_zero(e, d);
+        if constexpr (Keep) e.store(kept + at);
+      }
     }
-    add_to(rest, s, is_first);
-    add_to(maximal, n, is_first);
-    if constexpr (Weighted) add_to(weighted_sum, w, is_first);
+    for (int k = 0; k < N; k++) {
+      add_to(rest + k * L, s[k], is_first);
+      add_to(maximal + k * L, n[k], is_first);
+      if constexpr (Weighted) add_to(weighted_sum + k * L, w[k], is_first);
+    }
   };
   sum_from(0, true);
   for (int64_t begin = kSummedClasses; begin < classes; begin += kSummedClasses) sum_from(begin, false);
-  if (begins) {
-    max.store(sums.max + r);
-    for (int64_t i = 0; i < L; i++) sums.rest[r + i] = rest[i] + (maximal[i] - 1);
-    if constexpr (Weighted) std::copy(weighted_sum, weighted_sum + L, sums.weighted + r);
-    if constexpr (Weighted) std::fill(sums.argmax + r, sums.argmax + r + L, int64_t{0});
-  } else {
-    alignas(64) T new_max[L];
-    max.store(new_max);
-    for (int64_t i = 0; i < L; i++) merge(sums, r + i, new_max[i], rest[i], maximal[i], Weighted ? weighted_sum[i] : 0);
+  for (int k = 0; k < N; k++) {
+    const int64_t from = r + k * L, lane = k * L;
+    if (begins) {
+      max[k].store(sums.max + from);
+      for (int64_t i = 0; i < L; i += kLanes<double>) {
+        const DoubleVec ties = load_double(maximal + lane + i) - DoubleVec(1);
+        (load_double(rest + lane + i) + ties).store(sums.rest + from + i);
+      }
+      if constexpr (Weighted) std::copy(weighted_sum + lane, weighted_sum + lane + L, sums.weighted + from);
+      if constexpr (Weighted) std::fill(sums.argmax + from, sums.argmax + from + L, int64_t{0});
+    } else {
+      alignas(64) T new_max[L];
+      max[k].store(new_max);
+      for (int64_t i = 0; i < L; i++)
+        merge(sums, from + i, new_max[i], rest[lane + i], maximal[lane + i], Weighted ? weighted_sum[lane + i] : 0);
+    }
+    if constexpr (Weighted) {
+      alignas(64) T classes_where[L];
+      where[k].store(classes_where);
+      for (int64_t i = 0; i < L; i++)
+        if (classes_where[i] >= 0) sums.argmax[from + i] = first + static_cast<int64_t>(classes_where[i]);
+    }
   }
-  if constexpr (Weighted) {
-    alignas(64) T classes_where[L];
-    where.store(classes_where);
-    for (int64_t i = 0; i < L; i++)
-      if (classes_where[i] >= 0) sums.argmax[r + i] = first + static_cast<int64_t>(classes_where[i]);
-  }
+}
+
+// The same for all rows of a tile, two vectors at a time: the exponentials of one alone would wait for each other.
+// ahead_of(r) is what to fetch with the vector of rows r.
+template <bool Weighted, bool Keep, typename T, typename AheadOf>
+inline void add_tile(RowSums<T>& sums, int64_t rows, const T* z, int64_t classes, int64_t first, T* kept,
+                     const AheadOf& ahead_of) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t r = 0;
+  for (; r + L < rows; r += 2 * L)
+    add_columns<Weighted, Keep, 2>(sums, r, z, classes, first, kept, {ahead_of(r), ahead_of(r + L)});
+  if (r < rows) add_columns<Weighted, Keep, 1>(sums, r, z, classes, first, kept, {ahead_of(r)});
 }
 
 }  // namespace

@@ -109,11 +109,11 @@ void softmax_backward_row_of(const SoftmaxBackward<T>& p, const Position& at) {
     if (i < n) add(1, i, n - i);
     sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3]));
   }
-  const Vec<T> total(static_cast<T>(sum));
+  const T total = static_cast<T>(sum);
   for (int64_t c = 0; c < classes; c += kBlock<T>)
     write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, std::min(kBlock<T>, classes - c),
                  [log = p.log, total, gc = g + c, yc = y + c](int64_t i, int64_t count) {
-                   return backward_value(log, total, load_converted<T>(gc + i, count),
+                   return backward_value(log, Vec<T>(total), load_converted<T>(gc + i, count),
                                          load_converted<T>(yc + i, count));
                  });
 }
@@ -151,13 +151,11 @@ void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>&
   RowSums<T> sums;
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
-    const Ahead ahead = Ahead::nothing(buffer);
-    for (int64_t r = 0; r < at.rows; r += kLanes<T>) {
-      if (keeps)
-        add_columns<false, true>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
-      else
-        add_columns<false, false>(sums, r, buffer + r, kTile, n, c, buffer + r, ahead);
-    }
+    const auto ahead = [&](int64_t) { return Ahead::nothing(buffer); };
+    if (keeps)
+      add_tile<false, true>(sums, at.rows, buffer, n, c, buffer, ahead);
+    else
+      add_tile<false, false>(sums, at.rows, buffer, n, c, buffer, ahead);
   });
   alignas(64) double rest[kTile];
   alignas(64) T log_sum[kTile], inverse_sum[kTile];

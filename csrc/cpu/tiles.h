@@ -31,8 +31,8 @@ inline Position locate(const Layout& layout, int64_t unit) {
   for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
   for (int d = layout.outer_dims - 1; d >= 0; d--) {
     const OuterDim& dim = layout.dims[d];
-    const int64_t index = outer % dim.size;
-    outer /= dim.size;
+    const int64_t index = d == 0 ? outer : outer % dim.size;  // a division saved, which counts for short rows
+    if (d > 0) outer /= dim.size;
     for (int i = 0; i < kOperands; i++) at.offset[i] += index * dim.stride[i];
   }
   return at;
@@ -220,11 +220,11 @@ class TileBuffers {
   TileBuffers(const Layout& layout, int count)
       : whole_(layout.classes * kTile <= kCachedElements),
         classes_(whole_ ? layout.classes : kTileClasses<T>),
-        data_(layout.rows ? nullptr : new T[count * classes_ * kTile]) {}
+        data_(layout.rows ? nullptr : new Lines[count * classes_]) {}
 
   bool whole() const { return whole_; }
   int64_t classes() const { return classes_; }  // at a time
-  T* get(int i) const { return data_.get() + i * classes_ * kTile; }
+  T* get(int i) const { return data_[i * classes_].data; }
 
   // Calls visit(first class, classes) for each block of a tile.
   template <typename Visit>
@@ -235,7 +235,10 @@ class TileBuffers {
  private:
   bool whole_;
   int64_t classes_;
-  std::unique_ptr<T[]> data_;
+  struct alignas(64) Lines {  // of one class
+    T data[kTile];
+  };
+  std::unique_ptr<Lines[]> data_;
 };
 
 }  // namespace

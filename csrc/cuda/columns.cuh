@@ -20,6 +20,7 @@ struct TilePlace {
 // ---- a thread to a row ---------------------------------------------------------------------------------------------
 
 constexpr int kTileRows = 128;
+constexpr int kSummedClasses = 16;  // between two merges of a row's sums, so that roundings do not add up
 
 // The tile in shared memory: [rows, classes] of T, the rows an odd number of elements apart, so that neither a warp's rows
 // nor its classes share a bank.
@@ -109,7 +110,12 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
       for (int c = 0; c < classes; c++) max = larger(max, op.level(elements(c)));
       sums.raise(max);
     }
-    for (int c = 0; c < classes; c++) op.add(sums, context, elements(c), c);
+    for (int begin = 0; begin < classes; begin += kSummedClasses) {
+      typename Op::Sums part;
+      if constexpr (Op::kMaximum) part.max = sums.max;
+      for (int c = begin; c < min(classes, begin + kSummedClasses); c++) op.add(part, context, elements(c), c);
+      sums.join(part);
+    }
   }
   const auto coefficients = op.finish(context, sums, true);
   if (!op.writes && !op.has_extra) return;
@@ -125,6 +131,7 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
 template <typename Op>
 __global__ void __launch_bounds__(kTileRows)
     tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
+  if (op.idle()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t first = static_cast<int64_t>(blockIdx.x - outer * tiles) * rows_per_tile;
@@ -194,6 +201,7 @@ template <typename Op>
 __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
     stream_columns(const __grid_constant__ Op op, unsigned tiles) {
   constexpr int kClasses = Op::kStreamChunks;
+  if (op.idle()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;
@@ -203,7 +211,7 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
   const bool skips = op.skips(context);
   const Column<Op> column(op, at);
   const int first = threadIdx.x / kWarp, last = exists ? layout.classes : 0;
-  typename Op::Sums sums;
+  LongSums<Op> sums;
   if (op.reduces) {
     int c = skips ? last : first;
     for (; c + (kClasses - 1) * kColumnWarps < last; c += kClasses * kColumnWarps) {
@@ -211,14 +219,15 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
 #pragma unroll
       for (int k = 0; k < kClasses; k++) x[k] = column.load(c + k * kColumnWarps);
       add_elements<kClasses>(
-          op, context, sums, [&](int k) { return x[k]; }, [&](int k) { return c + k * kColumnWarps; });
+          op, context, sums.next(kClasses), [&](int k) { return x[k]; }, [&](int k) { return c + k * kColumnWarps; });
     }
-    for (; c < last; c += kColumnWarps) add_one(op, context, sums, column.load(c), c);
-    reduce_columns(sums, shared_memory<typename Op::Sums>());
+    for (; c < last; c += kColumnWarps) add_one(op, context, sums.next(1), column.load(c), c);
+    sums.close();
+    reduce_columns(sums.total, shared_memory<typename Op::Sums>());
   } else {
     __syncthreads();
   }
-  const auto coefficients = op.finish(context, sums, leader);
+  const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.writes && !op.has_extra) return;
   typename Op::Out* const output = op.output(at);
   const int64_t stride = layout.class_stride[Op::kOutputOperand];

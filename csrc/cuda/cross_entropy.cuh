@@ -46,7 +46,10 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
-  static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : kGeneral ? 4 : 8;  // what 64 registers hold
+  static constexpr int kKeptChunks = sizeof(T) == 8   ? 0
+                                     : !kGeneral      ? 8
+                                     : sizeof(S) == 4 ? 4
+                                                      : 3;  // what 64 registers hold
 
   struct Context {
     int64_t row;
@@ -64,6 +67,8 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     T at_target;                         // the whole gradient of class y; the leader's alone
   };
 
+  __device__ __forceinline__ bool never_kept() const { return this->has_probabilities || this->has_extra; }
+  __device__ __forceinline__ bool idle() const { return false; }
   __device__ __forceinline__ static int input_operand(int) { return kLogits; }
   __device__ __forceinline__ const S* input(int, const Position& at) const {
     return static_cast<const S*>(this->logits) + at.offset[kLogits];

@@ -34,20 +34,18 @@ void launch_columns(const char* name, const Op& op, cudaStream_t stream) {
 }
 
 // Into how many parts a row is split where its parts need not wait for each other, so that few rows fill the device.
-template <typename Op>
-int row_parts(const Op& op, const Device& device) {
-  if (op.reduces) return 1;
+inline int row_parts(int64_t rows, int64_t chunks_at_once, int64_t chunks, const Device& device) {
   constexpr int64_t kBlocksEach = 4;  // of a multiprocessor
-  const int64_t wanted = kBlocksEach * device.multiprocessors / op.layout.outer + 1;
-  const int64_t most = op.layout.classes / (kStreamBlock * Op::kStreamChunks * InputChunk<Op>::kSize) + 1;
-  return static_cast<int>(std::min(wanted, most));
+  return static_cast<int>(std::min(kBlocksEach * device.multiprocessors / rows + 1, chunks / chunks_at_once + 1));
 }
 
 template <typename Op>
 void launch_stream(const char* name, const Op& op, const Device& device, cudaStream_t stream) {
-  const int parts = row_parts(op, device);
-  launch(name, stream_rows<Op>,
-         {op.layout.outer * parts, kStreamBlock, 1, shared_bytes<typename Op::Sums>(Scope::kBlock)}, stream, op, parts);
+  const int64_t chunks = op.layout.classes / InputChunk<Op>::kSize;
+  const int threads = static_cast<int>(std::clamp<int64_t>(chunks / kWarp * kWarp, 2 * kWarp, kStreamBlock));
+  const int parts = op.reduces ? 1 : row_parts(op.layout.outer, threads * Op::kStreamChunks, chunks, device);
+  launch(name, stream_rows<Op>, {op.layout.outer * parts, threads, 1, shared_bytes<typename Op::Sums>(Scope::kBlock)},
+         stream, op, parts);
 }
 
 template <typename Op>

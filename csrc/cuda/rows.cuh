@@ -9,6 +9,8 @@
 //   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
+//   never_kept()                     what is true of no Op that kept_rows is launched with
+//   idle()                           whether the output is what is there already
 //   input(i, at), output(at)         where the row at a Position begins
 //   begin(at, leader) -> Context     the row's own data; the leader also reads what the output may overwrite
 //   skips(context)                   whether the row is not read and its output is 0
@@ -99,6 +101,26 @@ __device__ __forceinline__ void add_one(const Op& op, const typename Op::Context
   add_elements<1>(op, context, sums, [&](int) { return x; }, [&](int) { return c; });
 }
 
+// The sums of a thread's many elements, in parts of a few, so that roundings do not add up.
+template <typename Op>
+struct LongSums {
+  static constexpr int kElements = 32;
+  typename Op::Sums total, part;
+  int count = 0;
+
+  // Before `n` elements are added to the part.
+  __device__ __forceinline__ typename Op::Sums& next(int n) {
+    if (count + n > kElements) close();
+    count += n;
+    return part;
+  }
+  __device__ __forceinline__ void close() {
+    total.merge(part);
+    part = typename Op::Sums();
+    count = 0;
+  }
+};
+
 template <typename Op>
 __device__ __forceinline__ void write_one(const Op& op, const typename Op::Context& context,
                                           const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
@@ -136,6 +158,28 @@ __device__ __forceinline__ void write_apart(const Op& op, const typename Op::Con
   typename Op::T value;
   if (op.apart(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
 }
+
+// What an Op needs not have: an Op without context whose rows are all read and written.
+template <typename Arithmetic>
+struct SimpleOp {
+  using T = Arithmetic;
+  struct Context {};
+  static constexpr bool reduces = true, writes = true, has_extra = false;
+
+  __device__ __forceinline__ bool never_kept() const { return false; }
+  __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ Context begin(const Position&, bool) const { return {}; }
+  template <typename C>
+  __device__ __forceinline__ bool skips(const C&) const {
+    return false;
+  }
+  template <typename C, typename K>
+  __device__ __forceinline__ bool apart(const C&, const K&, int&, T&) const {
+    return false;
+  }
+  template <typename C, typename K, typename X>
+  __device__ __forceinline__ void extra(const C&, const K&, const X&, int) const {}
+};
 
 // ---- a row in registers --------------------------------------------------------------------------------------------
 
@@ -201,7 +245,7 @@ struct KeptRow {
 };
 
 template <typename Op, Scope kScope>
-__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024)
+__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, 1)
     kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;
@@ -209,6 +253,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024)
   constexpr bool kRuns = kScope != Scope::kCluster;
 #endif
   if constexpr (kRuns) {
+    if (op.never_kept()) __builtin_unreachable();  // spares the registers
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
@@ -242,6 +287,7 @@ constexpr int kStreamBlock = 512;
 template <typename Op>
 __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
   constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
+  if (op.idle()) return;
   const unsigned outer = blockIdx.x / parts;
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
@@ -253,7 +299,7 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   const int loose = threadIdx.x;
   const bool skips = op.skips(context);
   const bool has_loose = loose < row.cut.loose && part == (loose < row.cut.head ? 0 : last_part);
-  typename Op::Sums sums;
+  LongSums<Op> sums;
   if (op.reduces) {
     if (!skips) {
       int chunk = first;
@@ -262,25 +308,26 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
 #pragma unroll
         for (int k = 0; k < kChunks; k++) chunks[k] = row.template load<true>(chunk + k * step);
         add_elements<kChunks * kSize>(
-            op, context, sums, [&](int i) { return chunks[i / kSize].elements(i % kSize); },
+            op, context, sums.next(kChunks * kSize), [&](int i) { return chunks[i / kSize].elements(i % kSize); },
             [&](int i) { return row.cut.of_chunk(chunk + i / kSize * step) + i % kSize; });
       }
       for (; chunk < end; chunk += step) {
         const InputChunk<Op> one = row.template load<true>(chunk);
         add_elements<kSize>(
-            op, context, sums, [&](int i) { return one.elements(i); },
+            op, context, sums.next(kSize), [&](int i) { return one.elements(i); },
             [&](int i) { return row.cut.of_chunk(chunk) + i; });
       }
       if (has_loose) {
         const int c = row.cut.of_loose(loose);
-        add_one(op, context, sums, row.load_one(c), c);
+        add_one(op, context, sums.next(1), row.load_one(c), c);
       }
     }
-    reduce_block(sums, shared_memory<typename Op::Sums>());
+    sums.close();
+    reduce_block(sums.total, shared_memory<typename Op::Sums>());
   } else {
     __syncthreads();
   }
-  const auto coefficients = op.finish(context, sums, leader);
+  const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.writes && !op.has_extra) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);

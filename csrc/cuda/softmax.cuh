@@ -6,23 +6,6 @@
 namespace softmax_ext {
 namespace cuda {
 
-// What is not needed of an Op here.
-template <typename Arithmetic>
-struct SimpleOp {
-  using T = Arithmetic;
-  struct Context {};
-  static constexpr bool reduces = true, writes = true, has_extra = false;
-
-  __device__ __forceinline__ Context begin(const Position&, bool) const { return {}; }
-  __device__ __forceinline__ bool skips(const Context&) const { return false; }
-  template <typename Coefficients>
-  __device__ __forceinline__ bool apart(const Context&, const Coefficients&, int&, T&) const {
-    return false;
-  }
-  template <typename Coefficients, typename X>
-  __device__ __forceinline__ void extra(const Context&, const Coefficients&, const X&, int) const {}
-};
-
 template <typename S, typename O>
 struct SoftmaxOp : SimpleOp<std::conditional_t<sizeof(O) == 8, double, float>> {
   using In = S;

@@ -1,5 +1,5 @@
 // What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order that
-// depends on the sizes alone; the search for a class out of range; the scaling of a gradient that is there already.
+// depends on the sizes alone, and the search for a class out of range.
 #include <algorithm>
 #include <type_traits>
 
@@ -12,8 +12,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kElementsEach = 16;  // that a thread adds before another block pays
+constexpr int kThreads = 512;
+constexpr int64_t kElementsEach = 16;  // that a thread adds before more blocks, and a second kernel, pay
 
 // ---- sums --------------------------------------------------------------------------------------------------------
 
@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(kThreads) sum_shares(Value value, int64_t n, d
   if (threadIdx.x == 0) partial[blockIdx.x] = sum.total;
 }
 
-// *out = sum of partial / *divisor
+// *out = sum of value(i) / *divisor, by one block.
+template <typename Value>
 __global__ void __launch_bounds__(kThreads)
-    sum_partial(const double* partial, int64_t n, const double* divisor, void* out, DType out_type) {
+    sum_all(Value value, int64_t n, const double* divisor, void* out, DType out_type) {
   Sum<double> sum;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum.total += partial[i];
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum.total += value(i);
   reduce_block(sum, shared_memory<Sum<double>>());
   if (threadIdx.x == 0) store_value(divisor ? sum.total / *divisor : sum.total, out, out_type, 0);
 }
@@ -60,9 +61,11 @@ template <typename Value>
 void sum(const char* name, const Value& value, int64_t n, const double* divisor, void* out, DType out_type,
          double* scratch, cudaStream_t stream) {
   constexpr int kShared = shared_bytes<Sum<double>>(Scope::kBlock);
-  const int64_t blocks = std::clamp<int64_t>(n / (kThreads * kElementsEach), 1, kSumScratch);
+  const Grid one{1, kThreads, 1, kShared};
+  if (n <= kThreads * kElementsEach) return launch(name, sum_all<Value>, one, stream, value, n, divisor, out, out_type);
+  const int64_t blocks = std::min(n / (kThreads * kElementsEach), kSumScratch);
   launch(name, sum_shares<Value>, {blocks, kThreads, 1, kShared}, stream, value, n, scratch);
-  launch("sum_partial", sum_partial, {1, kThreads, 1, kShared}, stream, scratch, blocks, divisor, out, out_type);
+  launch(name, sum_all<TypedArray>, one, stream, TypedArray{scratch, DType::kFloat64}, blocks, divisor, out, out_type);
 }
 
 DType arithmetic_type(bool is_double) { return is_double ? DType::kFloat64 : DType::kFloat32; }
@@ -85,31 +88,6 @@ __global__ void __launch_bounds__(kThreads) find_first(const int64_t* index, con
   const int64_t y = index ? index[row] : index_u8[row];
   if (y != ignore_index && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes))
     atomicMin(reinterpret_cast<long long*>(first), static_cast<long long>(row));
-}
-
-// ---- scaling -----------------------------------------------------------------------------------------------------
-
-struct Scaling {
-  DeviceLayout layout;
-  void* data;
-  DType type;
-  Upstream factor;
-};
-
-// A thread for each element; adjacent threads follow the smaller of the two strides.
-__global__ void __launch_bounds__(kThreads) scale_elements(const __grid_constant__ Scaling s) {
-  const int64_t classes = s.layout.classes, inner = s.layout.inner;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= s.layout.outer * classes * inner) return;
-  const bool along_classes = inner == 1 || s.layout.class_stride[0] < s.layout.inner_stride[0];
-  const int64_t fast = along_classes ? classes : inner, outer = i / (classes * inner);
-  const int64_t of_outer = i - outer * classes * inner, slow = of_outer / fast, rest = of_outer - slow * fast;
-  const Position at = locate(s.layout, static_cast<unsigned>(outer), along_classes ? slow : rest);
-  const double factor = load_value<double>(s.factor.data, s.factor.type, at.offset[kRow] * s.factor.stride);
-  if (factor == 1) return;
-  const int64_t element = at.offset[0] + (along_classes ? rest : slow) * s.layout.class_stride[0];
-  // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
-  store_value(multiply_or_zero(load_value<double>(s.data, s.type, element), factor), s.data, s.type, element);
 }
 
 }  // namespace
@@ -136,13 +114,6 @@ void find_bad_class(const CrossEntropy& call, int64_t classes, int64_t* first, S
   if (call.rows == 0) return;
   launch("find_first", find_first, {(call.rows + kThreads - 1) / kThreads, kThreads}, stream, call.index, call.index_u8,
          call.rows, classes, call.ignore_index, first);
-}
-
-void scale_rows(const ScaleRows& call, Stream stream) {
-  const Scaling scaling{device_layout(call.layout), call.data, call.type, call.factor};
-  const int64_t elements = call.layout.outer * call.layout.classes * call.layout.inner;
-  if (elements == 0) return;
-  launch("scale_rows", scale_elements, {(elements + kThreads - 1) / kThreads, kThreads}, stream, scaling);
 }
 
 const char* compiled_architectures() { return SOFTMAX_EXT_CUDA_ARCHITECTURES; }

@@ -44,12 +44,17 @@ struct LogSumExp {
     return max > -infinity<T>() && max < infinity<T>() ? below + (ties - 1) : not_a_number<T>();
   }
 
+  // Of the same maximum.
+  __device__ __forceinline__ void join(const LogSumExp& other) {
+    below += other.below;
+    ties += other.ties;
+  }
+
   __device__ __forceinline__ void merge(LogSumExp other) {
     const T common = larger(max, other.max);
     raise(common);
     other.raise(common);
-    below += other.below;
-    ties += other.ties;
+    join(other);
   }
 };
 
@@ -71,21 +76,20 @@ struct RowSums : LogSumExp<T> {
     const bool was_finite = this->max > -infinity<T>();
     const T step = was_finite ? this->max - larger_max : T(0), mass = this->below + this->ties;
     const T scale = LogSumExp<T>::raise(larger_max);
-    weighted = was_finite ? scale * (weighted + step * mass) : T(0);
+    weighted = was_finite ? multiply_or_zero(scale, weighted + step * mass) : T(0);
     dot += b_sum * step;
     q_dot += q_sum * step;
     argmax = kNowhere;
     return scale;
   }
 
-  __device__ __forceinline__ int prediction() const { return first_nan != kNowhere ? first_nan : argmax; }
+  // 0 where there is no class.
+  __device__ __forceinline__ int prediction() const {
+    return first_nan != kNowhere ? first_nan : argmax != kNowhere ? argmax : 0;
+  }
 
-  __device__ __forceinline__ void merge(RowSums other) {
-    const T common = larger(this->max, other.max);
-    raise(common);
-    other.raise(common);
-    this->below += other.below;
-    this->ties += other.ties;
+  __device__ __forceinline__ void join(const RowSums& other) {
+    LogSumExp<T>::join(other);
     weighted += other.weighted;
     dot += other.dot;
     b_sum += other.b_sum;
@@ -94,13 +98,21 @@ struct RowSums : LogSumExp<T> {
     argmax = min(argmax, other.argmax);
     first_nan = min(first_nan, other.first_nan);
   }
+
+  __device__ __forceinline__ void merge(RowSums other) {
+    const T common = larger(this->max, other.max);
+    raise(common);
+    other.raise(common);
+    join(other);
+  }
 };
 
 // One plain sum.
 template <typename T>
 struct Sum {
   T total = 0;
-  __device__ __forceinline__ void merge(const Sum& other) { total += other.total; }
+  __device__ __forceinline__ void join(const Sum& other) { total += other.total; }
+  __device__ __forceinline__ void merge(const Sum& other) { join(other); }
 };
 
 }  // namespace cuda

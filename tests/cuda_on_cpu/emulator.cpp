@@ -62,8 +62,8 @@ struct Block;
 struct Warp;
 
 struct Fiber {
-  void* registers[5];  // of __builtin_setjmp
-  ucontext_t context;  // to enter it for the first time
+  void* registers[5];             // of __builtin_setjmp
+  ucontext_t* context = nullptr;  // to enter it for the first time
   bool entered = false;
   // AddressSanitizer's.
   void* fake_stack = nullptr;
@@ -93,7 +93,7 @@ struct Fiber {
 __attribute__((noinline, no_sanitize_address)) void enter(Fiber* to) {
   if (to->entered) __builtin_longjmp(to->registers, 1);
   to->entered = true;
-  setcontext(&to->context);
+  setcontext(to->context);
   __builtin_unreachable();
 }
 __attribute__((noinline, no_sanitize_address)) void switch_registers(Fiber* from, Fiber* to) {
@@ -396,11 +396,12 @@ void make_fiber(Fiber& fiber, char* stack, size_t size) {
   if (mprotect(stack, size, PROT_READ | PROT_WRITE) != 0) fail({}, "mprotect of a stack failed");
   fiber.stack = stack;
   fiber.stack_size = size;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = stack;
-  fiber.context.uc_stack.ss_size = size;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, fiber_main, 0);
+  fiber.context = new ucontext_t;
+  getcontext(fiber.context);
+  fiber.context->uc_stack.ss_sp = stack;
+  fiber.context->uc_stack.ss_size = size;
+  fiber.context->uc_link = nullptr;
+  makecontext(fiber.context, fiber_main, 0);
 }
 
 // Fibers and shared memory for the blocks of a cluster.
@@ -409,7 +410,9 @@ void grow() {
     pool[b] = new Fiber[kMaxThreads];
     char* stacks = map(kMaxThreads * kStack);
     // Each above a guard page.
-    for (unsigned i = 0; i < kMaxThreads; i++) make_fiber(pool[b][i], stacks + i * kStack + kPage, kStack - kPage);
+    // Their upper ends lie at different distances from a page's, or they would share few of the caches' lines.
+    for (unsigned i = 0; i < kMaxThreads; i++)
+      make_fiber(pool[b][i], stacks + i * kStack + kPage, kStack - kPage - i * 5 % 64 * 64);
     blocks.emplace_back();
     blocks[b].memory = map(kMaxShared + 2 * kPage) + kPage;
   }

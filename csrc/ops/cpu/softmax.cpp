@@ -23,6 +23,9 @@ void run(const K& k, const JointLayout& joint) {
   Groups(k.layout).run([&](int64_t, int64_t begin, int64_t end) { run_kernel(k, begin, end); });
 }
 
+// Without exponentials a transposition costs more than it saves, except where rows are short.
+constexpr LayoutRule kBackwardLayoutRule{40, kLayoutRule.max_outer_dims};
+
 bool is_double(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::Double || b.scalar_type() == ScalarType::Double;
 }
@@ -39,7 +42,7 @@ void device::softmax(const Tensor& input, const Tensor& output, int64_t dim, boo
 
 void device::softmax_backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim,
                               bool log) {
-  const JointLayout joint(output, dim, {&grad_input, &output, &grad_output}, kLayoutRule);
+  const JointLayout joint(output, dim, {&grad_input, &output, &grad_output}, kBackwardLayoutRule);
   if (is_double(output, grad_input))
     run(softmax_backward_call<SoftmaxBackward<double>>(grad_output, output, grad_input, log, joint.layout()), joint);
   else

@@ -1,0 +1,68 @@
+// The scaling of a gradient that is there already, as an Op of the row kernels (Op: rows.cuh).
+#include "dispatch.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+namespace {
+
+template <typename S>
+struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
+  using In = S;
+  using Out = S;
+  using T = std::conditional_t<sizeof(S) == 8, double, float>;
+  using Sums = Sum<T>;
+  static constexpr int kInputs = 1, kOutputOperand = 0;
+  static constexpr bool kMaximum = false, reduces = false;
+  static constexpr int kStreamChunks = 4, kKeptChunks = 0;
+
+  struct Context {
+    T factor;
+  };
+  struct Coefficients {};
+
+  DeviceLayout layout;
+  void* data;
+  Upstream factor;
+
+  // One factor for all rows, and that is 1.
+  __device__ __forceinline__ bool idle() const { return factor.stride == 0 && factor_of(0) == 1; }
+  __device__ __forceinline__ T factor_of(int64_t row) const {
+    return load_value<T>(factor.data, factor.type, row * factor.stride);
+  }
+
+  __device__ __forceinline__ static int input_operand(int) { return 0; }
+  __device__ __forceinline__ S* output(const Position& at) const { return static_cast<S*>(data) + at.offset[0]; }
+  __device__ __forceinline__ const S* input(int, const Position& at) const { return output(at); }
+  __device__ __forceinline__ Context begin(const Position& at, bool) const { return {factor_of(at.offset[kRow])}; }
+  __device__ __forceinline__ void add(Sums&, const Context&, const Elements<ScaleOp>&, int) const {}
+  __device__ __forceinline__ Coefficients finish(const Context&, const Sums&, bool) const { return {}; }
+  // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
+  __device__ __forceinline__ T value(const Context& context, const Coefficients&, const Elements<ScaleOp>& x,
+                                     int) const {
+    return multiply_or_zero(x.of[0], context.factor);
+  }
+};
+
+template <typename S>
+void launch_typed(const ScaleRows& call, Stream stream) {
+  ScaleOp<S> op{};
+  op.layout = device_layout(call.layout);
+  op.data = call.data;
+  op.factor = call.factor;
+  launch_op("scale_rows", op, call.layout, true, stream);
+}
+
+}  // namespace
+
+void scale_rows(const ScaleRows& call, Stream stream) {
+  switch (call.type) {
+    case DType::kFloat64: return launch_typed<double>(call, stream);
+    case DType::kFloat32: return launch_typed<float>(call, stream);
+    case DType::kBFloat16: return launch_typed<__nv_bfloat16>(call, stream);
+    case DType::kFloat16: return launch_typed<__half>(call, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace softmax_ext

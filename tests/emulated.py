@@ -1,0 +1,52 @@
+"""Runs tests on the CUDA kernels without a GPU, on the emulator of cuda_on_cpu/: twice, plain and sanitized.
+
+The kernels run some hundred times slower than on the CPU's own, so of the tests below a sample runs, drawn by their
+names: one in so many. Every dtype, layout and kernel has its share.
+
+    python tests/emulated.py [--build plain|sanitized] [--sample N] [arguments of pytest]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from cuda_on_cpu import build  # noqa: E402  from this folder
+
+# One in so many tests of each file runs: (plain, sanitized).
+SAMPLE = {
+    "test_cross_entropy.py": (4, 60),
+    "test_softmax.py": (2, 30),
+    "test_layouts.py": (1, 15),
+    "test_numerics.py": (1, 15),
+    "test_inplace.py": (1, 15),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", choices=["plain", "sanitized"], help="default: one after the other")
+    parser.add_argument("--sample", type=int, help="instead of the samples of SAMPLE; 1: all")
+    arguments, pytest_arguments = parser.parse_known_args()
+    for kind in [arguments.build] if arguments.build else ["plain", "sanitized"]:
+        sanitized = kind == "sanitized"
+        command = [sys.executable, "-m", "pytest", "--device", "emulated"]
+        command += ["--sanitized"] if sanitized else []
+        for name, samples in SAMPLE.items():
+            command += ["--sample", f"{name}={arguments.sample or samples[sanitized]}", str(HERE / name)]
+        environment = {**os.environ, **(build.sanitizer_environment() if sanitized else {})}
+        print(f"CUDA kernels on the emulator, {kind} build", flush=True)
+        status = subprocess.run([*command, *pytest_arguments], env=environment, check=False).returncode
+        if status != 0:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
