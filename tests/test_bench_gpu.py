@@ -41,7 +41,7 @@ ENVIRONMENT = results.GpuEnvironment(
     date="2026-01-02",
 )
 COPY_RATE = 4e12  # bytes a second, in the figures made up below
-pytestmark = pytest.mark.cpu_only("what is computed of GPU figures needs no GPU")
+pytestmark = pytest.mark.devices("cpu")
 
 
 def seconds(case: Case, passes: float) -> float:

@@ -23,6 +23,8 @@ import torch_worker
 import worker
 from cases import Case, Job
 
+pytestmark = pytest.mark.devices("cpu")
+
 BENCHMARKS = Path(bench.__file__).parent
 
 # Fewer rows than answers.checked_rows takes at most, so that all are compared.
