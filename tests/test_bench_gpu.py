@@ -1,10 +1,13 @@
 """The benchmark on a GPU, as far as it goes without one: the plan, the check of the answers, the counts, the report."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import answers
 import bench
@@ -109,6 +112,72 @@ def test_options_of_a_full_run():
     assert bench_gpu.parse([]).output == results.DEFAULT_DIRECTORY
     assert bench_gpu.parse(["--only", "1000000x10-f32"]).output is None
     assert bench_gpu.parse(["--quick"]).samples < bench_gpu.parse([]).samples
+
+
+# ---- everything in one command ---------------------------------------------------------------------------------------
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$STUB_LOG"
+case "$*" in
+  *get_device_capability*) echo 9.0 ;;
+  *build_ext*) exit "$STUB_BUILD" ;;
+  *"pytest --device cuda"*) exit "$STUB_TESTS" ;;
+  *"import hypothesis"*) exit 1 ;;
+esac
+"""
+
+
+def gpu_run(tmp_path: Path, *arguments: str, build: int = 0, tests: int = 0) -> tuple[int, str, list[str]]:
+    """Its exit status, what it printed, and what the interpreter was asked for, by a stub of one."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "STUB_LOG": str(log)}
+    environment |= {"STUB_BUILD": str(build), "STUB_TESTS": str(tests)}
+    script = Path(bench_gpu.__file__).with_name("gpu_run.sh")
+    command = [str(script), *(arguments or [str(tmp_path / "results")])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr, log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize(("tests", "status"), [(0, 0), (1, 1)])
+def test_gpu_run(tests, status, tmp_path):
+    """Failing tests are said, and the benchmark runs all the same."""
+    code, printed, asked = gpu_run(tmp_path, tests=tests)
+    assert code == status
+    steps = [line for line in asked if not line.startswith(("-c", "-m softmax_ext"))]
+    assert steps[0] == "setup.py build_ext --inplace"
+    assert all(part in line for part, line in zip(["test_cuda.py", "--ignore", "sanitize"], steps[1:], strict=False))
+    assert steps[-1].startswith(f"benchmarks/bench_gpu.py --output {tmp_path}/results --seconds ")
+    assert "--ignore=tests/test_softmax.py" in steps[2]
+    assert "skipped: no hypothesis" in printed
+    assert ("FAILED with status 1, gpu_tests.log" in printed) == bool(tests)
+    assert printed.splitlines()[-1].startswith("in all")
+    logs = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert logs == ["gpu_bench.log", "gpu_build.log", "gpu_sanitizer.log", "gpu_tests.log"]
+
+
+def test_gpu_run_without_a_build(tmp_path):
+    code, printed, asked = gpu_run(tmp_path, build=1)
+    assert code == 2
+    assert "FAILED with status 1, gpu_build.log" in printed
+    assert asked[-1] == "setup.py build_ext --inplace"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["a", "b"]])
+def test_gpu_run_says_how_it_is_called(arguments, tmp_path):
+    assert gpu_run(tmp_path, *arguments) == (2, "usage: benchmarks/gpu_run.sh [DIRECTORY]\n", [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_without_a_gpu(tmp_path):
+    script = Path(bench_gpu.__file__).with_name("gpu_run.sh")
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no torch that can use a GPU" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -262,6 +331,60 @@ def test_variants_take_turns():
     measured = gpu_worker.times_ms(clock, variants, calls=3, samples=7)
     assert {name: summary.n for name, summary in measured.items()} == {"a": 9, "b": 9}
     assert "".join(clock.turns) == "aaabbb" * (3 + 3)  # untimed rounds, timed ones
+
+
+class CpuClock:
+    """Times on the CPU."""
+
+    def round(self, prepare, calls, head_start_ms):
+        call = prepare(calls)
+        for _ in range(calls):
+            call()
+        return [1.0 + i for i in range(calls)], 1.0
+
+
+def test_a_job(monkeypatch):
+    """All that a process does, with the CPU in the place of the GPU."""
+    cuda = SimpleNamespace(
+        get_device_properties=lambda device: SimpleNamespace(L2_cache_size=20),
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 0,
+        max_memory_allocated=lambda: 3 * MIB,
+    )
+    monkeypatch.setattr(gpu_worker.torch, "cuda", cuda)
+    monkeypatch.setattr(gpu_worker, "Clock", CpuClock)
+    monkeypatch.setattr(gpu_worker, "GpuWorkload", partial(gpu_worker.GpuWorkload, device="cpu"))
+    whats = [cases.LOSS, cases.SCALED, cases.FORWARD, cases.MEMORY]
+    variants = [cases.EAGER, cases.LIGER, *cases.OURS, cases.COPY, cases.SUM]
+    lines: list[dict] = []
+    gpu_worker.work(worker.Request(TINY[0], variants, whats, repeats=4, threads=1), lines.append)
+    said = {(line["what"], line["variant"]): line for line in lines}
+    assert len(said) == len(lines)
+    mine = [cases.EAGER, *cases.OURS]
+    for what in (cases.LOSS, cases.SCALED):
+        assert all(said[what, variant]["status"] == "ok" for variant in (*mine, cases.COPY))
+        assert said[what, cases.EAGER]["n"] == 4
+    assert all(said[cases.FORWARD, variant]["status"] == "ok" for variant in (cases.EAGER, cases.DEFAULT, cases.SUM))
+    assert all(said[cases.MEMORY, variant]["median"] == 3 for variant in mine)
+    assert said[cases.LOSS, cases.LIGER]["status"] == "unavailable"
+
+
+@pytest.mark.parametrize(("arguments", "written"), [([], True), (["--quick"], False)])
+def test_the_command(arguments, written, monkeypatch, tmp_path, capsys):
+    def run_job(job, samples, peer_python, available):
+        assert job.script == "gpu_worker.py"
+        return [record(job, variant, what, 2.0) for variant in (*job.variants, cases.COPY) for what in job.whats]
+
+    monkeypatch.setattr(bench, "run_job", run_job)
+    monkeypatch.setattr(bench_gpu, "reason_not_to", lambda: None)
+    monkeypatch.setattr(bench_gpu, "_l2_bytes", lambda: L2)
+    monkeypatch.setattr(bench_gpu, "_free_bytes", lambda: 2**37)
+    monkeypatch.setattr(bench_gpu, "describe_gpu", lambda: ENVIRONMENT)
+    monkeypatch.setattr(bench_gpu, "DEFAULT_DIRECTORY", tmp_path)
+    assert bench_gpu.main(arguments) == 0
+    assert (tmp_path / "gpu.csv").exists() == (tmp_path / "gpu.png").exists() == written
+    assert "GB/s by the bytes" in capsys.readouterr().out
 
 
 # ---- what is said of the figures -------------------------------------------------------------------------------------
