@@ -5,7 +5,7 @@
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
 #   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
-#   BENCH_ARGS='--threads 1'       what make bench passes to benchmarks/bench.py besides
+#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -24,7 +24,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check bench bench-quick lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-quick bench-gpu lint format dist clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,11 +48,18 @@ test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, 
 cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make test
 	$(BIN)/python tests/cuda_check.py
 
+test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
+	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
+	$(BIN)/python tests/sanitize_gpu.py
+
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
 	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
+	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check

@@ -13,15 +13,18 @@ Prints one table. A full run, or one with --output, also writes results.csv and,
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import plots
-from cases import CASES, JAX, LOSS, MEMORY, MUL, PEERS, SUM, TENSORFLOW, Job, plan, plan_quick
+from cases import CASES, JAX, LOSS, MEMORY, PEERS, TENSORFLOW, Job, plan, plan_quick
 from results import (
     CSV_NAME,
     DEFAULT_DIRECTORY,
@@ -41,7 +44,7 @@ _REPEATS = 7
 _QUICK_REPEATS = 3
 _JOB_SECONDS = 900
 _PEER_PACKAGES = {JAX: ("jax", "optax"), TENSORFLOW: ("tensorflow",)}
-_WIDTH = 200  # of the table where the output is no terminal
+WIDTH = 200  # of the table where the output is no terminal
 
 
 # ---- one job ----
@@ -76,12 +79,11 @@ def _environment_of(job: Job) -> dict[str, str]:
     return environment
 
 
-def _interpreter_and_script(job: Job, peer_python: str | None) -> tuple[str, Path]:
-    for peer in PEERS:
-        if peer in job.variants:
-            assert peer_python is not None
-            return peer_python, _HERE / f"{peer}_worker.py"
-    return sys.executable, _HERE / "torch_worker.py"
+def _interpreter(job: Job, peer_python: str | None) -> str:
+    if not set(PEERS) & set(job.variants):
+        return sys.executable
+    assert peer_python is not None
+    return peer_python
 
 
 def _failure(process: subprocess.CompletedProcess[str]) -> str:
@@ -99,9 +101,8 @@ def run_job(job: Job, repeats: int, peer_python: str | None, available: int) -> 
     if not fitting:
         return records
     request = {"case": asdict(job.case), "whats": job.whats, "repeats": repeats, "threads": job.threads}
-    request["variants"] = fitting + ([] if MEMORY in job.whats else [MUL, SUM])
-    python, script = _interpreter_and_script(job, peer_python)
-    command = [python, str(script), json.dumps(request)]
+    request["variants"] = [*fitting, *job.limits]
+    command = [_interpreter(job, peer_python), str(_HERE / job.script), json.dumps(request)]
     try:
         process = subprocess.run(
             command, env=_environment_of(job), capture_output=True, text=True, check=False, timeout=_JOB_SECONDS
@@ -125,21 +126,36 @@ def _missing(job: Job, variants: list[str], records: list[Record], reason: str) 
 # ---- all jobs ----
 
 
-def run_jobs(jobs: list[Job], repeats: int, peer_python: str | None, console: Console) -> list[Record]:
-    """Runs them one after the other; an interrupt ends it with what has been measured until then."""
+def run_jobs(
+    jobs: list[Job],
+    repeats: int,
+    peer_python: str | None,
+    console: Console,
+    available: Callable[[], int] = available_bytes,
+    seconds: float = math.inf,
+) -> list[Record]:
+    """Runs them one after the other; an interrupt ends it with what has been measured until then.
+
+    Those that would begin after so many seconds are skipped; the figures of the last may come later.
+    """
+    deadline = time.monotonic() + seconds
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     records = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(jobs))
         for job in jobs:
+            if time.monotonic() > deadline:
+                pairs = [(variant, what) for variant in job.variants for what in job.whats]
+                records += [Record.of(job, *pair, "skipped", f"the {seconds:.0f} s were over") for pair in pairs]
+                continue
             description = f"{job.section}, {job.case.name}: {', '.join(job.variants)}"
             progress.update(task, description=description)
             if not console.is_terminal:  # where a bar would show nothing before its end
                 console.print(description, highlight=False)
             try:
-                records += run_job(job, repeats, peer_python, available_bytes())
+                records += run_job(job, repeats, peer_python, available())
             except KeyboardInterrupt:
-                console.print("bench.py: interrupted; what follows is incomplete", highlight=False)
+                console.print("interrupted; what follows is incomplete", highlight=False)
                 break
             progress.advance(task)
     return records
@@ -161,7 +177,8 @@ def peer_versions(python: str) -> dict[str, str]:
 # ---- the command ----
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """An option of one or more."""
     try:
         number = int(text)
     except ValueError:
@@ -172,20 +189,26 @@ def _count(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    number = _count(text)
+    number = count(text)
     processors = len(os.sched_getaffinity(0))
     if number > processors:
         raise argparse.ArgumentTypeError(f"needs at most {processors}, the processors that there are; got {text!r}")
     return number
 
 
-def _case(text: str) -> str:
-    if text not in CASES:
-        raise argparse.ArgumentTypeError(f"knows no case {text!r}; there are: {', '.join(CASES)}")
-    return text
+def case_of(known: Iterable[str]) -> Callable[[str], str]:
+    """An option that names one of these cases."""
+
+    def case(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"knows no case {text!r}; there are: {', '.join(known)}")
+        return text
+
+    return case
 
 
-def _directory(text: str) -> Path:
+def directory(text: str) -> Path:
+    """An option that is a directory, made if it is not there."""
     path = Path(text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -210,10 +233,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; a wrong one ends the program with a sentence and status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few cases, forward and backward only; writes nothing")
-    parser.add_argument("--only", nargs="+", type=_case, metavar="CASE", help="these cases; writes only to --output")
+    parser.add_argument(
+        "--only", nargs="+", type=case_of(CASES), metavar="CASE", help="these cases; writes only to --output"
+    )
     parser.add_argument("--peers", type=_peers, metavar="PYTHON", help="an interpreter that has JAX or TensorFlow")
-    parser.add_argument("--output", type=_directory, metavar="DIR", help=f"default of a full run: {DEFAULT_DIRECTORY}")
-    parser.add_argument("--repeats", type=_count, help=f"samples (default: {_REPEATS}; quick: {_QUICK_REPEATS})")
+    parser.add_argument("--output", type=directory, metavar="DIR", help=f"default of a full run: {DEFAULT_DIRECTORY}")
+    parser.add_argument("--repeats", type=count, help=f"samples (default: {_REPEATS}; quick: {_QUICK_REPEATS})")
     parser.add_argument("--threads", type=_threads, help="default: as many as torch takes")
     options = parser.parse_args(arguments)
     if options.quick and (options.only or options.peers or options.output):
@@ -250,7 +275,7 @@ def report(records: list[Record], environment: Environment, threads: int, output
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     options = parse(arguments)
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     python, versions = options.peers or (None, {})
     try:
         environment = describe_environment(versions)

@@ -9,20 +9,25 @@ from dataclasses import dataclass, replace
 
 # What is measured of a case.
 LOSS = "loss"  # cross entropy, forward and backward
+SCALED = "loss * 0.5"  # the same with an upstream gradient that is not 1
 FORWARD = "loss, forward alone"
 SOFTMAX = "softmax"  # forward and backward
 LOG_SOFTMAX = "log_softmax"
 MEMORY = "memory"  # of a step of LOSS, beyond what is there with the logits made
 
-# Who does it. The last two are no losses: they read, or read and write, as many bytes as the logits have.
+# Who does it. The last three are no losses: they read, or read and write, as many bytes as the logits have.
 EAGER, COMPILE = "eager", "compile"
 DEFAULT, PRECOMPUTE, INPLACE = "default", "precompute", "in place"
 JAX, TENSORFLOW = "jax", "tensorflow"
-SUM, MUL = "sum", "mul_"
-LIMITS = {LOSS: MUL, FORWARD: SUM}
+LIGER, QUACK = "liger", "quack"
+SUM, MUL, COPY = "sum", "mul_", "copy_"
 
 OURS = (DEFAULT, PRECOMPUTE, INPLACE)
-PEERS = (JAX, TENSORFLOW)
+PEERS = (JAX, TENSORFLOW)  # in processes of their own
+GPU_PEERS = (LIGER, QUACK)
+LIMIT_VARIANTS = (SUM, MUL, COPY)
+# The limit of each what: mul_ on the CPU, copy_ on a GPU.
+LIMITS = {LOSS: (MUL, COPY), SCALED: (COPY,), FORWARD: (SUM,)}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
 IGNORED_SHARE = 0.1
@@ -88,6 +93,16 @@ class Job:
     threads: int
     thp: bool = False  # torch's own switch for huge pages, THP_MEM_ALLOC_ENABLE
 
+    @property
+    def script(self) -> str:
+        """What runs in the process."""
+        return next((f"{peer}_worker.py" for peer in PEERS if peer in self.variants), "torch_worker.py")
+
+    @property
+    def limits(self) -> tuple[str, ...]:
+        """What is measured beside the variants."""
+        return () if MEMORY in self.whats else (MUL, SUM)
+
     def needed_bytes(self, variant: str) -> int:
         """About what its process needs at most, with this variant in it."""
         case = self.case
@@ -98,27 +113,28 @@ class Job:
         return 2**29 + arrays + (copies + step) * case.logits_bytes
 
 
-def _flat(rows: int, classes: int, dtype: str = "float32") -> Case:
+def flat(rows: int, classes: int, dtype: str = "float32") -> Case:
+    """Rows of adjacent classes."""
     return Case(f"{rows}x{classes}-{_SHORT[dtype]}", (rows, classes), dtype)
 
 
-_GPT = _flat(4096, 32000)
+_GPT = flat(4096, 32000)
 
 TABLE = (
-    _flat(1024, 128256),
-    _flat(1024, 128256, "bfloat16"),
+    flat(1024, 128256),
+    flat(1024, 128256, "bfloat16"),
     _GPT,
-    _flat(65536, 1000),
-    _flat(1000000, 10),
+    flat(65536, 1000),
+    flat(1000000, 10),
     Case("8x21x512x512-f32", (8, 21, 512, 512)),
     Case("2x32000x512-f32-transposed", (2, 32000, 512), transposed=True),
     replace(_GPT, name="4096x32000-f32-probabilities", probabilities=True),
     replace(_GPT, name="4096x32000-f32-options", options=True),
-    _flat(256, 1000),
-    _flat(8, 10),
+    flat(256, 1000),
+    flat(8, 10),
 )
-VOCABULARY = tuple(_flat(1024, classes) for classes in (1000, 32000, 64000, 128256, 200064, 262144))
-SCALING = tuple(_flat(elements // 32000, 32000) for elements in (10**6, 10**7, 10**8, 10**9))
+VOCABULARY = tuple(flat(1024, classes) for classes in (1000, 32000, 64000, 128256, 200064, 262144))
+SCALING = tuple(flat(elements // 32000, 32000) for elements in (10**6, 10**7, 10**8, 10**9))
 HUGE_PAGES = (TABLE[0], TABLE[2])
 THREADS = TABLE[:4]
 QUICK = (TABLE[2], TABLE[3], TABLE[4], TABLE[9], TABLE[10])

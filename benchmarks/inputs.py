@@ -30,12 +30,15 @@ def to_bfloat16_values(array: np.ndarray) -> np.ndarray:
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def block(case: Case, seed: int) -> np.ndarray:
+    """The float32 values that are repeated, of the case's dtype."""
+    values = np.random.default_rng(seed).standard_normal(_BLOCK, dtype=np.float32)
+    return to_bfloat16_values(values) if case.dtype == "bfloat16" else values
+
+
 def normals(case: Case, seed: int) -> np.ndarray:
     """float32 of the case's memory_shape, holding values of its dtype."""
-    block = np.random.default_rng(seed).standard_normal(_BLOCK, dtype=np.float32)
-    if case.dtype == "bfloat16":
-        block = to_bfloat16_values(block)
-    return np.resize(block, case.memory_shape)
+    return np.resize(block(case, seed), case.memory_shape)
 
 
 def _probabilities(case: Case) -> np.ndarray:

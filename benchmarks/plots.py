@@ -2,6 +2,7 @@
 
 vocabulary.png  time of the loss against the vocabulary size, with the limit line, and memory beside it
 scaling.png     time of an element against the number of elements
+gpu.png         as vocabulary.png, of a gpu.csv
 """
 
 import sys
@@ -9,27 +10,34 @@ from pathlib import Path
 
 from cases import (
     COMPILE,
+    COPY,
     DEFAULT,
     EAGER,
     INPLACE,
     JAX,
+    LIGER,
     LOSS,
     MEMORY,
     MUL,
+    QUACK,
     SCALING,
     TENSORFLOW,
     VOCABULARY,
     Case,
 )
+from gpu_cases import SECTION, VOCABULARY_SECTION
+from gpu_cases import VOCABULARY as GPU_VOCABULARY
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Environment, Record, measured_on, read_csv
+from results import Environment, GpuEnvironment, Record, measured_on, read_csv
 
 _LABELS = {
     EAGER: "F.cross_entropy",
     COMPILE: "torch.compile of it",
     JAX: "JAX, optax, jitted",
     TENSORFLOW: "TensorFlow",
+    LIGER: "Liger-Kernel, in place",
+    QUACK: "quack",
     DEFAULT: "softmax_ext",
     INPLACE: "softmax_ext, in place",
 }
@@ -38,6 +46,8 @@ _COLOURS = {
     COMPILE: "#9467bd",
     JAX: "#2ca02c",
     TENSORFLOW: "#ff7f0e",
+    LIGER: "#2ca02c",
+    QUACK: "#ff7f0e",
     DEFAULT: "#d62728",
     INPLACE: "#1f77b4",
 }
@@ -69,13 +79,13 @@ def _finish(axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _footnote(records: list[Record], environment: Environment) -> str:
+def _footnote(records: list[Record], environment: Environment | GpuEnvironment) -> str:
     return measured_on(environment, max(record.threads for record in records))
 
 
-def _draw_against_vocabulary(axes: Axes, records: list[Record], what: str) -> None:
+def _draw_against_vocabulary(axes: Axes, records: list[Record], cases: tuple[Case, ...], what: str) -> None:
     for variant, label in _LABELS.items():
-        series = _series(records, VOCABULARY, what, variant)
+        series = _series(records, cases, what, variant)
         if series:
             _line(axes, series, color=_COLOURS[variant], label=label)
 
@@ -83,17 +93,29 @@ def _draw_against_vocabulary(axes: Axes, records: list[Record], what: str) -> No
 def draw_vocabulary(records: list[Record], environment: Environment) -> Figure:
     """Time and memory of the loss by vocabulary size."""
     records = [record for record in records if record.section in ("table", "vocabulary")]
+    return _against_vocabulary(records, environment, VOCABULARY, MUL)
+
+
+def draw_gpu(records: list[Record], environment: GpuEnvironment) -> Figure:
+    """The same on a GPU."""
+    records = [record for record in records if record.section in (SECTION, VOCABULARY_SECTION)]
+    return _against_vocabulary(records, environment, GPU_VOCABULARY, COPY)
+
+
+def _against_vocabulary(
+    records: list[Record], environment: Environment | GpuEnvironment, cases: tuple[Case, ...], limit: str
+) -> Figure:
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    title = f"cross entropy of {VOCABULARY[0].rows} tokens, float32, forward and backward"
+    title = f"cross entropy of {cases[0].rows} tokens, {cases[0].dtype}, forward and backward"
     figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=9)
-    _draw_against_vocabulary(time, records, LOSS)
-    limit = _series(records, VOCABULARY, LOSS, MUL)
-    label = "limit: the logits read and written once (mul_)"
-    time.plot([record.classes for record in limit], [record.median for record in limit], "k--", label=label)
+    _draw_against_vocabulary(time, records, cases, LOSS)
+    least = _series(records, cases, LOSS, limit)
+    label = f"limit: the logits read and written once ({limit})"
+    time.plot([record.classes for record in least], [record.median for record in least], "k--", label=label)
     time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
-    _draw_against_vocabulary(memory, records, MEMORY)
-    logits = _series(records, VOCABULARY, MEMORY, DEFAULT)
+    _draw_against_vocabulary(memory, records, cases, MEMORY)
+    logits = _series(records, cases, MEMORY, DEFAULT)
     xs = [record.classes for record in logits]
     memory.plot(xs, [record.logits_mib for record in logits], "k:", label="the logits themselves")
     memory.set(title="memory that a step adds at most", xlabel="vocabulary size", ylabel="MiB")
@@ -124,8 +146,13 @@ def draw(csv: Path) -> list[Path]:
     """Draws the pictures beside the file; those of which it has no section are left out."""
     records, environment = read_csv(csv)
     written = []
-    for name, draw_one in [("vocabulary", draw_vocabulary), ("scaling", draw_scaling)]:
-        if any(record.section == name for record in records):
+    pictures = [
+        ("vocabulary", "vocabulary", draw_vocabulary),
+        ("scaling", "scaling", draw_scaling),
+        (VOCABULARY_SECTION, "gpu", draw_gpu),
+    ]
+    for section, name, draw_one in pictures:
+        if any(record.section == section and record.median is not None for record in records):
             written.append(csv.with_name(f"{name}.png"))
             draw_one(records, environment).savefig(written[-1], dpi=110)
     return written

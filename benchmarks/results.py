@@ -82,6 +82,25 @@ class Environment:
     date: str  # UTC
 
 
+@dataclass(frozen=True)
+class GpuEnvironment:
+    """The same where the figures are a GPU's."""
+
+    gpu: str
+    memory_gib: float
+    driver: str
+    cuda: str  # of torch
+    architectures: str  # of the kernels of softmax_ext
+    python: str
+    torch: str
+    softmax_ext: str
+    triton: str
+    liger: str
+    quack: str
+    commit: str
+    date: str  # UTC
+
+
 def read_text(path: str) -> str:
     """A file of the kernel's; "" where there is none."""
     try:
@@ -90,14 +109,20 @@ def read_text(path: str) -> str:
         return ""
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the source, from git; where that does not know it, from the variable SOFTMAX_EXT_COMMIT."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SOFTMAX_EXT_COMMIT", "unknown")
+
+
+def today() -> str:
+    """The date, UTC."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
 def describe_environment(peer_versions: dict[str, str]) -> Environment:
@@ -122,14 +147,14 @@ def describe_environment(peer_versions: dict[str, str]) -> Environment:
         jax=peer_versions.get("jax", ""),
         optax=peer_versions.get("optax", ""),
         tensorflow=peer_versions.get("tensorflow", ""),
-        commit=_commit(),
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        commit=commit(),
+        date=today(),
     )
 
 
-def write_csv(path: Path, records: list[Record], environment: Environment) -> None:
+def write_csv(path: Path, records: list[Record], environment: Environment | GpuEnvironment) -> None:
     """One line for each record, with the environment on each."""
-    names = [field.name for cls in (Record, Environment) for field in fields(cls)]
+    names = [field.name for cls in (Record, type(environment)) for field in fields(cls)]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
@@ -150,20 +175,25 @@ def _from_row(cls: type, row: dict[str, str]) -> object:
     return cls(**{field.name: _parse(field.type, row[field.name]) for field in fields(cls)})
 
 
-def read_csv(path: Path) -> tuple[list[Record], Environment]:
+def read_csv(path: Path) -> tuple[list[Record], Environment | GpuEnvironment]:
     """The inverse of write_csv; raises ValueError with a sentence where the file is not one."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         records = [_from_row(Record, row) for row in rows]
-        return records, _from_row(Environment, rows[0])
+        return records, _from_row(GpuEnvironment if "gpu" in rows[0] else Environment, rows[0])
     except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no table of results ({reason}); make bench writes one.") from None
 
 
-def measured_on(environment: Environment, threads: int) -> str:
+def measured_on(environment: Environment | GpuEnvironment, threads: int) -> str:
     """The machine in a sentence's words."""
+    if isinstance(environment, GpuEnvironment):
+        return (
+            f"one {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, torch {environment.torch},"
+            f" Python {environment.python}, commit {environment.commit}, {environment.date}"
+        )
     return (
         f"{threads} of {environment.processors} processors of {environment.cpu} with {environment.isa} kernels,"
         f" torch {environment.torch}, Python {environment.python}, huge pages: {environment.huge_pages},"

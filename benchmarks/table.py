@@ -1,11 +1,29 @@
 """The report on the terminal: one table of all that was measured, and under it what was not and why."""
 
-from cases import COMPILE, DEFAULT, EAGER, INPLACE, LIMITS, LOSS, MEMORY, MUL, OURS, PEERS, SUM
+from cases import (
+    COMPILE,
+    DEFAULT,
+    EAGER,
+    FORWARD,
+    GPU_PEERS,
+    INPLACE,
+    LIGER,
+    LIMITS,
+    MEMORY,
+    MUL,
+    OURS,
+    PEERS,
+    QUACK,
+    SUM,
+)
 from measure import MIB
 from results import OK, Figures, Record
 from rich.table import Table
 
-_RATIOS = [(EAGER, DEFAULT), (COMPILE, DEFAULT), (EAGER, INPLACE), (COMPILE, INPLACE)]
+_RATIOS = [
+    *((EAGER, DEFAULT), (COMPILE, DEFAULT), (QUACK, DEFAULT)),
+    *((EAGER, INPLACE), (COMPILE, INPLACE), (LIGER, INPLACE)),
+]
 _LEAST_MEMORY_MIB = 1.0  # below, a ratio of memory says nothing
 
 
@@ -34,17 +52,18 @@ def ratio_cell(figures: Figures, case: str, what: str, slower: str, faster: str)
 
 def _limit_cells(figures: Figures, case: str, what: str) -> list[str]:
     """The limit and how many times as much softmax_ext takes: in place, which reads and writes; or reading alone."""
-    if what not in LIMITS:
-        return ["", ""]
-    limit, ours = LIMITS[what], INPLACE if what == LOSS else DEFAULT
-    record = figures.record(case, what, limit)
-    return [f"{_cell(record)} {limit}" if record else "", ratio_cell(figures, case, what, ours, limit)]
+    ours = DEFAULT if what == FORWARD else INPLACE
+    for limit in LIMITS.get(what, ()):
+        record = figures.record(case, what, limit)
+        if record:
+            return [f"{_cell(record)} {limit}", ratio_cell(figures, case, what, ours, limit)]
+    return ["", ""]
 
 
 def comparison(records: list[Record]) -> Table:
     """A line for each case and what, the variants that there are in columns, then the ratios of their medians."""
     there = {record.variant for record in records}
-    variants = [name for name in (EAGER, COMPILE, *PEERS, *OURS) if name in there]
+    variants = [name for name in (EAGER, COMPILE, *PEERS, *GPU_PEERS, *OURS) if name in there]
     ratios = [pair for pair in _RATIOS if there.issuperset(pair)]
     table = Table(title="medians; time in ms, memory in MiB beyond the logits; ratios: how many times as much")
     table.add_column("case")

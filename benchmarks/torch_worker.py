@@ -2,11 +2,13 @@
 
 A step is forward, backward, and dropping the gradient, which for a leaf is a new tensor at every step. The logits that
 "in place" overwrites must not be a leaf: they stand for the output of a model, and are an alias of a buffer that a
-Function without cost hands out, made outside the clock; the logits are copied into it anew for every sample.
+Function without cost hands out, made outside the clock; the logits are copied into it anew for every sample. There may
+be several leaves and buffers, which then take turns (gpu_worker.py, where they must not stay in cache).
 """
 
 from collections.abc import Callable
 from functools import cached_property
+from itertools import cycle, islice
 from typing import Any
 
 import cases
@@ -44,6 +46,11 @@ def _overwriting(*args: Any, **options: Any) -> Tensor:
     return softmax_ext.cross_entropy(*args, precompute_grad=True, inplace=True, **options)
 
 
+def _take_gradient(leaf: Tensor) -> Tensor | None:
+    gradient, leaf.grad = leaf.grad, None
+    return gradient
+
+
 class TorchWorkload:
     """A case as tensors."""
 
@@ -51,10 +58,8 @@ class TorchWorkload:
 
     def __init__(self, case: Case, arrays: Arrays, upstream: np.ndarray | None):
         self.case = case
-        self.logits = self._tensor(arrays.logits)
-        self.buffer = torch.empty_like(self.logits)
-        self.buffer.copy_(self.logits)
-        self.leaf = self._view(self.logits).detach().requires_grad_()
+        self.logits = [self._tensor(arrays.logits)]
+        self.buffers = [self.logits[0].clone()]
         self.upstream = None if upstream is None else self._view(self._tensor(upstream))
         self.target = torch.from_numpy(arrays.target)
         if case.probabilities:
@@ -63,6 +68,11 @@ class TorchWorkload:
         if arrays.weight is not None:
             self.options["weight"] = torch.from_numpy(arrays.weight)
         self.one = torch.zeros((), requires_grad=True)
+
+    @cached_property
+    def leaves(self) -> list[Tensor]:
+        """The logits as inputs of the loss."""
+        return [self._view(logits).detach().requires_grad_() for logits in self.logits]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(getattr(torch, self.case.dtype))
@@ -86,7 +96,7 @@ class TorchWorkload:
                 cases.COMPILE: lambda calls: self._step(self.compiled)(calls),
                 cases.DEFAULT: self._step(softmax_ext.cross_entropy),
                 cases.PRECOMPUTE: self._step(_precomputed),
-                cases.INPLACE: self._overwriting_step,
+                cases.INPLACE: self._overwriting_step(_overwriting),
                 cases.MUL: lambda calls: self._multiply,
             }
         if what == cases.FORWARD:
@@ -101,49 +111,57 @@ class TorchWorkload:
             cases.DEFAULT: self._softmax_step(getattr(softmax_ext, what)),
         }
 
-    def _take_gradient(self) -> Tensor | None:
-        gradient, self.leaf.grad = self.leaf.grad, None
-        return gradient
-
     def _step(self, loss_fn: Loss) -> Prepare:
+        leaves = cycle(self.leaves)
+
         def call() -> tuple[Tensor, Tensor | None]:
-            loss = loss_fn(self.leaf, self.target, **self.options)
+            leaf = next(leaves)
+            loss = loss_fn(leaf, self.target, **self.options)
             loss.backward()
-            return loss.detach(), self._take_gradient()
+            return loss.detach(), _take_gradient(leaf)
 
         return lambda calls: call
 
-    def _overwriting_step(self, calls: int) -> Callable[[], tuple[Tensor, Tensor]]:
-        self.buffer.copy_(self.logits)
-        handed = iter([self._view(_Handed.apply(self.one, self.buffer)) for _ in range(calls)])
+    def _overwriting_step(self, loss_fn: Loss) -> Prepare:
+        def prepare(calls: int) -> Callable[[], tuple[Tensor, Tensor]]:
+            for buffer, logits in zip(self.buffers, self.logits, strict=True):
+                buffer.copy_(logits)
+            buffers = list(islice(cycle(self.buffers), calls))
+            handed = iter([(self._view(_Handed.apply(self.one, buffer)), buffer) for buffer in buffers])
 
-        def call() -> tuple[Tensor, Tensor]:
-            loss = _overwriting(next(handed), self.target, **self.options)
-            loss.backward()
-            return loss.detach(), self._view(self.buffer)
+            def call() -> tuple[Tensor, Tensor]:
+                logits, buffer = next(handed)
+                loss = loss_fn(logits, self.target, **self.options)
+                loss.backward()
+                return loss.detach(), self._view(buffer)
 
-        return call
+            return call
+
+        return prepare
 
     def _value(self, loss_fn: Loss) -> Prepare:
+        leaves = cycle(self.leaves)
+
         def call() -> tuple[Tensor, None]:
             with torch.no_grad():
-                return loss_fn(self.leaf, self.target, **self.options), None
+                return loss_fn(next(leaves), self.target, **self.options), None
 
         return lambda calls: call
 
     def _softmax_step(self, function: Loss) -> Prepare:
         def call() -> tuple[Tensor, Tensor | None]:
-            output = function(self.leaf, 1)
+            leaf = self.leaves[0]
+            output = function(leaf, 1)
             output.backward(self.upstream)
-            return output.detach(), self._take_gradient()
+            return output.detach(), _take_gradient(leaf)
 
         return lambda calls: call
 
     def _multiply(self) -> None:
-        self.buffer.mul_(1.0001)
+        self.buffers[0].mul_(1.0001)
 
     def _add_up(self) -> None:
-        self.buffer.sum()
+        self.buffers[0].sum()
 
     # ---- for the check
 
@@ -155,8 +173,8 @@ class TorchWorkload:
 
     def _rows(self, tensor: Tensor, rows: np.ndarray) -> np.ndarray:
         """[rows, classes]; NumPy has no bfloat16."""
-        chosen = tensor.movedim(1, -1).reshape(-1, self.case.classes)[torch.from_numpy(rows)]
-        return chosen.float().numpy()
+        chosen = tensor.movedim(1, -1).reshape(-1, self.case.classes)[torch.from_numpy(rows).to(tensor.device)]
+        return chosen.float().cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import answers
 import inputs
 import measure
 import numpy as np
-from cases import COMPILE, LIMITS, LOG_SOFTMAX, MEMORY, SOFTMAX, Case
+from cases import COMPILE, GPU_PEERS, LIMIT_VARIANTS, LOG_SOFTMAX, MEMORY, SOFTMAX, Case
 from measure import Prepare, Summary
 
 Report = Callable[[dict[str, Any]], None]
@@ -60,49 +60,56 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:300]
 
 
-def _attempt(what: str, name: str, action: Callable[[], Any], say: Report) -> Any:
+def attempt(what: str, name: str, action: Callable[[], Any], say: Report) -> Any:
     """What the action returns; None, and a report, if it raises: that must not end the other variants.
 
-    Without a compiler torch.compile raises, which is no fault of anything here.
+    Without a compiler torch.compile raises, as what does not know the GPU does; that is no fault of anything here.
     """
     try:
         return action()
     except Exception as error:  # of any framework
-        status = "unavailable" if name == COMPILE else "failed"
+        status = "unavailable" if name in (COMPILE, *GPU_PEERS) else "failed"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            status = "skipped"
         say({"what": what, "variant": name, "status": status, "note": _reason(error)})
         return None
 
 
-def _measure_memory(variants: dict[str, Prepare], workload: Workload, say: Report) -> dict[str, Summary]:
-    measured = {
-        name: _attempt(MEMORY, name, partial(measure.extra_memory_mib, prepare, workload.keeps_memory), say)
-        for name, prepare in variants.items()
-    }
+def measure_memory(
+    variants: dict[str, Prepare], memory: Callable[[Prepare], Summary], say: Report
+) -> dict[str, Summary]:
+    """Of the variants that run; the others are reported."""
+    measured = {name: attempt(MEMORY, name, partial(memory, prepare), say) for name, prepare in variants.items()}
     return {name: summary for name, summary in measured.items() if summary is not None}
 
 
-def _measure_time(
+def right_ones(
     what: str,
     variants: dict[str, Prepare],
-    expected: answers.Expected,
+    expected: answers.Expected | None,
     fetch: Callable[[Any], tuple[np.ndarray, np.ndarray | None]],
-    request: Request,
     say: Report,
-) -> dict[str, Summary]:
-    """Of the variants that run and give the right answer; the others are reported."""
+) -> dict[str, Prepare]:
+    """The variants that run and give the right answer; the others are reported."""
 
     def complaint(name: str, prepare: Prepare) -> str:
         result = prepare(1)()
-        return "" if name in LIMITS.values() else expected.complaint(*fetch(result))
+        return "" if expected is None or name in LIMIT_VARIANTS else expected.complaint(*fetch(result))
 
     right = {}
     for name, prepare in variants.items():
-        said = _attempt(what, name, partial(complaint, name, prepare), say)
+        said = attempt(what, name, partial(complaint, name, prepare), say)
         if said:
             say({"what": what, "variant": name, "status": "WRONG", "note": said})
         elif said is not None:
             right[name] = prepare
-    return measure.times_ms(right, request.repeats)
+    return right
+
+
+def say_all(what: str, results: dict[str, Summary], say: Report) -> None:
+    """A line for each figure."""
+    for name, summary in results.items():
+        say({"what": what, "variant": name, "status": "ok", "note": "", **asdict(summary)})
 
 
 def work(request: Request, build: Build, say: Report) -> None:
@@ -118,16 +125,22 @@ def work(request: Request, build: Build, say: Report) -> None:
         if not chosen:
             continue
         if what == MEMORY:
-            results = _measure_memory(chosen, workload, say)
+            memory = partial(measure.extra_memory_mib, keeps_memory=workload.keeps_memory)
+            results = measure_memory(chosen, memory, say)
         else:
             expected = answers.expect(what, case, arrays, upstream)
-            results = _measure_time(what, chosen, expected, partial(workload.fetch, rows=rows), request, say)
-        for name, summary in results.items():
-            say({"what": what, "variant": name, "status": "ok", "note": "", **asdict(summary)})
+            right = right_ones(what, chosen, expected, partial(workload.fetch, rows=rows), say)
+            results = measure.times_ms(right, request.repeats)
+        say_all(what, results, say)
+
+
+def print_line(line: dict[str, Any]) -> None:
+    """What a worker's command does with a report."""
+    print(json.dumps(line), flush=True)
 
 
 def main(build: Build, set_threads: Callable[[int], None]) -> None:
     """The command of a worker."""
     request = Request.parse(sys.argv[1])
     set_threads(request.threads)
-    work(request, build, lambda line: print(json.dumps(line), flush=True))
+    work(request, build, print_line)

@@ -1,7 +1,8 @@
 """What all tests share: the device, fixed seeds, and the number of threads, which a test may change.
 
 pytest --device cpu         the CPU kernels (the default)
-pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU
+pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU, unless the test asks for
+                            `device`: then it puts there what belongs there, and computes on the CPU what is right
 pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
                             --sanitized under AddressSanitizer and UBSan
 """
@@ -36,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        devices = item.get_closest_marker("devices")
+        if devices and config.getoption("--device") not in devices.args:
+            item.add_marker(pytest.mark.skip(reason=f"is for --device {' or '.join(devices.args)}"))
     samples = dict(sample.split("=") for sample in config.getoption("--sample"))
 
     def chosen(item: pytest.Item) -> bool:
@@ -77,6 +82,12 @@ def _check_targets() -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device("cuda" if request.config.getoption("--device") == "cuda" else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--device") == "cuda":
+        torch.set_default_device("cpu" if "device" in request.fixturenames else "cuda")
 
 
 @pytest.fixture(autouse=True)

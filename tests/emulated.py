@@ -27,6 +27,7 @@ SAMPLE = {
     "test_numerics.py": (1, 15),
     "test_inplace.py": (1, 15),
     "test_cuda_kernels.py": (1, 5),
+    "test_cuda.py": (1, 5),
 }
 
 

@@ -93,7 +93,7 @@ def tolerance(
 def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor, what: object) -> None:
     """Every value within its own bound, and NaN or infinite exactly where the exact value is."""
     assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)} instead of {list(exact.shape)}"
-    ours = actual.detach().to("cpu", torch.float64)
+    ours, exact, allowed = actual.detach().to("cpu", torch.float64), exact.detach().cpu(), allowed.detach().cpu()
     error = (ours - exact).abs()
     good = error <= allowed  # false for NaN
     if good.all():
@@ -101,7 +101,7 @@ def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor, what: object) 
     bad = ~(good | (ours == exact) | (ours.isnan() & exact.isnan()))
     if not bad.any():
         return
-    excess = (error / allowed).nan_to_num(float("inf")).where(bad, torch.tensor(-1.0, dtype=torch.float64))
+    excess = (error / allowed).nan_to_num(float("inf")).masked_fill(~bad, -1.0)
     at = tuple(int(i) for i in torch.unravel_index(excess.argmax(), exact.shape))
     raise AssertionError(
         f"{what}: {int(bad.sum())} of {bad.numel()} values are off; the worst at {list(at)}: "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import seeded
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +51,7 @@ def shape_name(shape: tuple[int, ...]) -> str:
 
 def randn(*shape: int, seed: int = 0, **kwargs: Any) -> Tensor:
     kwargs.setdefault("dtype", torch.float64)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(**kwargs)
+    return seeded.randn(shape, seed).to(**kwargs)
 
 
 def logits_for(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
@@ -64,7 +65,7 @@ def class_dim(shape: tuple[int, ...]) -> int:
 def classes_for(shape: tuple[int, ...], seed: int = 1) -> Tensor:
     """At least one row is of class 0, and one of another class where there are two rows."""
     batch = [n for d, n in enumerate(shape) if d != class_dim(shape)]
-    target = torch.randint(shape[class_dim(shape)], batch, generator=torch.Generator().manual_seed(seed))
+    target = seeded.randint(shape[class_dim(shape)], batch, seed)
     target.view(-1)[0] = 0
     if target.numel() > 1:
         target.view(-1)[1] = 1

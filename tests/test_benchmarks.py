@@ -23,6 +23,8 @@ import torch_worker
 import worker
 from cases import Case, Job
 
+pytestmark = pytest.mark.devices("cpu")
+
 BENCHMARKS = Path(bench.__file__).parent
 
 # Fewer rows than answers.checked_rows takes at most, so that all are compared.
@@ -146,7 +148,7 @@ def test_answers_are_those_of_torch_in_float64(case):
     rows = answers.checked_rows(case)
 
     def check(what: str, function: Callable[[torch.Tensor], torch.Tensor], upstream: torch.Tensor | None) -> None:
-        x = workload.leaf.detach().double().requires_grad_()
+        x = workload.leaves[0].detach().double().requires_grad_()
         value = function(x)
         value.backward(upstream)
         expected = answers.expect(what, case, arrays, inputs.normals(case, seed=4))

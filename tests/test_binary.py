@@ -18,6 +18,8 @@ import pytest
 
 from softmax_ext import cuda
 
+pytestmark = pytest.mark.devices("cpu")
+
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / "ninja" / "cpu"  # setup.py's BUILD
 

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from cuda_on_cpu import build
 
+pytestmark = pytest.mark.devices("cpu")
+
 RIGHT, WRONG = 0, 1  # exit statuses of the program
 SEEDS = range(5)
 

@@ -17,6 +17,8 @@ import torch
 import softmax_ext
 from softmax_ext import cuda, ops
 
+pytestmark = pytest.mark.devices("cpu")
+
 PACKAGE = Path(softmax_ext.__file__).parent
 COMMAND = "pip install --no-build-isolation"
 

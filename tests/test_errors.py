@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import seeded
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Misuse(NamedTuple):
 
 
 def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return seeded.randn(shape, dtype=torch.float32)
 
 
 X = randn(3, 4)
@@ -58,7 +59,7 @@ def loss(*arguments: Any, **options: Any) -> Call:
 
 INPUT = {
     "list": Misuse(loss(X.tolist(), Y), TypeError, ("input must be a Tensor", "got list")),
-    "array": Misuse(loss(X.numpy(), Y), TypeError, ("input must be a Tensor", "got ndarray")),
+    "array": Misuse(loss(X.cpu().numpy(), Y), TypeError, ("input must be a Tensor", "got ndarray")),
     "None": Misuse(loss(None, Y), TypeError, ("input must be a Tensor", "got NoneType")),
     "int64": Misuse(
         loss(X.long(), Y), NotImplementedError, (f"input must be {FLOATING}", "int64 [3, 4]", "input.float()")
@@ -87,7 +88,7 @@ INPUT = {
     "meta next to CPU": Misuse(
         loss(X.to("meta"), Y),
         RuntimeError,
-        ("target must be on the input's device, meta", "got cpu", "target.to(input.device)"),
+        ("target must be on the input's device, meta", f"got {Y.device}", "target.to(input.device)"),
     ),
 }
 
@@ -149,7 +150,9 @@ TARGET = {
         "torch makes it dense in silence",
     ),
     "nested": Misuse(lambda f: f(X, nested()), NotImplementedError, ("target must be a dense", "nested")),
-    "meta": Misuse(loss(X, Y.to("meta")), RuntimeError, ("target must be on the input's device, cpu", "got meta")),
+    "meta": Misuse(
+        loss(X, Y.to("meta")), RuntimeError, (f"target must be on the input's device, {X.device}", "got meta")
+    ),
 }
 
 CLASSES = {
@@ -199,7 +202,9 @@ WEIGHT = {
     "bool": Misuse(loss(X, Y, W.bool()), RuntimeError, ("weight must be floating", "bool [4]")),
     "complex": Misuse(loss(X, Y, W.cfloat()), RuntimeError, ("weight must be floating", "complex64 [4]")),
     "sparse": Misuse(loss(X, Y, W.to_sparse()), NotImplementedError, ("weight must be a dense", "sparse_coo")),
-    "meta": Misuse(loss(X, Y, W.to("meta")), RuntimeError, ("weight must be on the input's device, cpu", "got meta")),
+    "meta": Misuse(
+        loss(X, Y, W.to("meta")), RuntimeError, (f"weight must be on the input's device, {X.device}", "got meta")
+    ),
     "requires grad": Misuse(
         lambda f: f(X, Y, W.clone().requires_grad_()), RuntimeError, ("weight must not require grad", "weight.detach()")
     ),
@@ -336,6 +341,10 @@ TABLES = {"input": INPUT, "target": TARGET, "class": CLASSES, "weight": WEIGHT, 
 CROSS_ENTROPY = {f"{argument}: {name}": row for argument, table in TABLES.items() for name, row in table.items()}
 
 
+# Where a class is wrong, torch's CUDA kernels end the process's use of the GPU, and their types are not the CPU's.
+TORCH_IS_ASKED = not X.is_cuda
+
+
 def raised(call: Call, function: Callable[..., Any]) -> Exception | None:
     try:
         call(function)
@@ -352,6 +361,8 @@ def check(row: Misuse, ours: Callable[..., Any], theirs: Callable[..., Any]) -> 
         assert text.startswith(f"{ours.__name__}: "), text
     for fragment in row.fragments:
         assert fragment in text, text
+    if not TORCH_IS_ASKED:
+        return
     reference = raised(row.call, theirs)
     if row.torch_accepts is OURS:
         assert "unexpected keyword argument" in str(reference)
@@ -399,6 +410,8 @@ MODULES = {
 def test_modules(call, error, text):
     with pytest.raises(error, match=text) as ours:
         call(softmax_ext)
+    if not TORCH_IS_ASKED:
+        return
     theirs = raised(call, nn)
     assert isinstance(ours.value, type(theirs)), repr(theirs)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import seeded
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,7 +27,7 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return seeded.randn(shape, seed)
 
 
 def leaf_and_logits(*shape: int) -> tuple[Tensor, Tensor]:
@@ -322,7 +323,7 @@ def test_gradient_equals_torchs(shape, make, reduction, strategy):
     logits = make(leaf)
     classes = logits.shape[0 if logits.dim() == 1 else 1]
     batch = logits.shape[:0] if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
-    target = torch.randint(classes, batch, generator=torch.Generator().manual_seed(1))
+    target = seeded.randint(classes, batch, 1)
     if target.dim():
         target.view(-1)[1] = -100
     options = {"weight": randn(classes, seed=2).abs(), "label_smoothing": 0.1, "reduction": reduction}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import seeded
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return seeded.randn(shape, seed).to(dtype)
 
 
 X = randn(3, 4)
 Y = torch.tensor([0, 3, 2])
 Q = randn(3, 4, seed=1).softmax(1)
 WEIGHT = randn(4, seed=2).abs() + 0.5
+DEVICE = X.device.type
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def test_dtypes_under_autocast(target, dtype, autocast_dtype):
     """The loss and the probabilities have the dtypes that torch's have, inside autocast and outside."""
     x = X.to(dtype)
     for enabled in (True, False):
-        with torch.autocast("cpu", autocast_dtype, enabled=enabled):
+        with torch.autocast(DEVICE, autocast_dtype, enabled=enabled):
             assert cross_entropy(x, target).dtype == F.cross_entropy(x, target).dtype
             assert softmax_ext.softmax(x, 1).dtype == F.softmax(x, 1).dtype
             assert softmax_ext.log_softmax(x, 1).dtype == F.log_softmax(x, 1).dtype
@@ -54,7 +56,7 @@ def test_training_step_under_autocast(strategy):
     def step(function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
         torch.manual_seed(0)
         layer = nn.Linear(5, 40)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             logits = layer(randn(6, 5, dtype=torch.float32))
             assert logits.dtype == torch.bfloat16
             loss = function(logits, torch.arange(6), **options)
@@ -69,7 +71,7 @@ def test_training_step_under_autocast(strategy):
 
 
 def test_own_dtype_wins_over_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert cross_entropy(X.bfloat16(), Y, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 

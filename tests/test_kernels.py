@@ -12,6 +12,8 @@ from torch import Tensor
 import softmax_ext
 from softmax_ext import _C, cross_entropy
 
+of_the_cpu = pytest.mark.devices("cpu")
+
 
 @pytest.fixture(params=_C.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -41,6 +43,7 @@ def arguments() -> Tensor:
     return x[x >= torch.tensor(SMALLEST_NORMAL)]
 
 
+@of_the_cpu
 def test_exp_is_within_its_ulps(isa):
     x = arguments()
     exact = x.double().exp()
@@ -50,15 +53,18 @@ def test_exp_is_within_its_ulps(isa):
     assert error[worst] <= oracle.EXP_ULPS, f"{error[worst]:.3f} ULP at {x[worst].item()!r}"
 
 
+@of_the_cpu
 def test_exp_never_falls_where_its_argument_rises(isa):
     """Softmax is monotone because of it. Also across the turns, where the polynomial starts again."""
     assert torch.all(kernel_exp(arguments().sort().values).diff() >= 0)
 
 
+@of_the_cpu
 def test_exp_of_zero_is_one(isa):
     assert torch.all(kernel_exp(torch.zeros(33)) == 1)
 
 
+@of_the_cpu
 def test_exp_is_zero_below_the_normal_numbers(isa):
     below = torch.nextafter(torch.tensor(SMALLEST_NORMAL), torch.tensor(-100.0)).item()
     x = torch.cat([torch.linspace(-200, below, 1000), torch.tensor([below, -1e4, -3e38, float("-inf")])])
@@ -66,10 +72,12 @@ def test_exp_is_zero_below_the_normal_numbers(isa):
     assert torch.all(kernel_exp(x) == 0)
 
 
+@of_the_cpu
 def test_exp_of_nan_is_nan(isa):
     assert kernel_exp(torch.full((17,), float("nan"))).isnan().all()
 
 
+@of_the_cpu
 def test_exp_treats_every_position_alike(isa):
     """Whole vectors and the rest of a run."""
     x = torch.linspace(-5, 0, 67)
@@ -81,6 +89,7 @@ def test_exp_treats_every_position_alike(isa):
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 
+@of_the_cpu
 def test_an_isa_that_is_not_there_is_refused():
     before = _C.selected_isa()
     with pytest.raises(ValueError, match=r"select_isa: isa must be one of .*; got ALTIVEC\."):
@@ -88,12 +97,14 @@ def test_an_isa_that_is_not_there_is_refused():
     assert _C.selected_isa() == before
 
 
+@of_the_cpu
 def test_available_isas_are_among_the_compiled():
     assert _C.selected_isa() in _C.available_isas()
     assert set(_C.available_isas()) <= set(_C.compiled_isas())
     assert _C.compiled_isas()[0] == "DEFAULT"
 
 
+@of_the_cpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_cross_entropy_on_every_isa(isa, dtype, kind):
@@ -103,6 +114,7 @@ def test_cross_entropy_on_every_isa(isa, dtype, kind):
         check_product(shape, dtype, kind, torch.device("cpu"), LAYOUTS[:2], strategies)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_softmax_on_every_isa(isa, dtype, log):

@@ -469,7 +469,7 @@ def test_where_the_kernels_change_their_way(classes, dtype, device):
     values = torch.randn(3, classes).to(dtype)
     values[2, classes - 1] += 12  # the maximum in the last, partial vector
     check(values.to(device), target.to(device))
-    check(values.to(device), target.to(device), torch.rand(classes) + 0.5, label_smoothing=0.1)
+    check(values.to(device), target.to(device), (torch.rand(classes) + 0.5).to(device), label_smoothing=0.1)
 
 
 # ---- as the fused sum of the losses is taken -------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.devices("cpu")
+
 SETUP = Path(__file__).resolve().parents[1] / "setup.py"
 KNOWN = {"12.4": (60, 75, 80, 86, 89, 90), "13.0": (75, 80, 86, 89, 90, 100, 120)}
 
