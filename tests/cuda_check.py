@@ -35,6 +35,7 @@ FLAGS = [
 # Kernels that may have a stack frame or spill: a regular expression of the name, and the reason.
 ALLOWED = {
     r", double, true>": "arithmetic in double has long subroutines and is not there for its speed",
+    r"^tile_rows<CrossEntropyOp<\w+, float, true>": "for 12.0 the compiler stops at 48 registers, whatever it may use",
 }
 
 

@@ -119,10 +119,10 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
   }
   const auto coefficients = op.finish(context, sums, true);
   if (!op.writes && !op.has_extra) return;
-  for (int c = 0; c < classes; c++) {
-    if (op.has_extra && !skips) op.extra(context, coefficients, elements(c), c);
+  if (op.has_extra && !skips)
+    for (int c = 0; c < classes; c++) op.extra(context, coefficients, elements(c), c);
+  for (int c = 0; c < classes; c++)
     inputs[0][c] = skips ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
-  }
   int c;
   typename Op::T value;
   if (op.apart(context, coefficients, c, value)) inputs[0][c] = value;

@@ -101,8 +101,10 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
 
   // An ignored row, unless one of its statistics is wanted or has a gradient.
   __device__ __forceinline__ bool skips(const Context& context) const {
-    return !context.live && !this->stats && !this->grad_lse.given && !this->grad_entropy.given;
+    return !context.live && !this->stats && !this->grad_lse.given && !has_entropy_gradient();
   }
+
+  __device__ __forceinline__ bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
 
   __device__ __forceinline__ T class_weight(int c) const { return this->weight ? this->weight[c] : T(1); }
 
@@ -206,15 +208,15 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
 
   __device__ __forceinline__ Coefficients coefficients(const Context& context, const State& s, bool leader) const {
     const int64_t row = context.row;
-    const T eps = this->label_smoothing, share = this->share, scale = this->logit_scale;
+    const T eps = this->label_smoothing, share = this->share, scale = kGeneral ? this->logit_scale : T(1);
     const T g = context.live ? upstream(this->grad_loss, row) : T(0);
     const T g_nll = context.live ? upstream(this->grad_nll, row) : T(0);
-    const T g_entropy = upstream(this->grad_entropy, row);
-    const bool needs_log = this->z_loss != 0 || this->grad_entropy.given || this->has_extra;
+    const T g_entropy = kGeneral ? upstream(this->grad_entropy, row) : T(0);
+    const bool needs_log = this->z_loss != 0 || has_entropy_gradient() || this->has_extra;
     const T log_sum = needs_log ? log1p_of(s.rest) : T(0);
     T all = upstream(this->grad_lse, row), one_hot = 0;
     if (this->z_loss != 0) all += g * 2 * this->z_loss * (s.max + log_sum);
-    if (this->grad_entropy.given) all += g_entropy * (log_sum - this->entropy[row]);  // E - max
+    if (has_entropy_gradient()) all += g_entropy * (log_sum - this->entropy[row]);  // E - max
     if (this->has_probabilities) {
       all += g * s.b_sum + g_nll * s.q_sum;
     } else {
@@ -245,6 +247,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     const T less_one = d == 0 ? -s.rest * inverse_sum : probability - 1;
     T gradient = one_hot * less_one + multiply_or_zero(probability, all - g_entropy * d);
     gradient -= this->weight ? uniform * context.weight : uniform;
+    if (!kGeneral) return gradient;
     if (this->softcap != 0) gradient *= slope(context.z);
     return gradient * this->logit_scale;
   }
@@ -262,7 +265,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
       if (k.smooth != 0) gradient -= k.smooth * class_weight(c);
       if (this->has_probabilities)
         gradient -= probability(context, c) * multiply_add(k.kept, class_weight(c), k.nll) * this->logit_scale;
-      if (this->grad_entropy.given) gradient += multiply_or_zero(e, k.beta * d);
+      if (has_entropy_gradient()) gradient += multiply_or_zero(e, k.beta * d);
       if (this->softcap != 0) gradient *= slope(z);
     }
     return gradient;

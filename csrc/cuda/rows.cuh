@@ -245,7 +245,7 @@ struct KeptRow {
 };
 
 template <typename Op, Scope kScope>
-__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, 1)
+__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 1 : 0)
     kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;
