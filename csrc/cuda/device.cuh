@@ -39,6 +39,11 @@ __device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn
 __device__ __forceinline__ void narrow(double x, __nv_bfloat16& y) { y = __float2bfloat16(static_cast<float>(x)); }
 __device__ __forceinline__ void narrow(double x, __half& y) { y = __float2half_rn(static_cast<float>(x)); }
 
+template <typename E>
+__device__ __forceinline__ void clear(E& element) {
+  narrow(decltype(widen(element))(0), element);
+}
+
 // One element of an array whose type is known at run time.
 template <typename T>
 __device__ __forceinline__ T load_value(const void* data, DType type, int64_t i) {

@@ -143,10 +143,13 @@ __device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Con
   row.output.store(at, out);
 }
 
-// Writes 0 to elements first, first + step, ... of a row, up to `last`.
+// Writes 0 to the chunks first, first + step, ... of a row, up to `last`.
 template <typename Op>
-__device__ __forceinline__ void clear_row(const RowOperands<Op>& row, int first, int last, int step) {
-  for (int c = first; c < last; c += step) narrow(typename Op::T(0), row.output.data[c]);
+__device__ __forceinline__ void clear_chunks(const RowOperands<Op>& row, int first, int last, int step) {
+  Chunk<typename Op::Out, InputChunk<Op>::kSize> zero;
+#pragma unroll
+  for (int i = 0; i < InputChunk<Op>::kSize; i++) clear(zero.element[i]);
+  for (int chunk = first; chunk < last; chunk += step) row.output.store(row.cut.of_chunk(chunk), zero);
 }
 
 // The class whose output is computed apart, if it is one of [first, last).
@@ -230,6 +233,11 @@ struct KeptRow {
       if (thread + k * size < row.cut.loose) add_one(op, context, sums, loose[k], row.cut.of_loose(thread + k * size));
   }
 
+  __device__ __forceinline__ void clear(const RowOperands<Op>& row, int thread, int size) const {
+    clear_chunks(row, thread, row.cut.chunks, size);
+    for (int i = thread; i < row.cut.loose; i += size) cuda::clear(row.output.data[row.cut.of_loose(i)]);
+  }
+
   __device__ __forceinline__ void write(const Op& op, const typename Op::Context& context,
                                         const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
                                         int thread, int size) const {
@@ -244,6 +252,8 @@ struct KeptRow {
   }
 };
 
+// The second bound asks for nothing: one block on a multiprocessor, or (0) no number at all. With either in both places
+// the compiler spills a register somewhere that it need not.
 template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 1 : 0)
     kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
@@ -271,7 +281,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
     }
     const auto coefficients = op.finish(context, sums, leader);
     if (op.writes && skips)
-      clear_row(row, group.thread, row.cut.n, group.size);
+      kept.clear(row, group.thread, group.size);
     else if (op.writes)
       kept.write(op, context, coefficients, row, group.thread, group.size);
     group.sync();
@@ -332,7 +342,8 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
   if (skips) {
-    clear_row(row, first_class + threadIdx.x, last_class, step);
+    clear_chunks(row, first, end, step);
+    if (has_loose) clear(row.output.data[row.cut.of_loose(loose)]);
   } else {
     int chunk = first;
     for (; chunk + (kChunks - 1) * step < end; chunk += kChunks * step) {
