@@ -32,11 +32,17 @@ FLAGS = [
     *("-Xptxas", "-v"),  # spills and stack frames stand in the report: no warning, so that all are seen at once
 ]
 
-# Kernels that may have a stack frame or spill: a regular expression of the name, and the reason.
-ALLOWED = {
-    r", double, true>": "arithmetic in double has long subroutines and is not there for its speed",
-    r"^tile_rows<CrossEntropyOp<\w+, float, true>": "for 12.0 the compiler stops at 48 registers, whatever it may use",
-}
+# Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,
+# and the reason.
+ALLOWED = [
+    (r", double, true>", 500, "arithmetic in double has long subroutines and is not there for its speed"),
+    (r"^tile_rows<CrossEntropyOp<\w+, float,", 100, "the compiler stops at 48 registers, whatever it may use"),
+    (
+        r"^kept_rows<CrossEntropyOp<\w+, float, false>, \(Scope\)2>",
+        48,
+        "half of the 64 registers hold the row; with 64 two blocks fit on a multiprocessor",
+    ),
+]
 
 
 class Usage(NamedTuple):
@@ -125,7 +131,7 @@ def compile_all(nvcc: str, sources: list[Path], architectures: list[str], jobs: 
 
 
 def complaint(name: str, usage: Usage) -> str:
-    if any(re.search(pattern, name) for pattern in ALLOWED):
+    if max(usage.spills, usage.stack) <= max([size for pattern, size, _ in ALLOWED if re.search(pattern, name)] or [0]):
         return ""
     if usage.spills:
         return f"spills {usage.spills} B"

@@ -233,9 +233,9 @@ struct KeptRow {
       if (thread + k * size < row.cut.loose) add_one(op, context, sums, loose[k], row.cut.of_loose(thread + k * size));
   }
 
+  // One by one: chunks of zeros would take registers that the values need.
   __device__ __forceinline__ void clear(const RowOperands<Op>& row, int thread, int size) const {
-    clear_chunks(row, thread, row.cut.chunks, size);
-    for (int i = thread; i < row.cut.loose; i += size) cuda::clear(row.output.data[row.cut.of_loose(i)]);
+    for (int c = thread; c < row.cut.n; c += size) cuda::clear(row.output.data[c]);
   }
 
   __device__ __forceinline__ void write(const Op& op, const typename Op::Context& context,
