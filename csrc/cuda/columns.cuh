@@ -119,9 +119,10 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
   }
   const auto coefficients = op.finish(context, sums, true);
   if (!op.writes && !op.has_extra) return;
+  const bool clears = op.clears(context);
   for (int c = 0; c < classes; c++) {
-    if (op.has_extra && !skips) op.extra(context, coefficients, elements(c), c);
-    inputs[0][c] = skips ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
+    if (op.has_extra && !clears) op.extra(context, coefficients, elements(c), c);
+    inputs[0][c] = clears ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
   }
   int c;
   typename Op::T value;
@@ -229,13 +230,14 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
   }
   const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.writes && !op.has_extra) return;
+  const bool clears = op.clears(context);
   typename Op::Out* const output = op.output(at);
   const int64_t stride = layout.class_stride[Op::kOutputOperand];
 #pragma unroll 4
   for (int c = first; c < last; c += kColumnWarps) {
     const Elements<Op> x = column.load(c);
-    if (op.has_extra && !skips) op.extra(context, coefficients, x, c);
-    if (op.writes) narrow(skips ? typename Op::T(0) : op.value(context, coefficients, x, c), output[c * stride]);
+    if (op.has_extra && !clears) op.extra(context, coefficients, x, c);
+    if (op.writes) narrow(clears ? typename Op::T(0) : op.value(context, coefficients, x, c), output[c * stride]);
   }
   __syncthreads();
   int c;

@@ -99,10 +99,11 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     return context;
   }
 
-  // An ignored row, unless one of its statistics is wanted or has a gradient.
-  __device__ __forceinline__ bool skips(const Context& context) const {
-    return !context.live && !this->stats && !this->grad_lse.given && !this->grad_entropy.given;
+  // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
+  __device__ __forceinline__ bool clears(const Context& context) const {
+    return !context.live && !this->grad_lse.given && !this->grad_entropy.given;
   }
+  __device__ __forceinline__ bool skips(const Context& context) const { return clears(context) && !this->stats; }
 
   __device__ __forceinline__ T class_weight(int c) const { return this->weight ? this->weight[c] : T(1); }
 

@@ -14,6 +14,7 @@
 //   input(i, at), output(at)         where the row at a Position begins
 //   begin(at, leader) -> Context     the row's own data; the leader also reads what the output may overwrite
 //   skips(context)                   whether the row is not read and its output is 0
+//   clears(context)                  whether its output is 0, be it read or not
 //   level(x)                         of the elements x of all inputs: what the maximum is taken of
 //   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
 //   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
@@ -173,6 +174,10 @@ struct SimpleOp {
   __device__ __forceinline__ bool skips(const C&) const {
     return false;
   }
+  template <typename C>
+  __device__ __forceinline__ bool clears(const C&) const {
+    return false;
+  }
   template <typename C, typename K>
   __device__ __forceinline__ bool apart(const C&, const K&, int&, T&) const {
     return false;
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, 1)
       group.sync();  // the leader has read what the output overwrites
     }
     const auto coefficients = op.finish(context, sums, leader);
-    if (op.writes && skips)
+    if (op.writes && op.clears(context))
       clear_row(row, group.thread, row.cut.n, group.size);
     else if (op.writes)
       kept.write(op, context, coefficients, row, group.thread, group.size);
@@ -331,7 +336,7 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   if (!op.writes && !op.has_extra) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
-  if (skips) {
+  if (op.clears(context)) {
     clear_row(row, first_class + threadIdx.x, last_class, step);
   } else {
     int chunk = first;
