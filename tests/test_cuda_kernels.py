@@ -71,6 +71,14 @@ def test_choice(capability, kernel_for, dtype, classes, without, with_clusters):
     assert kernel_for(classes, dtype) == (with_clusters if capability >= 90 else without)
 
 
+@pytest.mark.devices("emulated")
+def test_clusters_only_in_code_that_has_them(kernel_for, monkeypatch):
+    """A card of 9.0 that runs the PTX of 8.0, in which kernels for clusters do nothing."""
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CAPABILITY", "90")
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CODE", "80")
+    assert [kernel_for(classes, torch.float32) for classes in (16388, 128256)] == ["block", "stream"]
+
+
 def askew(values: torch.Tensor, skip: int) -> torch.Tensor:
     """Rows that follow each other without a gap, `skip` elements behind a multiple of 16 bytes."""
     memory = values.new_zeros(values.numel() + skip)
