@@ -101,7 +101,8 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
     for (int j = 0; j < Op::kInputs; j++) x.of[j] = inputs[j][c];
     return x;
   };
-  const auto context = op.begin(at, true);
+  auto context = op.begin(at);
+  op.keep(context, true, [&](int c) { return inputs[0][c]; });
   const bool skips = op.skips(context);
   typename Op::Sums sums;
   if (op.reduces && !skips) {
@@ -208,9 +209,10 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
   const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;
   const bool exists = inner < layout.inner, leader = exists && threadIdx.x < kWarp;
   const Position at = locate(layout, outer, exists ? inner : 0);
-  const auto context = op.begin(at, leader);
+  auto context = op.begin(at);
   const bool skips = op.skips(context);
   const Column<Op> column(op, at);
+  op.keep(context, leader, [&](int c) { return column.load(c).of[0]; });
   const int first = threadIdx.x / kWarp, last = exists ? layout.classes : 0;
   LongSums<Op> sums;
   if (op.reduces) {
