@@ -26,17 +26,39 @@ constexpr int kSummedClasses = 16;  // between two merges of a row's sums, so th
 // nor its classes share a bank.
 __host__ __device__ inline int tile_pitch(int64_t classes) { return static_cast<int>(classes) | 1; }
 
-// Calls visit(row, class, offset in memory) for the elements of a tile that is not linear, the nearer ones first.
-template <typename Visit>
-__device__ __forceinline__ void each_of_tile(const TilePlace& place, const Visit& visit) {
-  const bool along_classes = place.class_stride < place.row_stride;
-  const int fast = along_classes ? place.classes : place.rows, total = place.classes * place.rows;
-  for (int i = threadIdx.x; i < total; i += blockDim.x) {
-    const int slow = i / fast, rest = i - slow * fast;
-    const int r = along_classes ? slow : rest, c = along_classes ? rest : slow;
-    visit(r, c, c * place.class_stride + r * place.row_stride);
+// A thread's way over the elements of a tile that is not linear, blockDim.x at a time, the nearer ones in memory first.
+// Without a division for each element, which would take longer than its load.
+class TileWalk {
+ public:
+  int r, c;
+
+  __device__ __forceinline__ explicit TileWalk(const TilePlace& place)
+      : along_classes_(place.class_stride < place.row_stride),
+        place_(place),
+        fast_(max(1, along_classes_ ? place.classes : place.rows)),
+        slow_step_(blockDim.x / fast_),
+        fast_step_(blockDim.x - slow_step_ * fast_) {
+    const int slow = threadIdx.x / fast_;
+    move_to(slow, threadIdx.x - slow * fast_);
   }
-}
+
+  __device__ __forceinline__ bool inside() const { return r < place_.rows && c < place_.classes; }
+  __device__ __forceinline__ int64_t offset() const { return c * place_.class_stride + r * place_.row_stride; }
+  __device__ __forceinline__ void advance() {
+    const int fast = (along_classes_ ? c : r) + fast_step_, over = fast >= fast_;
+    move_to((along_classes_ ? r : c) + slow_step_ + over, over ? fast - fast_ : fast);
+  }
+
+ private:
+  __device__ __forceinline__ void move_to(int slow, int fast) {
+    r = along_classes_ ? slow : fast;
+    c = along_classes_ ? fast : slow;
+  }
+
+  bool along_classes_;
+  TilePlace place_;
+  int fast_, slow_step_, fast_step_;
+};
 
 // Calls visit(i, row, class) for n adjacent elements of a linear tile, of which the first is number `at`.
 template <int kCount, typename Visit>
@@ -56,7 +78,19 @@ template <typename E, typename T>
 __device__ __forceinline__ void load_tile(const E* data, const TilePlace& place, T* tile) {
   const int pitch = tile_pitch(place.classes);
   if (!place.linear()) {
-    each_of_tile(place, [&](int r, int c, int64_t at) { tile[r * pitch + c] = widen(data[at]); });
+    constexpr int kAtOnce = 8;  // loads that are under way before the first value is used
+    for (TileWalk walk(place); walk.inside();) {
+      E x[kAtOnce];
+      int to[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++, walk.advance()) {
+        to[k] = walk.inside() ? walk.r * pitch + walk.c : -1;
+        if (to[k] >= 0) x[k] = data[walk.offset()];
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++)
+        if (to[k] >= 0) tile[to[k]] = widen(x[k]);
+    }
     return;
   }
   const Cut<E> cut(data, place.rows * place.classes);
@@ -75,7 +109,8 @@ template <typename E, typename T>
 __device__ __forceinline__ void store_tile(const T* tile, const TilePlace& place, E* data) {
   const int pitch = tile_pitch(place.classes);
   if (!place.linear()) {
-    each_of_tile(place, [&](int r, int c, int64_t at) { narrow(tile[r * pitch + c], data[at]); });
+    for (TileWalk walk(place); walk.inside(); walk.advance())
+      narrow(tile[walk.r * pitch + walk.c], data[walk.offset()]);
     return;
   }
   const Cut<E> cut(data, place.rows * place.classes);
