@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_cross_entropy import Strategy, bounds_for, check, run
 
-from softmax_ext import cuda, log_softmax, softmax
+from softmax_ext import cross_entropy, cuda, log_softmax, softmax
 
 pytestmark = pytest.mark.devices("cuda", "emulated")
 
@@ -122,3 +122,17 @@ def test_softmax(capability, device, dtype, classes, log):
     oracle.assert_within(y, exact, oracle.softmax_tolerance(exact, 1, log, dtype), "output")
     allowed = oracle.softmax_grad_tolerance(exact, exact_grad, upstream, 1, log, dtype)
     oracle.assert_within(grad, exact_grad, allowed, "gradient")
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_class_beside_the_border_of_two_parts(skip, device, monkeypatch):
+    """Of a row that the blocks of a backward share; each class has its gradient from one of them."""
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_MULTIPROCESSORS", "1000")
+    classes = 1040  # 520 chunks of 16 bytes for blocks of 512 threads
+    target = torch.arange(classes // 2 - 20, classes // 2 + 20, device=device)
+    x = askew(torch.randn(len(target), classes, dtype=torch.float64, device=device), skip).requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(x, target, reduction="sum"), x)
+    exact = oracle.cross_entropy(x.detach(), target, reduction="sum").grad
+    scale = oracle.gradient_scale(exact, target, None, reduction="sum")
+    oracle.assert_within(grad, exact, oracle.tolerance("grad", exact, torch.float64, scale=scale), "gradient")
