@@ -29,7 +29,12 @@ KERNELS = {
 }
 every_kernel = pytest.mark.parametrize("shape", KERNELS.values(), ids=KERNELS)
 
-STRATEGIES: list[dict[str, bool]] = [{}, {"precompute_grad": True}, {"inplace": True, "precompute_grad": True}]
+STRATEGIES: list[dict[str, bool]] = [
+    {},
+    {"precompute_grad": True},
+    {"inplace": True},
+    {"inplace": True, "precompute_grad": True},
+]
 strategies = pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 
 
@@ -106,7 +111,7 @@ def test_a_wrong_class_has_no_weight(classes, dtype, device):
 
 
 @cuda_kernels
-@pytest.mark.parametrize("strategy", [*STRATEGIES, {"inplace": True}], ids=str)
+@strategies
 def test_wrong_classes_are_named_on_demand(strategy, device, monkeypatch):
     """And a wrong one touches nothing: the logits are as good as before."""
     of = problem((50, 70), device)

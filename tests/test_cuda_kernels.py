@@ -4,6 +4,8 @@ On the emulator as a device of compute capability 7.5, which has no clusters, an
 """
 
 import ctypes
+import itertools
+import math
 from collections.abc import Callable
 
 import oracle
@@ -11,7 +13,7 @@ import pytest
 import torch
 from test_cross_entropy import Strategy, bounds_for, check, run
 
-from softmax_ext import cuda, log_softmax, softmax
+from softmax_ext import cross_entropy, cuda, log_softmax, softmax
 
 pytestmark = pytest.mark.devices("cuda", "emulated")
 
@@ -71,6 +73,14 @@ def test_choice(capability, kernel_for, dtype, classes, without, with_clusters):
     assert kernel_for(classes, dtype) == (with_clusters if capability >= 90 else without)
 
 
+@pytest.mark.devices("emulated")
+def test_clusters_only_in_code_that_has_them(kernel_for, monkeypatch):
+    """A card of 9.0 that runs the PTX of 8.0, in which kernels for clusters do nothing."""
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CAPABILITY", "90")
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CODE", "80")
+    assert [kernel_for(classes, torch.float32) for classes in (16388, 128256)] == ["block", "stream"]
+
+
 def askew(values: torch.Tensor, skip: int) -> torch.Tensor:
     """Rows that follow each other without a gap, `skip` elements behind a multiple of 16 bytes."""
     memory = values.new_zeros(values.numel() + skip)
@@ -85,13 +95,16 @@ def askew(values: torch.Tensor, skip: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cross_entropy(capability, device, dtype, classes, options, skip):
     rows = 2 if classes > 3000 else 9
-    values = (3 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype).to(device)
+    values = 3 * torch.randn(rows, classes, dtype=torch.float64)
     target = oracle.make_target("int64", (rows, classes), dtype).to(device)
+    values[1, target[1]] = math.log(classes) + 10  # a probability near 1, whose gradient shows a wrong logit
+    values = values.to(dtype).to(device)
     if classes > 1:
         target[0] = -100
     upstream = torch.ones((), dtype=dtype, device=device)
     bounds = bounds_for(values, target, None, upstream, **options)
-    for strategy in [Strategy(False, False, False), Strategy(True, False, False), Strategy(True, True, False)]:
+    for flags in itertools.product([False, True], repeat=2):
+        strategy = Strategy(*flags, scaled=False)
         results = run(askew(values, skip), target, None, upstream, strategy, **options)
         check(bounds, strategy, results, (classes, strategy))
 
@@ -109,3 +122,17 @@ def test_softmax(capability, device, dtype, classes, log):
     oracle.assert_within(y, exact, oracle.softmax_tolerance(exact, 1, log, dtype), "output")
     allowed = oracle.softmax_grad_tolerance(exact, exact_grad, upstream, 1, log, dtype)
     oracle.assert_within(grad, exact_grad, allowed, "gradient")
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_class_beside_the_border_of_two_parts(skip, device, monkeypatch):
+    """Of a row that the blocks of a backward share; each class has its gradient from one of them."""
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_MULTIPROCESSORS", "1000")
+    classes = 1040  # 520 chunks of 16 bytes for blocks of 512 threads
+    target = torch.arange(classes // 2 - 20, classes // 2 + 20, device=device)
+    x = askew(torch.randn(len(target), classes, dtype=torch.float64, device=device), skip).requires_grad_()
+    (grad,) = torch.autograd.grad(cross_entropy(x, target, reduction="sum"), x)
+    exact = oracle.cross_entropy(x.detach(), target, reduction="sum").grad
+    scale = oracle.gradient_scale(exact, target, None, reduction="sum")
+    oracle.assert_within(grad, exact, oracle.tolerance("grad", exact, torch.float64, scale=scale), "gradient")

@@ -348,7 +348,7 @@ def test_prediction_of_special_rows(classes, device):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("classes", [3, 17, 40])
+@pytest.mark.parametrize("classes", [3, 17, 40, 200])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_ignored_rows_may_hold_anything(dtype, classes, smoothing, device):
     """Their loss and gradient are 0 whatever their logits. Torch multiplies by 0, which leaves NaN of NaN."""
@@ -357,9 +357,10 @@ def test_ignored_rows_may_hold_anything(dtype, classes, smoothing, device):
     values[1], values[2, 1], values[3, 0], values[5] = NAN, INF, -INF, -INF
     target = torch.tensor([0, -100, -100, -100, 2, -100, 1])
     check(values.to(device), target.to(device), exact_values=clean, label_smoothing=smoothing)
-    for layout in LAYOUTS:
+    options = {"label_smoothing": smoothing, "z_loss": 0.1, "return_stats": True}
+    for layout, precompute_grad in itertools.product(LAYOUTS, [False, True]):
         x = laid_out(values, layout).to(device).requires_grad_()
-        loss, stats = cross_entropy(x, target.to(device), label_smoothing=smoothing, return_stats=True)
+        loss, stats = cross_entropy(x, target.to(device), precompute_grad=precompute_grad, **options)
         loss.backward()
         assert torch.all(x.grad[target == -100] == 0)
         assert torch.all(stats.nll[target == -100] == 0)

@@ -95,7 +95,7 @@ def test_many_classes(dtype, log, device):
 @pytest.mark.parametrize("result", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_dtype_of_computation_and_result(dtype, result, log, device):
-    for shape, dim in [((3, 40), 1), ((131, 3), 1), ((40, 3), 0)]:
+    for shape, dim in [((3, 40), 1), ((131, 3), 1), ((40, 3), 0), ((2, 72), 1), ((3, 101), 1)]:
         values = torch.randn(shape, dtype=torch.float64).to(dtype).to(device)
         check(values, dim, log, result, (shape, dim))
 

@@ -26,17 +26,39 @@ constexpr int kSummedClasses = 16;  // between two merges of a row's sums, so th
 // nor its classes share a bank.
 __host__ __device__ inline int tile_pitch(int64_t classes) { return static_cast<int>(classes) | 1; }
 
-// Calls visit(row, class, offset in memory) for the elements of a tile that is not linear, the nearer ones first.
-template <typename Visit>
-__device__ __forceinline__ void each_of_tile(const TilePlace& place, const Visit& visit) {
-  const bool along_classes = place.class_stride < place.row_stride;
-  const int fast = along_classes ? place.classes : place.rows, total = place.classes * place.rows;
-  for (int i = threadIdx.x; i < total; i += blockDim.x) {
-    const int slow = i / fast, rest = i - slow * fast;
-    const int r = along_classes ? slow : rest, c = along_classes ? rest : slow;
-    visit(r, c, c * place.class_stride + r * place.row_stride);
+// A thread's way over the elements of a tile that is not linear, blockDim.x at a time, the nearer ones in memory first.
+// Without a division for each element, which would take longer than its load.
+class TileWalk {
+ public:
+  int r, c;
+
+  __device__ __forceinline__ explicit TileWalk(const TilePlace& place)
+      : along_classes_(place.class_stride < place.row_stride),
+        place_(place),
+        fast_(max(1, along_classes_ ? place.classes : place.rows)),
+        slow_step_(blockDim.x / fast_),
+        fast_step_(blockDim.x - slow_step_ * fast_) {
+    const int slow = threadIdx.x / fast_;
+    move_to(slow, threadIdx.x - slow * fast_);
   }
-}
+
+  __device__ __forceinline__ bool inside() const { return r < place_.rows && c < place_.classes; }
+  __device__ __forceinline__ int64_t offset() const { return c * place_.class_stride + r * place_.row_stride; }
+  __device__ __forceinline__ void advance() {
+    const int fast = (along_classes_ ? c : r) + fast_step_, over = fast >= fast_;
+    move_to((along_classes_ ? r : c) + slow_step_ + over, over ? fast - fast_ : fast);
+  }
+
+ private:
+  __device__ __forceinline__ void move_to(int slow, int fast) {
+    r = along_classes_ ? slow : fast;
+    c = along_classes_ ? fast : slow;
+  }
+
+  bool along_classes_;
+  TilePlace place_;
+  int fast_, slow_step_, fast_step_;
+};
 
 // Calls visit(i, row, class) for n adjacent elements of a linear tile, of which the first is number `at`.
 template <int kCount, typename Visit>
@@ -56,7 +78,19 @@ template <typename E, typename T>
 __device__ __forceinline__ void load_tile(const E* data, const TilePlace& place, T* tile) {
   const int pitch = tile_pitch(place.classes);
   if (!place.linear()) {
-    each_of_tile(place, [&](int r, int c, int64_t at) { tile[r * pitch + c] = widen(data[at]); });
+    constexpr int kAtOnce = 8;  // loads that are under way before the first value is used
+    for (TileWalk walk(place); walk.inside();) {
+      E x[kAtOnce];
+      int to[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++, walk.advance()) {
+        to[k] = walk.inside() ? walk.r * pitch + walk.c : -1;
+        if (to[k] >= 0) x[k] = data[walk.offset()];
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++)
+        if (to[k] >= 0) tile[to[k]] = widen(x[k]);
+    }
     return;
   }
   const Cut<E> cut(data, place.rows * place.classes);
@@ -75,7 +109,8 @@ template <typename E, typename T>
 __device__ __forceinline__ void store_tile(const T* tile, const TilePlace& place, E* data) {
   const int pitch = tile_pitch(place.classes);
   if (!place.linear()) {
-    each_of_tile(place, [&](int r, int c, int64_t at) { narrow(tile[r * pitch + c], data[at]); });
+    for (TileWalk walk(place); walk.inside(); walk.advance())
+      narrow(tile[walk.r * pitch + walk.c], data[walk.offset()]);
     return;
   }
   const Cut<E> cut(data, place.rows * place.classes);
@@ -101,7 +136,8 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
     for (int j = 0; j < Op::kInputs; j++) x.of[j] = inputs[j][c];
     return x;
   };
-  const auto context = op.begin(at, true);
+  auto context = op.begin(at);
+  op.keep(context, true, [&](int c) { return inputs[0][c]; });
   const bool skips = op.skips(context);
   typename Op::Sums sums;
   if (op.reduces && !skips) {
@@ -119,10 +155,11 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, const Position& at,
   }
   const auto coefficients = op.finish(context, sums, true);
   if (!op.writes && !op.has_extra) return;
-  if (op.has_extra && !skips)
+  const bool clears = op.clears(context);
+  if (op.has_extra && !clears)
     for (int c = 0; c < classes; c++) op.extra(context, coefficients, elements(c), c);
   for (int c = 0; c < classes; c++)
-    inputs[0][c] = skips ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
+    inputs[0][c] = clears ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
   int c;
   typename Op::T value;
   if (op.apart(context, coefficients, c, value)) inputs[0][c] = value;
@@ -207,9 +244,10 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
   const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;
   const bool exists = inner < layout.inner, leader = exists && threadIdx.x < kWarp;
   const Position at = locate(layout, outer, exists ? inner : 0);
-  const auto context = op.begin(at, leader);
+  auto context = op.begin(at);
   const bool skips = op.skips(context);
   const Column<Op> column(op, at);
+  op.keep(context, leader, [&](int c) { return column.load(c).of[0]; });
   const int first = threadIdx.x / kWarp, last = exists ? layout.classes : 0;
   LongSums<Op> sums;
   if (op.reduces) {
@@ -229,13 +267,14 @@ __global__ void __launch_bounds__(kColumnWarps* kWarp, 1)
   }
   const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.writes && !op.has_extra) return;
+  const bool clears = op.clears(context);
   typename Op::Out* const output = op.output(at);
   const int64_t stride = layout.class_stride[Op::kOutputOperand];
 #pragma unroll 4
   for (int c = first; c < last; c += kColumnWarps) {
     const Elements<Op> x = column.load(c);
-    if (op.has_extra && !skips) op.extra(context, coefficients, x, c);
-    if (op.writes) narrow(skips ? typename Op::T(0) : op.value(context, coefficients, x, c), output[c * stride]);
+    if (op.has_extra && !clears) op.extra(context, coefficients, x, c);
+    if (op.writes) narrow(clears ? typename Op::T(0) : op.value(context, coefficients, x, c), output[c * stride]);
   }
   __syncthreads();
   int c;

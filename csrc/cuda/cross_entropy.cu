@@ -83,8 +83,9 @@ void cross_entropy(const CrossEntropy& call, Stream stream) {
 
 std::string kernel_for(int64_t classes, DType type, bool has_probabilities) {
   const int bytes = type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
-  const int kept = has_probabilities || bytes == 8 ? 0 : CrossEntropyOp<float, float, false>::kKeptChunks;
-  const Choice choice = choose({classes > kSmallClasses, classes, bytes, kept}, current_device());
+  using Plain = CrossEntropyOp<float, float, false>;
+  const int kept = has_probabilities || bytes == 8 ? 0 : Plain::kKeptChunks;
+  const Choice choice = choose_for<Plain>({classes > kSmallClasses, classes, bytes, kept}, current_device());
   std::string name = name_of(choice.kernel);
   return choice.kernel == Kernel::kCluster ? name + " of " + std::to_string(choice.cluster) : name;
 }

@@ -85,7 +85,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   }
   __device__ __forceinline__ T level(const Elements<CrossEntropyOp>& x) const { return logit(x.of[0]); }
 
-  __device__ __forceinline__ Context begin(const Position& at, bool leader) const {
+  __device__ __forceinline__ Context begin(const Position& at) const {
     Context context{at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], -1, true, false, 0, 1};
     if (this->has_probabilities) return context;
     const int64_t classes = this->layout.classes;
@@ -94,15 +94,21 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     context.bad = context.live && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes);
     if (!context.live || context.bad) return context;
     context.y = static_cast<int>(y);
-    if (this->weight) context.weight = this->weight[y];
-    if (leader) context.z = logit(widen(input(0, at)[y * this->layout.class_stride[kLogits]]));
     return context;
   }
 
-  // An ignored row, unless one of its statistics is wanted or has a gradient.
-  __device__ __forceinline__ bool skips(const Context& context) const {
-    return !context.live && !this->stats && !this->grad_lse.given && !has_entropy_gradient();
+  template <typename Value>
+  __device__ __forceinline__ void keep(Context& context, bool leader, const Value& value) const {
+    if (context.y < 0) return;
+    if (this->weight) context.weight = this->weight[context.y];
+    if (leader) context.z = logit(value(context.y));
   }
+
+  // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
+  __device__ __forceinline__ bool clears(const Context& context) const {
+    return !context.live && !this->grad_lse.given && !has_entropy_gradient();
+  }
+  __device__ __forceinline__ bool skips(const Context& context) const { return clears(context) && !this->stats; }
 
   __device__ __forceinline__ bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
 

@@ -110,9 +110,9 @@ __device__ __forceinline__ T multiply_or_zero(T b, T d) {
 
 // ---- chunks of 16 bytes ------------------------------------------------------------------------------------------
 
-// kSize adjacent elements; a multiple of 16 bytes.
+// kSize adjacent elements: a multiple of 16 bytes, or 8 where the elements are half as wide as those that cut the row.
 template <typename E, int kSize>
-struct alignas(16) Chunk {
+struct alignas(kSize * sizeof(E) % 16 == 0 ? 16 : 8) Chunk {
   E element[kSize];
 
   // Makes the compiler forget what it knows of the values, so that it widens them where they are used rather than keep
@@ -146,22 +146,25 @@ template <typename E, typename S>
 struct Row {
   static constexpr int kSize = Cut<S>::kSize;
   using Chunks = Chunk<std::remove_const_t<E>, kSize>;
+  using Word = std::conditional_t<sizeof(Chunks) % 16 == 0, int4, int2>;
+  static constexpr int kWords = sizeof(Chunks) / sizeof(Word);
+  static_assert(sizeof(Chunks) == kSize * sizeof(E) && sizeof(Chunks) % sizeof(Word) == 0, "words of the chunk alone");
   E* data;
-  bool aligned;  // its own chunks too begin at multiples of 16 bytes
+  bool aligned;  // its own chunks too begin at multiples of a word
 
   Row() = default;
   __device__ __forceinline__ Row(E* data, const Cut<S>& cut)
-      : data(data), aligned(reinterpret_cast<uintptr_t>(data + cut.head) % 16 == 0) {}
+      : data(data), aligned(reinterpret_cast<uintptr_t>(data + cut.head) % sizeof(Word) == 0) {}
 
   // The chunk of elements from number `at` on. kAgain: they will be read again soon.
   template <bool kAgain>
   __device__ __forceinline__ Chunks load(int at) const {
     Chunks chunk;
     if (aligned) {
-      const int4* const from = reinterpret_cast<const int4*>(data + at);
-      int4* const to = reinterpret_cast<int4*>(&chunk);
+      const Word* const from = reinterpret_cast<const Word*>(data + at);
+      Word* const to = reinterpret_cast<Word*>(&chunk);
 #pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(chunk) / 16); i++) to[i] = kAgain ? from[i] : __ldcs(from + i);
+      for (int i = 0; i < kWords; i++) to[i] = kAgain ? from[i] : __ldcs(from + i);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; i++) chunk.element[i] = data[at + i];
@@ -171,10 +174,10 @@ struct Row {
 
   __device__ __forceinline__ void store(int at, const Chunks& chunk) const {
     if (aligned) {
-      int4* const to = reinterpret_cast<int4*>(data + at);
-      const int4* const from = reinterpret_cast<const int4*>(&chunk);
+      Word* const to = reinterpret_cast<Word*>(data + at);
+      const Word* const from = reinterpret_cast<const Word*>(&chunk);
 #pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof(chunk) / 16); i++) __stcs(to + i, from[i]);
+      for (int i = 0; i < kWords; i++) __stcs(to + i, from[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; i++) data[at + i] = chunk.element[i];

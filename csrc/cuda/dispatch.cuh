@@ -68,6 +68,17 @@ void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStrea
   }
 }
 
+template <typename Op>
+Choice choose_for(const RowShape& shape, Device device) {
+  const Choice choice = choose(shape, device);
+  if constexpr (Op::kKeptChunks > 0)
+    if (choice.kernel == Kernel::kCluster) {
+      device.capability = capability_of_code(kept_rows<Op, Scope::kCluster>);
+      return choose(shape, device);
+    }
+  return choice;
+}
+
 // `streams`: the row is read again although it could be kept.
 template <typename Op>
 void launch_op(const char* name, const Op& op, const Layout& layout, bool streams, cudaStream_t stream) {
@@ -75,7 +86,7 @@ void launch_op(const char* name, const Op& op, const Layout& layout, bool stream
   if (layout.classes >= INT32_MAX)
     throw std::runtime_error(std::string(name) + ": a row on CUDA may have less than 2^31 classes.");
   const Device device = current_device();
-  const Choice choice = choose(
+  const Choice choice = choose_for<Op>(
       {layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)), streams ? 0 : Op::kKeptChunks}, device);
   switch (choice.kernel) {
     case Kernel::kTile: return launch_tile(name, op, stream);

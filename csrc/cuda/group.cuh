@@ -62,6 +62,7 @@ struct Group<Scope::kWarp> {
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   template <typename V>
   __device__ __forceinline__ void reduce(V& value) const {
+    __syncwarp();  // shuffles order no accesses to memory: the leader has read what the output overwrites
     reduce_lanes(value, size);
   }
 };

@@ -49,6 +49,15 @@ inline Device current_device() {
   return answer;
 }
 
+// The compute capability that the code of a kernel was written for, which is less than the device's where the driver made
+// it from older PTX: kernels for clusters are empty there.
+template <typename... Parameters>
+int capability_of_code(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
             const Arguments&... arguments) {

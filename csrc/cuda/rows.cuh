@@ -12,8 +12,11 @@
 //   never_kept()                     what is true of no Op that kept_rows is launched with
 //   idle()                           whether the output is what is there already
 //   input(i, at), output(at)         where the row at a Position begins
-//   begin(at, leader) -> Context     the row's own data; the leader also reads what the output may overwrite
+//   begin(at) -> Context             the row's own data
+//   keep(context, leader, value)     what follows from it; the leader also keeps what the output may overwrite, the
+//                                    logit value(c) of a class. Apart from begin, since it waits for what that loads
 //   skips(context)                   whether the row is not read and its output is 0
+//   clears(context)                  whether its output is 0, be it read or not
 //   level(x)                         of the elements x of all inputs: what the maximum is taken of
 //   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
 //   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
@@ -171,9 +174,15 @@ struct SimpleOp {
 
   __device__ __forceinline__ bool never_kept() const { return false; }
   __device__ __forceinline__ bool idle() const { return false; }
-  __device__ __forceinline__ Context begin(const Position&, bool) const { return {}; }
+  __device__ __forceinline__ Context begin(const Position&) const { return {}; }
+  template <typename C, typename Value>
+  __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
   template <typename C>
   __device__ __forceinline__ bool skips(const C&) const {
+    return false;
+  }
+  template <typename C>
+  __device__ __forceinline__ bool clears(const C&) const {
     return false;
   }
   template <typename C, typename K>
@@ -267,11 +276,12 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
-    const auto context = op.begin(at, leader);
+    auto context = op.begin(at);
     const bool skips = op.skips(context);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
     KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
     if (!skips) kept.load(row, group.thread, group.size);
+    op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
     typename Op::Sums sums;
     if (op.reduces) {
       if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
@@ -280,7 +290,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
       group.sync();  // the leader has read what the output overwrites
     }
     const auto coefficients = op.finish(context, sums, leader);
-    if (op.writes && skips)
+    if (op.writes && op.clears(context))
       kept.clear(row, group.thread, group.size);
     else if (op.writes)
       kept.write(op, context, coefficients, row, group.thread, group.size);
@@ -302,8 +312,9 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
   const bool leader = threadIdx.x == 0;
-  const auto context = op.begin(at, leader);
+  auto context = op.begin(at);
   const RowOperands<Op> row(op, at, op.layout.classes);
+  op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
   const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
   const int end = min(row.cut.chunks, begin + share), first = begin + threadIdx.x, step = blockDim.x;
   const int loose = threadIdx.x;
@@ -341,7 +352,7 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   if (!op.writes && !op.has_extra) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
-  if (skips) {
+  if (op.clears(context)) {
     clear_chunks(row, first, end, step);
     if (has_loose) clear(row.output.data[row.cut.of_loose(loose)]);
   } else {

@@ -12,6 +12,7 @@
 //   SOFTMAX_EXT_EMULATED_SEED             of the generator; default 0
 //   SOFTMAX_EXT_EMULATED_YIELD            set: accesses to memory by __ldcs, __stcs and the like switch too, now and then
 //   SOFTMAX_EXT_EMULATED_CAPABILITY       "75", "80", "90" (default), ...
+//   SOFTMAX_EXT_EMULATED_CODE             the capability that the kernels are compiled for; default: the same
 //   SOFTMAX_EXT_EMULATED_MULTIPROCESSORS  default 4
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -751,6 +752,13 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     case cudaFuncAttributePreferredSharedMemoryCarveout: return cudaSuccess;
   }
   return result(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  using namespace cuda_on_cpu;
+  attributes->binaryVersion = capability();
+  attributes->ptxVersion = static_cast<int>(environment("SOFTMAX_EXT_EMULATED_CODE", capability()));
+  return cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
