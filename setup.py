@@ -192,7 +192,7 @@ def find_architectures(nvcc: str, version: str) -> tuple[list[str], str]:
     known = re.findall(r"compute_(\d+)", answer.stdout)
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     chosen = []  # (number, whether PTX too)
-    for word in re.split(r"[;,\s]+", given.strip() or CUDA_ARCHITECTURES):
+    for word in dict.fromkeys(re.findall(r"[^;,\s]+", given) or CUDA_ARCHITECTURES.split(";")):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", word)
         if not match:
             hint = "This build asks no GPU. " if word.lower() == "native" else ""
@@ -203,10 +203,10 @@ def find_architectures(nvcc: str, version: str) -> tuple[list[str], str]:
         number = match[1] + match[2]
         if number.rstrip("af") in known:
             chosen.append((number, bool(match[3])))
-        elif given.strip():
+        elif given.strip("; ,"):
             names = " ".join(f"{n[:-1]}.{n[-1]}" for n in known)
             stop(f"TORCH_CUDA_ARCH_LIST has {word}; nvcc {version} compiles for {names}.")
-    if not given.strip():
+    if not given.strip("; ,"):
         chosen[-1] = (chosen[-1][0], True)
     flags = []
     for number, ptx in chosen:

@@ -83,8 +83,10 @@ Choice choose_for(const RowShape& shape, Device device) {
 template <typename Op>
 void launch_op(const char* name, const Op& op, const Layout& layout, bool streams, cudaStream_t stream) {
   if (op.layout.outer == 0 || op.layout.inner == 0) return;
-  if (layout.classes >= INT32_MAX)
-    throw std::runtime_error(std::string(name) + ": a row on CUDA may have less than 2^31 classes.");
+  constexpr int64_t kMostClasses = INT32_MAX - (1 << 16);  // so that a step beyond the last one is an int
+  if (layout.classes > kMostClasses || layout.outer > UINT32_MAX)
+    throw std::runtime_error(std::string(name) + ": on CUDA a row may have " + std::to_string(kMostClasses) +
+                             " classes, and a tensor 2^32 rows.");
   const Device device = current_device();
   const Choice choice = choose_for<Op>(
       {layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)), streams ? 0 : Op::kKeptChunks}, device);

@@ -20,7 +20,6 @@ struct Grid {
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
-  int shared_bytes;  // the most that a block may have
 };
 
 [[noreturn]] inline void throw_launch_error(const char* kernel, const Grid& grid, cudaError_t error) {
@@ -42,8 +41,6 @@ inline Device current_device() {
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&answer.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
   answer.capability = 10 * major + minor;
   return answer;

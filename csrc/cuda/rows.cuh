@@ -303,7 +303,8 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
 
 constexpr int kStreamBlock = 512;
 
-// A block for each row, or, without a reduction, for each of `parts` of it.
+// A block for each row, or, without a reduction, for each of `parts` of it. Of those, only the part that holds class y uses
+// what its leader has read there; another may have read what that part has written.
 template <typename Op>
 __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
   constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
