@@ -1,5 +1,8 @@
 """Compiles every CUDA source for every architecture and reads the compiler's resource report; needs no GPU.
 
+Then builds the library that torch loads, for one architecture, against whatever torch is installed. With a torch
+without CUDA it can be linked, not loaded: the stream is asked of a library that only the others have.
+
 A warning fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed would
 depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
 
@@ -12,6 +15,7 @@ depend on memory that nobody asked for. The table has a line for each kernel and
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shutil
@@ -138,6 +142,35 @@ def complaint(name: str, usage: Usage) -> str:
     return f"stack {usage.stack} B" if usage.stack else ""
 
 
+def check_library() -> str | None:
+    """Builds the library by setup.py and loads it. What is wrong with it, in a sentence."""
+    import torch
+
+    target = BUILD / "library"
+    shutil.rmtree(target, ignore_errors=True)
+    environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode != 0:
+        return f"the library does not build:\n{done.stdout}"
+    (library,) = target.glob("softmax_ext/_cuda*.so")
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        if torch.version.cuda is None and "aoti_torch_get_current_cuda_stream" in str(error):
+            print(
+                f"cuda-check: the library is built and linked; torch {torch.__version__}, without CUDA, can't load it"
+            )
+            return None
+        return f"the library does not load: {error}"
+    if torch.version.cuda is None:
+        return f"the library loads with torch {torch.__version__}, which has no CUDA"
+    print("cuda-check: the library is built, linked and loaded")
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90; default: all")
@@ -195,7 +228,11 @@ def main() -> int:
     print(f"\ncuda-check: {nvcc}, {len(sources)} sources, {len(arguments.arch)} architectures, {seconds:.0f} s")
     if wrong:
         print(f"cuda-check: {wrong} kernels spill or have a stack frame", file=sys.stderr)
-    return 1 if wrong else 0
+    whole = arguments.source is None and arguments.arch == ARCHITECTURES
+    complaint_of_library = check_library() if whole else None
+    if complaint_of_library:
+        print(f"cuda-check: {complaint_of_library}", file=sys.stderr)
+    return 1 if wrong or complaint_of_library else 0
 
 
 if __name__ == "__main__":
