@@ -39,7 +39,7 @@ FLAGS = [
 # Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,
 # and the reason.
 ALLOWED = [
-    (r", double, true>", 500, "arithmetic in double has long subroutines and is not there for its speed"),
+    (r", double(, true)?>", 500, "arithmetic in double has long subroutines and is not there for its speed"),
     (r"^tile_rows<CrossEntropyOp<\w+, float,", 100, "the compiler stops at 48 registers, whatever it may use"),
     (
         r"^kept_rows<(CrossEntropyOp<\w+, float, false>|SoftmaxOp<\w+, \w+>), \(Scope\)[12]>",
