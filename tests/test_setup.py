@@ -63,7 +63,14 @@ def test_default_is_what_nvcc_knows(decide):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("8.0", "80"), ("8.0;9.0+PTX", "80;90+PTX"), ("9.0a 12.0", "90a;120"), (" 8.0, 8.6 ", "80;86")],
+    [
+        ("8.0", "80"),
+        ("8.0;9.0+PTX", "80;90+PTX"),
+        ("9.0a 12.0", "90a;120"),
+        (" 8.0, 8.6 ", "80;86"),
+        ("8.0;9.0;", "80;90"),
+        ("9.0;9.0", "90"),
+    ],
 )
 def test_chosen_architectures(decide, given, expected):
     assert decide("13.0", nvcc="13.0", TORCH_CUDA_ARCH_LIST=given).architectures == expected
