@@ -1,11 +1,10 @@
 // Checks, allocation and layouts; see tensors.h.
 #include "tensors.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <utility>
 
 namespace softmax_ext {
 
@@ -47,20 +46,6 @@ ScalarType arithmetic_type(std::initializer_list<DType> types) {
   return ScalarType::Float;
 }
 
-namespace {
-
-// Asks for huge pages below a large tensor that has just been allocated and not been touched: page faults at 4 KiB cost
-// several times what a kernel takes to fill the pages. Where the system refuses, nothing changes.
-void advise_huge_pages(const Tensor& tensor, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (static_cast<uintptr_t>(bytes) < kHugePage || !tensor.is_cpu()) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.data_ptr()), end = begin + static_cast<uintptr_t>(bytes);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 int64_t size_of(ScalarType type) {
   switch (type) {
     case ScalarType::Double:
@@ -70,29 +55,56 @@ int64_t size_of(ScalarType type) {
   }
 }
 
-}  // namespace
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
-  }
+Tensor torch_empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                           const Tensor& like) {
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   dtype, device_type, like.get_device_index(), &handle));
-  Tensor result(handle);
-  advise_huge_pages(result, product(sizes) * size_of(type));
-  return result;
+  return Tensor(handle);
+}
+
+namespace {
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  return strides;
+}
+
+// Whether the elements fill a run of memory, each in its own place.
+bool is_dense(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); d++)
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  return device::empty_strided(sizes, contiguous_strides(sizes), type, like);
 }
 
 Tensor empty_like(const Tensor& tensor, ScalarType type) {
   if (tensor.is_contiguous()) return empty(sizes_of(tensor), type, tensor);
-  // Through the dispatcher, which knows which strides to keep.
+  if (is_dense(tensor)) {
+    const auto strides = tensor.strides();
+    return device::empty_strided(sizes_of(tensor), {strides.begin(), strides.end()}, type, tensor);
+  }
+  // Through the dispatcher, which knows in which order the dimensions are to lie.
   const auto none = torch::stable::detail::from(std::nullopt);
   std::array<StableIValue, 6> stack{torch::stable::detail::from(tensor),
                                     torch::stable::detail::from(std::optional<ScalarType>(type)),
@@ -101,9 +113,7 @@ Tensor empty_like(const Tensor& tensor, ScalarType type) {
                                     none,
                                     none};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
-  advise_huge_pages(result, result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor as_contiguous(const Tensor& tensor) {

@@ -29,6 +29,21 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& l
 // Uninitialised, of the shape and, where that is dense, the strides of `tensor`.
 Tensor empty_like(const Tensor& tensor, ScalarType type);
 
+// Uninitialised, from torch's allocator for the device of `like`.
+Tensor torch_empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                           const Tensor& like);
+
+// Bytes of an element of the types that results have.
+int64_t size_of(ScalarType type);
+
+namespace device {
+
+// What the device makes of torch_empty_strided: where the two functions above get their memory.
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                     const Tensor& like);
+
+}  // namespace device
+
 Tensor as_contiguous(const Tensor& tensor);
 
 std::vector<int64_t> sizes_of(const Tensor& tensor);

@@ -1,0 +1,44 @@
+// The allocation of results on the CPU: large ones from memory that is kept (kept_memory.h).
+#include <algorithm>
+#include <memory>
+
+#include "../tensors.h"
+#include "kept_memory.h"
+
+// Since torch 2.11; null in older ones.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* block), void* block);
+
+namespace softmax_ext {
+namespace {
+
+// Up to here glibc's malloc keeps what is freed itself (DEFAULT_MMAP_THRESHOLD_MAX).
+constexpr int64_t kLarge = 32 << 20;
+
+void release(void*, void* block) {
+  const std::unique_ptr<Block> owned(static_cast<Block*>(block));
+  release_memory(*owned);
+}
+
+}  // namespace
+
+Tensor device::empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
+                             const Tensor& like) {
+  const int64_t bytes = product(sizes) * size_of(type);
+  if (bytes <= kLarge || !torch_from_blob) return torch_empty_strided(sizes, strides, type, like);
+  auto block = std::make_unique<Block>(acquire_memory(static_cast<size_t>(bytes)));
+  if (!block->address) return torch_empty_strided(sizes, strides, type, like);
+  AtenTensorHandle handle;
+  const AOTITorchError error = torch_from_blob(
+      block->address, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(),
+      like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0, release, block.get());
+  if (error) release_memory(*block);
+  TORCH_ERROR_CODE_CHECK(error);
+  block.release();  // the tensor's
+  return Tensor(handle);
+}
+
+}  // namespace softmax_ext
