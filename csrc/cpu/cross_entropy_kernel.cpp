@@ -400,6 +400,7 @@ void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, cons
                               const KeptRow<T>& kept) {
   Block<T> q_block;
   const bool direct = needs_no_copy(p);
+  const Store store = kept.in_result ? Store::kCached : store_of(p);
   const GradientTerms has = gradient_terms(p);
   GradientVectors<T> g = broadcast(batch, r);
   const double alpha = batch.alpha[r], max = batch.sums.max[r];
@@ -409,7 +410,7 @@ void write_gradient_from_kept(const CrossEntropy<T>& p, const Position& at, cons
     g.alpha = Vec<T>(static_cast<T>(shift == max ? alpha : alpha * std::exp(shift - max)));
     const T* const e = kept.data + c;
     const auto write = [&](const auto& value) {
-      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, value);
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, store, value);
     };
     if (!has.any) {
       write([g, e](int64_t i, int64_t count) { return plain_gradient(g, load_converted<T>(e + i, count)); });
@@ -437,6 +438,7 @@ template <typename T>
 void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r) {
   constexpr int64_t L = kLanes<T>;
   Block<T> z_block, q_block;
+  const Store store = store_of(p);
   const GradientVectors<T> g = broadcast(batch, r);
   const GradientTerms has = gradient_terms(p);
   const bool direct = needs_no_copy(p) && !has.any && !p.grad_probabilities;
@@ -446,7 +448,7 @@ void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, co
     const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, from + n);
     const T* const z = direct ? static_cast<const T*>(p.logits) + from : load_row_block(p, from, n, z_block.data);
     if (!has.any && p.grad_logits)
-      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n,
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, store,
                    [g, z, ahead](int64_t i, int64_t count) {
                      ahead.fetch(i / L);
                      return plain_gradient(g, exp_nonpositive(load_converted<T>(z + i, count) - g.max));
@@ -456,16 +458,16 @@ void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, co
       std::fill(q_block.data + n, q_block.data + round_up(n, L), T(0));
     }
     if (p.grad_probabilities)
-      write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n,
-                   [&p, g, z, c](int64_t i, int64_t) {
-                     return probability_gradient(g, Vec<T>::loadu(z + i), load_weight(p, c + i));
+      write_run<T>(p.grad_probabilities, p.probabilities_type, at.offset[kGradProbabilities] + c, n, store,
+                   [&p, g, z, c](int64_t i, int64_t count) {
+                     return probability_gradient(g, load_converted<T>(z + i, count), load_weight(p, c + i));
                    });
     if (has.any && p.grad_logits)
-      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n,
-                   [&p, has, g, z, c, ahead, q = q_block.data](int64_t i, int64_t) {
+      write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, store,
+                   [&p, has, g, z, c, ahead, q = q_block.data](int64_t i, int64_t count) {
                      ahead.fetch(i / L);
                      const Vec<T> qi = p.has_probabilities ? Vec<T>::loadu(q + i) : Vec<T>(0);
-                     return full_gradient(p, has, g, Vec<T>::loadu(z + i), qi, load_weight(p, c + i));
+                     return full_gradient(p, has, g, load_converted<T>(z + i, count), qi, load_weight(p, c + i));
                    });
   }
 }
@@ -528,6 +530,7 @@ double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
   double loss = 0;
   for (int64_t first = begin; first < end; first += batch)
     loss += visit_rows(p, first, std::min(batch, end - first), keep);
+  finish_streaming();
   return loss;
 }
 
@@ -647,7 +650,8 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
           return probability_gradient(g, Vec<T>::loadu(zr + i * kTile), weight_of(c + i));
         };
       });
-      store_operand_tile(layout, kGradProbabilities, grad_q, p.grad_probabilities, p.probabilities_type, at, c, n);
+      store_operand_tile(layout, kGradProbabilities, grad_q, p.grad_probabilities, p.probabilities_type, at, c, n,
+                         store_of(p));
     }
     if (!p.grad_logits) continue;
     const auto write = [&](const auto& value) {
@@ -679,7 +683,7 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
         return full_gradient(p, has, g, x, y, weight_of(i));
       });
     if (buffers.whole()) put_at_targets(batch, z);
-    store_operand_tile(layout, kGradLogits, z, p.grad_logits, p.logits_type, at, c, n);
+    store_operand_tile(layout, kGradLogits, z, p.grad_logits, p.logits_type, at, c, n, store_of(p));
   }
 }
 
@@ -731,6 +735,7 @@ double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
   const TileBuffers<T> buffers = make_buffers(p);
   double loss = 0;
   for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, buffers);
+  finish_streaming();
   return loss;
 }
 

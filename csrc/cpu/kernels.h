@@ -46,6 +46,8 @@ struct CrossEntropy {
   DType probabilities_type;
   void* grad_probabilities;  // null: not wanted. Of probabilities_type.
 
+  bool streams;  // the gradients are stored past the caches
+
   const T* weight;  // [classes], null: ones
   T weight_sum;     // sum of weight, `classes` without
   int64_t ignore_index;
@@ -79,6 +81,7 @@ struct Softmax {
   DType input_type;
   void* output;
   DType output_type;
+  bool streams = false;  // the output is stored past the caches
 };
 
 // grad_input from the upstream gradient and the saved output, all of the input's shape.
@@ -92,6 +95,7 @@ struct SoftmaxBackward {
   DType output_type;  // of grad_output too
   void* grad_input;
   DType grad_input_type;
+  bool streams = false;  // the gradient is stored past the caches
 };
 
 // data[row, c] *= factor[row], for every class c; operand 0 of the layout.

@@ -15,6 +15,7 @@ template <typename T>
 struct KeptRow {
   T* data = nullptr;
   T* shifts = nullptr;
+  bool in_result = false;  // which is then in cache when it is written
 };
 
 // The same for a batch of rows: in the result itself, where it is of type T and the logits are used where they lie, or in
@@ -38,7 +39,7 @@ class KeptRows {
   KeptRow<T> row(int64_t r, void* result, int64_t offset) const {
     if (!active_) return {};
     T* const data = in_result_ ? static_cast<T*>(result) + offset : buffer_.get() + r * stride_;
-    return {data, shifts_.get() + r * blocks_};
+    return {data, shifts_.get() + r * blocks_, in_result_};
   }
 
  private:
@@ -81,26 +82,18 @@ inline LogSumExp<T> reduce_row(int64_t classes, bool direct, const KeptRow<T>& k
   return sums;
 }
 
-// dst[i] = value(i, count) for i < n, vector by vector; only the last one is partial.
+// [at, at + n) of an operand = value(i, count) as store_vectors() takes it, of type T. `value` is taken by value, and should
+// hold by value what it needs in its loop: a reference would be read again after each store, which the compiler must take
+// to change anything.
 template <typename T, typename Value>
-inline void write_vectors(T* dst, int64_t n, Value value) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t i = 0;
-  for (; i + L <= n; i += L) value(i, L).store(dst + i);
-  if (i < n) value(i, n - i).store(dst + i, n - i);
-}
-
-// [at, at + n) of an operand = value(i, count), as above. `value` is taken by value, and should hold by value what it needs
-// in its loop: a reference would be read again after each store, which the compiler must take to change anything.
-template <typename T, typename Value>
-inline void write_run(void* dst, DType type, int64_t at, int64_t n, Value value) {
-  if (is_own<T>(type)) return write_vectors(static_cast<T*>(dst) + at, n, value);
+inline void write_run(void* dst, DType type, int64_t at, int64_t n, Store how, Value value) {
+  if (is_own<T>(type)) return store_vectors(static_cast<T*>(dst) + at, n, how, value);
   if constexpr (std::is_same_v<T, float>) {
-    if (type == DType::kBFloat16) return write_halves(static_cast<c10::BFloat16*>(dst) + at, n, value);
-    if (type == DType::kFloat16) return write_halves(static_cast<c10::Half*>(dst) + at, n, value);
+    if (type == DType::kBFloat16) return store_as_halves(static_cast<c10::BFloat16*>(dst) + at, n, how, value);
+    if (type == DType::kFloat16) return store_as_halves(static_cast<c10::Half*>(dst) + at, n, how, value);
   }
   Block<T> block;
-  write_vectors(block.data, n, value);
+  store_vectors(block.data, n, Store::kCached, value);
   store_run(block.data, n, dst, type, at);
 }
 

@@ -48,12 +48,13 @@ const T* load_padded(const void* src, DType type, int64_t at, int64_t n, T paddi
 template <typename T>
 void write_kept_softmax(const Softmax<T>& p, const Position& at, const LogSumExp<T>& sums, const KeptRow<T>& kept) {
   const double inverse_sum = 1 / (1 + sums.rest_or_nan());
+  const Store store = kept.in_result ? Store::kCached : store_of(p);
   for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
     const double shift = kept.shifts[block], max = sums.max;
     const Vec<T> factor(static_cast<T>(shift == max ? inverse_sum : inverse_sum * std::exp(shift - max)));
     write_run<T>(
-        p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n,
+        p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, store,
         [factor, e = kept.data + c](int64_t i, int64_t count) { return load_converted<T>(e + i, count) * factor; });
   }
 }
@@ -67,8 +68,9 @@ void write_log_softmax_or_long_row(const Softmax<T>& p, const Position& at, cons
   for (int64_t c = 0, n; c < p.layout.classes; c += n) {
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
     const T* z = load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, T(0), block.data);
-    write_run<T>(p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n,
-                 [by, z, log = p.log](int64_t i, int64_t) { return normalise(log, by, Vec<T>::loadu(z + i)); });
+    write_run<T>(
+        p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, store_of(p),
+        [by, z, log = p.log](int64_t i, int64_t count) { return normalise(log, by, load_converted<T>(z + i, count)); });
   }
 }
 
@@ -112,7 +114,7 @@ void softmax_backward_row_of(const SoftmaxBackward<T>& p, const Position& at) {
   const T total = static_cast<T>(sum);
   for (int64_t c = 0; c < classes; c += kBlock<T>)
     write_run<T>(p.grad_input, p.grad_input_type, at.offset[kSoftmaxInput] + c, std::min(kBlock<T>, classes - c),
-                 [log = p.log, total, gc = g + c, yc = y + c](int64_t i, int64_t count) {
+                 store_of(p), [log = p.log, total, gc = g + c, yc = y + c](int64_t i, int64_t count) {
                    return backward_value(log, Vec<T>(total), load_converted<T>(gc + i, count),
                                          load_converted<T>(yc + i, count));
                  });
@@ -173,7 +175,7 @@ void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>&
       normalise_each([](const Normaliser<T>& by, const Vec<T>& e) { return e * by.inverse_sum; });
     else
       normalise_each([&](const Normaliser<T>& by, const Vec<T>& z) { return normalise(p.log, by, z); });
-    store_operand_tile(p.layout, kSoftmaxOutput, buffer, p.output, p.output_type, at, c, n);
+    store_operand_tile(p.layout, kSoftmaxOutput, buffer, p.output, p.output_type, at, c, n, store_of(p));
   });
 }
 
@@ -208,7 +210,7 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
         backward_value(p.log, row_total, Vec<T>::loadu(gi), Vec<T>::loadu(y + i * kTile + r)).store(gi);
       }
     }
-    store_operand_tile(p.layout, kSoftmaxInput, g, p.grad_input, p.grad_input_type, at, c, n);
+    store_operand_tile(p.layout, kSoftmaxInput, g, p.grad_input, p.grad_input_type, at, c, n, store_of(p));
   });
 }
 
@@ -245,7 +247,7 @@ void scale_tile(const ScaleRows& p, const Position& at) {
         double& value = block.data[i * kTile + r];
         value = scaled(value, factor[r]);
       }
-    store_operand_tile(p.layout, 0, block.data, p.data, p.type, at, c, n);
+    store_operand_tile(p.layout, 0, block.data, p.data, p.type, at, c, n, Store::kCached);
   }
 }
 
@@ -268,6 +270,7 @@ void softmax(const Softmax<T>& p, int64_t begin, int64_t end) {
   const TileBuffers<T> buffers(p.layout, 1);
   const auto tile = [&](const Softmax<T>& call, const Position& at) { softmax_tile(call, at, buffers); };
   each_unit(p, begin, end, row, tile);
+  finish_streaming();
 }
 
 template <typename T>
@@ -277,6 +280,7 @@ void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end) {
     softmax_backward_tile(call, at, buffers);
   };
   each_unit(p, begin, end, softmax_backward_row<T>, tile);
+  finish_streaming();
 }
 
 }  // namespace

@@ -136,9 +136,10 @@ inline void store_transposed(const T* src, int64_t inner_stride, int64_t classes
         transpose(src + c * kTile + r, kTile, width, height, buffer, width);
         S* first = dst + r * inner_stride + c;
         if (width == inner_stride)
-          store_run_as(buffer, height * width, first);
+          store_run_as(buffer, height * width, first, Store::kCached);
         else
-          for (int64_t i = 0; i < height; i++) store_run_as(buffer + i * width, width, first + i * inner_stride);
+          for (int64_t i = 0; i < height; i++)
+            store_run_as(buffer + i * width, width, first + i * inner_stride, Store::kCached);
       }
     }
   }
@@ -170,9 +171,9 @@ inline void load_tile(const void* src, DType type, int64_t at, int64_t class_str
 
 template <typename T, typename S>
 inline void store_tile_as(const T* src, int64_t class_stride, int64_t inner_stride, int64_t classes, int64_t rows,
-                          S* dst) {
+                          S* dst, Store how) {
   if (inner_stride == 1) {
-    for (int64_t c = 0; c < classes; c++) store_run_as(src + c * kTile, rows, dst + c * class_stride);
+    for (int64_t c = 0; c < classes; c++) store_run_as(src + c * kTile, rows, dst + c * class_stride, how);
   } else if (class_stride == 1) {
     store_transposed(src, inner_stride, classes, rows, dst);
   } else {
@@ -184,10 +185,10 @@ inline void store_tile_as(const T* src, int64_t class_stride, int64_t inner_stri
 
 template <typename T>
 inline void store_tile(const T* src, void* dst, DType type, int64_t at, int64_t class_stride, int64_t inner_stride,
-                       int64_t classes, int64_t rows) {
+                       int64_t classes, int64_t rows, Store how) {
   with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<S*>(dst) + at);
+    store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<S*>(dst) + at, how);
   });
 }
 
@@ -204,9 +205,9 @@ inline void load_operand_tile(const Layout& layout, int operand, const void* src
 
 template <typename T>
 inline void store_operand_tile(const Layout& layout, int operand, const T* src, void* dst, DType type,
-                               const Position& at, int64_t first, int64_t classes) {
+                               const Position& at, int64_t first, int64_t classes, Store how) {
   store_tile(src, dst, type, at.offset[operand] + first * layout.class_stride[operand], layout.class_stride[operand],
-             layout.inner_stride[operand], classes, at.rows);
+             layout.inner_stride[operand], classes, at.rows, how);
 }
 
 // ---- buffers -------------------------------------------------------------------------------------------------------

@@ -28,13 +28,14 @@ constexpr int64_t kLanes = Vec<T>::size();
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// An L1-resident buffer of a block: 8 KiB, whole vectors, aligned. Two blocks and what is fetched ahead fit into L1.
+// An L1-resident buffer of a block: 8 KiB, whole vectors, aligned; and a vector that may be read behind it. Two blocks and
+// what is fetched ahead fit into L1.
 constexpr int64_t kBlockBytes = 8192;
 template <typename T>
 constexpr int64_t kBlock = kBlockBytes / sizeof(T);
 template <typename T>
 struct alignas(64) Block {
-  T data[kBlock<T>];
+  T data[kBlock<T> + kLanes<T>];
 };
 
 // The most elements of a buffer that is to stay in cache: with 1 MiB of float it is still in L2 or close to it.
@@ -345,11 +346,6 @@ inline void load_run(const void* src, DType type, int64_t at, int64_t n, T* dst)
   });
 }
 
-template <typename T, typename S>
-inline void store_run_as(const T* src, int64_t n, S* dst) {
-  for (int64_t i = 0; i < n; i++) dst[i] = static_cast<S>(src[i]);
-}
-
 #ifdef CPU_CAPABILITY_AVX512
 // Rounded to nearest even in the upper halves of the words; a NaN stays one.
 inline __m512i round_to_bfloat16(const Vec<float>& x) {
@@ -373,31 +369,105 @@ inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*)
   return at::vec::convert_float_half(low, high);
 }
 
-// dst[i] = value(i, count) for i < n, vector by vector; only the last one is partial.
-template <typename Half, typename Value>
-inline void write_halves(Half* dst, int64_t n, Value value) {
-  constexpr int64_t L = kLanes<float>;
-  int64_t i = 0;
-  for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i, L), value(i + L, L), dst).store(dst + i);
-  if (i == n) return;
-  const Vec<float> low = value(i, std::min(L, n - i)), high = n - i > L ? value(i + L, n - i - L) : Vec<float>(0);
-  to_halves(low, high, dst).store(dst + i, n - i);
+// ---- results, vector by vector --------------------------------------------------------------------------------
+
+// How a result is stored: into the caches, or, where it is too large to be found there again, past them, which saves
+// reading the lines that it replaces.
+enum class Store { kCached, kStreamed };
+
+template <typename Params>
+inline Store store_of(const Params& p) {
+  return p.streams ? Store::kStreamed : Store::kCached;
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+inline void stream(const Vec<float>& v, float* dst) { _mm512_stream_ps(dst, v); }
+inline void stream(const Vec<double>& v, double* dst) { _mm512_stream_pd(dst, v); }
 template <typename Half>
-inline void store_halves(const float* src, int64_t n, Half* dst) {
-  write_halves(dst, n, [src](int64_t i, int64_t count) { return load_converted<float>(src + i, count); });
+inline void stream(const Vec<Half>& v, Half* dst) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), v);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline void stream(const Vec<float>& v, float* dst) { _mm256_stream_ps(dst, v); }
+inline void stream(const Vec<double>& v, double* dst) { _mm256_stream_pd(dst, v); }
+template <typename Half>
+inline void stream(const Vec<Half>& v, Half* dst) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), v);
+}
+#else
+template <typename S>
+inline void stream(const Vec<S>& v, S* dst) {
+  v.store(dst);
+}
+#endif
+
+// Streamed stores are not ordered with what tells another thread that they are done.
+inline void finish_streaming() {
+#ifdef __x86_64__
+  __builtin_ia32_sfence();
+#endif
 }
 
-inline void store_run_as(const float* src, int64_t n, c10::BFloat16* dst) { store_halves(src, n, dst); }
-inline void store_run_as(const float* src, int64_t n, c10::Half* dst) { store_halves(src, n, dst); }
+// The elements before the first that a whole vector of S can be streamed to.
+template <typename S>
+inline int64_t elements_to_alignment(const S* dst) {
+  constexpr uintptr_t kBytes = sizeof(Vec<S>);
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dst) % kBytes / sizeof(S));
+}
 
-// dst[at, at + n) = src[0, n), rounded to nearest.
+// dst[i] = value(i, count) for i < n; value(i, count) is the vector of S at i, of which `count` lanes are used: all but in
+// the first and the last.
+template <typename S, typename Value>
+__attribute__((flatten)) inline void store_vectors(S* dst, int64_t n, Store how, Value value) {
+  constexpr int64_t L = Vec<S>::size();
+  int64_t i = 0;
+  if (how == Store::kStreamed) {
+    i = std::min(elements_to_alignment(dst), n);
+    if (i > 0) value(0, i).store(dst, i);
+    for (; i + L <= n; i += L) stream(value(i, L), dst + i);
+  } else {
+    for (; i + L <= n; i += L) value(i, L).store(dst + i);
+  }
+  if (i < n) value(i, n - i).store(dst + i, n - i);
+}
+
+// The same for values of float, two vectors to one of the half type.
+template <typename Half, typename Value>
+__attribute__((flatten)) inline void store_as_halves(Half* dst, int64_t n, Store how, Value value) {
+  constexpr int64_t L = kLanes<float>;
+  const auto some = [&](int64_t i, int64_t count) {
+    const Vec<float> low = value(i, std::min(L, count)), high = count > L ? value(i + L, count - L) : Vec<float>(0);
+    to_halves(low, high, dst).store(dst + i, count);
+  };
+  int64_t i = 0;
+  if (how == Store::kStreamed) {
+    i = std::min(elements_to_alignment(dst), n);
+    if (i > 0) some(0, i);
+    for (; i + 2 * L <= n; i += 2 * L) stream(Vec<Half>(to_halves(value(i, L), value(i + L, L), dst)), dst + i);
+  } else {
+    for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i, L), value(i + L, L), dst).store(dst + i);
+  }
+  if (i < n) some(i, n - i);
+}
+
+// dst[0, n) = src[0, n), rounded to nearest.
+template <typename T, typename S>
+inline void store_run_as(const T* src, int64_t n, S* dst, Store how) {
+  const auto load = [src](int64_t i, int64_t count) { return load_converted<T>(src + i, count); };
+  if constexpr (std::is_same_v<S, T>)
+    store_vectors(dst, n, how, load);
+  else if constexpr (sizeof(S) == 2 && std::is_same_v<T, float>)
+    store_as_halves(dst, n, how, load);
+  else
+    for (int64_t i = 0; i < n; i++) dst[i] = static_cast<S>(src[i]);
+}
+
+// dst[at, at + n) = src[0, n).
 template <typename T>
-inline void store_run(const T* src, int64_t n, void* dst, DType type, int64_t at) {
+inline void store_run(const T* src, int64_t n, void* dst, DType type, int64_t at, Store how = Store::kCached) {
   with_type(type, [&](auto tag) {
     using S = typename decltype(tag)::Type;
-    store_run_as(src, n, static_cast<S*>(dst) + at);
+    store_run_as(src, n, static_cast<S*>(dst) + at, how);
   });
 }
 

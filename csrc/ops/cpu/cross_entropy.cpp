@@ -5,6 +5,7 @@
 #include "../../cpu/dispatch.h"
 #include "../kernel_calls.h"
 #include "parallel.h"
+#include "streams.h"
 #include "values.h"
 
 namespace softmax_ext {
@@ -110,6 +111,7 @@ void forward(const Call& call, const Forward& out) {
   auto k = forward_call<CrossEntropy<T>>(call, out, joint.layout());
   add_weights(k, weights);
   k.loss_type = out.loss_type;
+  k.streams = out.grad && streams(*out.grad, call.input);
   if (call.reduction == kNone) k.loss = out.loss.data_ptr();
   const double one = 1;
   if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, divides_precomputed(call) ? 1 / total_weight : 1.0};
@@ -126,6 +128,7 @@ void backward(const Call& call, const Backward& operands) {
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kLayoutRule);
   auto k = backward_call<CrossEntropy<T>>(call, operands, joint.layout());
   add_weights(k, weights);
+  k.streams = operands.grad_input && streams(*operands.grad_input, call.input);
   const auto total_weight = static_cast<const double*>(operands.total_weight.const_data_ptr());
   k.grad_loss = row_values(operands.loss, call.reduction == kMean ? 1 / *total_weight : 1.0);
   k.grad_lse = row_values(operands.lse);

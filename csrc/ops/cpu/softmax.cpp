@@ -2,6 +2,7 @@
 #include "../../cpu/dispatch.h"
 #include "../kernel_calls.h"
 #include "parallel.h"
+#include "streams.h"
 #include "values.h"
 
 namespace softmax_ext {
@@ -34,19 +35,27 @@ bool is_double(const Tensor& a, const Tensor& b) {
 
 void device::softmax(const Tensor& input, const Tensor& output, int64_t dim, bool log) {
   const JointLayout joint(input, dim, {&input, &output}, kLayoutRule);
+  const auto run_as = [&](auto k) {
+    k.streams = streams(output, input);
+    run(k, joint);
+  };
   if (is_double(input, output))
-    run(softmax_call<Softmax<double>>(input, output, log, joint.layout()), joint);
+    run_as(softmax_call<Softmax<double>>(input, output, log, joint.layout()));
   else
-    run(softmax_call<Softmax<float>>(input, output, log, joint.layout()), joint);
+    run_as(softmax_call<Softmax<float>>(input, output, log, joint.layout()));
 }
 
 void device::softmax_backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim,
                               bool log) {
   const JointLayout joint(output, dim, {&grad_input, &output, &grad_output}, kBackwardLayoutRule);
+  const auto run_as = [&](auto k) {
+    k.streams = streams(grad_input, output);
+    run(k, joint);
+  };
   if (is_double(output, grad_input))
-    run(softmax_backward_call<SoftmaxBackward<double>>(grad_output, output, grad_input, log, joint.layout()), joint);
+    run_as(softmax_backward_call<SoftmaxBackward<double>>(grad_output, output, grad_input, log, joint.layout()));
   else
-    run(softmax_backward_call<SoftmaxBackward<float>>(grad_output, output, grad_input, log, joint.layout()), joint);
+    run_as(softmax_backward_call<SoftmaxBackward<float>>(grad_output, output, grad_input, log, joint.layout()));
 }
 
 void device::scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor) {
