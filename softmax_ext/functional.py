@@ -70,6 +70,12 @@ def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace
     return wanted and input.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether torch.autocast is on for the tensor's device; meta tensors have none."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 # ---- softmax ----
 
 
@@ -145,7 +151,7 @@ def _default_loss_dtype(
     if probabilities:
         for other in (target, weight):
             own = own if other is None else torch.promote_types(own, other.dtype)
-    if own.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if own.itemsize == 2 and autocasts(input):
         return torch.float32  # cross entropy is on autocast's float32 list
     return None if own == input.dtype else own
 

@@ -736,9 +736,10 @@ def test_softmax_without_data(name):
 
 
 @pytest.mark.parametrize("strategy", [{}, {"precompute_grad": True}, {"inplace": True}, STRATEGIES[-1]], ids=str)
-def test_public_functions_on_meta(strategy):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_public_functions_on_meta(strategy, dtype):
     """A model can be tried out without memory, its backward too."""
-    leaf = torch.empty(3, 4, 5, device="meta", requires_grad=True)
+    leaf = torch.empty(3, 4, 5, device="meta", dtype=dtype, requires_grad=True)
     target = torch.empty(3, 5, dtype=torch.int64, device="meta")
     loss, stats = cross_entropy(leaf * 2, target, return_stats=True, **strategy)
     assert loss.shape == ()
