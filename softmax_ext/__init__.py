@@ -15,15 +15,18 @@ if ops.load_error is not None and not _diagnosing:
     raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
 
 from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
-from .modules import CrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
+from .linear import linear_cross_entropy  # noqa: E402
+from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "Softmax",
     "__version__",
     "cross_entropy",
+    "linear_cross_entropy",
     "log_softmax",
     "softmax",
 ]

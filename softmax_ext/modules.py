@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, linear
 from .functional import CrossEntropyStats
 
 
@@ -108,4 +110,93 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             precompute_grad=self.precompute_grad,
             inplace=self.inplace,
             return_stats=self.return_stats,
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear layer and the softmax cross entropy of its output; the counterpart of torch.nn.LinearCrossEntropyLoss.
+
+    Args:
+        in_features: size of a hidden state.
+        num_classes: C.
+        bias: whether the linear layer has one.
+        out_features: ``(d1, ...)``, further dimensions of the logits, each with a layer of its own.
+        device: of the parameters.
+        dtype: of the parameters.
+        weight: ``(C)``, a factor for each class, kept as a buffer.
+        reduction: "mean", "sum" or "none".
+        ignore_index: the class of rows that do not count; None: -100 for classes, nothing for probabilities.
+        label_smoothing: in [0, 1].
+        loss_dtype: compute and return the loss in this dtype.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: caps the logits smoothly; None: no cap.
+        logit_scale: factor of the logits.
+        return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
+        chunk_rows: rows whose logits exist at once; None: see the function.
+
+    Shapes, formulas and errors are those of :func:`softmax_ext.linear_cross_entropy`. The parameters are those of
+    ``self.linear``, an :class:`torch.nn.Linear`, with ``C * d1 * ...`` rows.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = False,
+        *,
+        out_features: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        loss_dtype: torch.dtype | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        return_stats: bool = False,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        rows = num_classes * math.prod(out_features)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.loss_dtype = loss_dtype
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.return_stats = return_stats
+        self.chunk_rows = chunk_rows
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows besides the linear layer."""
+        return f"num_classes={self.num_classes}, reduction={self.reduction!r}"
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        """Hidden states and target -> the loss, or (loss, stats) with ``return_stats``."""
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear.linear_cross_entropy(  # type: ignore[call-overload, misc, no-any-return]
+            input,
+            self.linear.weight.unflatten(0, shape) if self.out_features else self.linear.weight,
+            target,
+            linear_bias=bias.unflatten(0, shape) if bias is not None and self.out_features else bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            dtype=self.loss_dtype,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            return_stats=self.return_stats,
+            chunk_rows=self.chunk_rows,
         )

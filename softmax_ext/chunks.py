@@ -1,0 +1,306 @@
+"""Linear cross entropy in chunks of rows, so that the logits never exist as a whole.
+
+A chunk is one matrix product into a buffer that is used again, this package's cross-entropy kernel, which turns the
+logits into their gradient where they lie, and the two matrix products of the gradients:
+
+    Z = X W^T + b        dZ = p - y over Z        dX = dZ W        dW += dZ^T X, db += sum dZ
+
+Shapes: ``input`` X [N, D], ``linear_weight`` [C, *K, D], ``linear_bias`` [C, *K]; the logits of a chunk are
+[rows, C, *K], with class indices [N, *K] or probabilities [N, C, *K] as the target.
+
+Gradients of half dtypes in the weight and the bias are summed over the chunks in float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .ops import NONE
+from .reference import class_index, is_live
+
+# Columns of a product that passes through a buffer of its own: these stay in cache.
+_SLICE_BYTES = 4 << 20
+
+
+class Problem(NamedTuple):
+    """The operands, in the shapes above, and the options of a cross entropy."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+
+
+class Upstream(NamedTuple):
+    """The gradients of what a call returns: each [N, *K] or None."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
+
+
+# ---- matrix products ----
+
+
+@cache
+def _amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _prefers_onednn(x: Tensor) -> bool:
+    """Whether oneDNN multiplies faster than what ``torch.mm`` calls: MKL, whose X W^T is slow in float32 on AMD.
+
+    A rule and not a measurement, so that the same bits come out every time. For the other two products it is not asked:
+    there MKL is nearly as fast, and the errors of its dZ W are a third smaller.
+    """
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled() and _amd()
+
+
+def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
+    return product
+
+
+def _slices(size: int, bytes_each: int) -> Iterator[slice]:
+    step = max(_SLICE_BYTES // max(bytes_each, 1), 1)
+    return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
+
+
+def _project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Out = x matrix^T + bias."""
+    if _prefers_onednn(x):  # which allocates its result: a slice at a time, so that malloc can use the memory again
+        for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
+            out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
+    elif bias is None:
+        torch.mm(x, matrix.t(), out=out)
+    else:
+        torch.addmm(bias, x, matrix.t(), out=out)
+
+
+def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors."""
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), x, beta=0 if first else 1)
+        return
+    for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
+        product = dz[:, s].t() @ x
+        total[s].copy_(product) if first else total[s].add_(product)
+
+
+def _add_outer_of_targets(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor) -> None:
+    """The part of dz^T x that belongs to the targets' classes [rows, K], which is then taken out of dz [rows, C * K].
+
+    It is nearly all of the gradient and one row for each position: added by itself it is not rounded with a product.
+    """
+    positions = classes.shape[1]
+    columns = classes * positions + torch.arange(positions, device=classes.device)
+    values = dz.gather(1, columns).to(total.dtype)
+    dz.scatter_(1, columns, 0)
+    for k in range(positions):
+        total.index_add_(0, columns[:, k], values[:, k : k + 1] * x)
+
+
+# ---- chunks ----
+
+
+def default_chunk_rows(rows: int, device: torch.device) -> int:
+    """A tenth of the rows, within the bounds where matrix products run at full speed and a chunk is small.
+
+    On a CPU 128 to 512 rows: below, the weight is read too often for too little arithmetic; above, nothing is gained.
+    On a GPU 1024 to 4096.
+    """
+    least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
+    return min(max(rows // 160 * 16, least), most)
+
+
+def _checks_targets(target: Tensor) -> bool:
+    return not target.is_floating_point() and (
+        target.device.type == "cpu" or os.environ.get("SOFTMAX_EXT_CHECK_TARGETS") == "1"
+    )
+
+
+def _check_classes(problem: Problem) -> None:
+    """IndexError for a class out of range, before anything is computed; the operator would see one chunk of them."""
+    target, classes = problem.target, problem.linear_weight.shape[0]
+    if not _checks_targets(target):
+        return
+    bad = is_live(target, problem.ignore_index) & ((target < 0) | (target >= classes))
+    if bad.any():
+        position = [int(i) for i in bad.nonzero()[0]]
+        need = f"hold classes in [0, {classes}) or ignore_index ({problem.ignore_index})"
+        got = f"{int(target[tuple(position)])} at position {position}"
+        checks.refuse(IndexError, "linear_cross_entropy", "target", need, got)
+
+
+class _Chunks:
+    """The rows of a problem, chunk by chunk, with one buffer for the logits of each."""
+
+    def __init__(self, problem: Problem, chunk_rows: int | None, drops_ignored: bool) -> None:
+        self.problem = problem
+        self.matrix = problem.linear_weight.flatten(0, -2)
+        self.bias = None if problem.linear_bias is None else problem.linear_bias.flatten()
+        self.live = self._live_rows() if drops_ignored else None
+        self.count = problem.input.shape[0] if self.live is None else self.live.numel()
+        self.rows = min(chunk_rows or default_chunk_rows(self.count, problem.input.device), max(self.count, 1))
+        self.buffer = problem.input.new_empty(self.rows, self.matrix.shape[0])
+
+    def _live_rows(self) -> Tensor | None:
+        """The rows that are not ignored, or None for all. On CUDA the host would have to wait for their number."""
+        target = self.problem.target
+        if target.is_floating_point() or target.device.type != "cpu":
+            return None
+        live = is_live(target, self.problem.ignore_index)
+        live = live.flatten(1).any(1) if live.dim() > 1 else live
+        return None if live.all() else live.nonzero().squeeze(1)
+
+    def class_index(self, target: Tensor) -> Tensor:
+        """The classes of a chunk's target, 0 where it is ignored."""
+        live = is_live(target, self.problem.ignore_index)
+        return class_index(target, live, self.problem.linear_weight.shape[0])
+
+    def pick(self, rows: slice, tensor: Tensor) -> Tensor:
+        """The given rows of a tensor [N, ...]."""
+        return tensor[rows] if self.live is None else tensor.index_select(0, self.live[rows])
+
+    def put(self, rows: slice, values: Tensor, into: Tensor) -> None:
+        """The reverse of ``pick``."""
+        if self.live is None:
+            into[rows] = values
+        else:
+            into.index_copy_(0, self.live[rows], values)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(rows, their input, their target, their logits [rows, C, *K] in the buffer)."""
+        for begin in range(0, self.count, self.rows):
+            rows = slice(begin, min(begin + self.rows, self.count))
+            x = self.pick(rows, self.problem.input)
+            logits = self.buffer[: rows.stop - rows.start]
+            _project(x, self.matrix, self.bias, logits)
+            yield (
+                rows,
+                x,
+                self.pick(rows, self.problem.target),
+                logits.unflatten(1, self.problem.linear_weight.shape[:-1]),
+            )
+
+
+class _GradientSums:
+    """The gradients of input, linear_weight and linear_bias, as far as they are needed, summed over the chunks."""
+
+    def __init__(self, chunks: _Chunks, needs: Sequence[bool]) -> None:
+        problem = chunks.problem
+        self.chunks = chunks
+        dtype = problem.input.dtype
+        wide = torch.float32 if dtype.itemsize == 2 else dtype
+        needs_input, needs_weight, needs_bias = needs
+        self.input = problem.input.new_zeros(problem.input.shape) if needs_input else None
+        self.weight = problem.input.new_zeros(chunks.matrix.shape, dtype=wide) if needs_weight else None
+        self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
+
+    def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
+        """The chunk's part, from its input and the gradient of its logits, which is not to be used afterwards."""
+        dz = gradient.flatten(1)
+        if self.input is not None:
+            part = self.input[rows] if self.chunks.live is None else torch.empty_like(x)
+            torch.mm(dz, self.chunks.matrix, out=part)
+            if self.chunks.live is not None:
+                self.chunks.put(rows, part, self.input)
+        if self.bias is not None:
+            self.bias += dz.sum(0, dtype=self.bias.dtype)
+        if self.weight is None:
+            return
+        # index_add_ adds in any order on CUDA.
+        apart = self.weight.dtype != dz.dtype and not target.is_floating_point() and target.device.type == "cpu"
+        if apart:
+            _add_outer_of_targets(self.weight, dz, x, self.chunks.class_index(target).reshape(x.shape[0], -1))
+        _add_outer(self.weight, dz, x, rows.start == 0 and not apart)
+
+    def results(self) -> list[Tensor]:
+        """Those that are needed; the sums in the dtype they were made in."""
+        shape = self.chunks.problem.linear_weight.shape
+        weight = None if self.weight is None else self.weight.view(shape)
+        bias = None if self.bias is None else self.bias.view(shape[:-1])
+        return [t for t in (self.input, weight, bias) if t is not None]
+
+
+def _operands(problem: Problem, target: Tensor) -> tuple[object, ...]:
+    return target, problem.weight, 1, NONE, problem.ignore_index, problem.label_smoothing
+
+
+def forward(
+    problem: Problem, wide: torch.dtype, stats: bool, needs: Sequence[bool], chunk_rows: int | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The results of every position, and the gradients of the sum of the losses.
+
+    Args:
+        problem: the operands.
+        wide: the dtype of the losses and of the statistics.
+        stats: also lse, nll, entropy and prediction.
+        needs: which of the gradients of input, linear_weight and linear_bias are wanted.
+        chunk_rows: rows at once; None: :func:`default_chunk_rows`.
+
+    Returns:
+        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; the gradients that are needed.
+    """
+    _check_classes(problem)
+    chunks = _Chunks(problem, chunk_rows, not stats)
+    sums = _GradientSums(chunks, needs)
+    shape = (problem.input.shape[0], *problem.linear_weight.shape[1:-1])
+    results = [problem.input.new_zeros(shape, dtype=wide) for _ in range(4 if stats else 1)]
+    if stats:
+        results.append(problem.input.new_zeros(shape, dtype=torch.int64))
+    for rows, x, target, logits in chunks:
+        options = (*_operands(problem, target), wide, problem.z_loss, problem.softcap, problem.logit_scale, stats)
+        if any(needs):
+            loss, _, _, *of_rows = ops.cross_entropy_(logits, *options)
+            sums.add(rows, x, target, logits)
+        else:
+            loss, _, _, *of_rows = ops.cross_entropy(logits, *options, False)
+        for values, result in zip([loss, *of_rows], results, strict=False):
+            chunks.put(rows, values, result)
+    return results, sums.results()
+
+
+def gradients(
+    problem: Problem, upstream: Upstream, needs: Sequence[bool], needs_target: bool, chunk_rows: int | None
+) -> list[Tensor]:
+    """The gradients of input, linear_weight, linear_bias and target that are needed, the logits computed again."""
+    chunks = _Chunks(problem, chunk_rows, upstream.lse is None and upstream.entropy is None)
+    sums = _GradientSums(chunks, needs)
+    grad_target = torch.empty_like(problem.target) if needs_target else None
+    one = problem.input.new_ones((), dtype=torch.float64)
+    stats = upstream.entropy is not None
+    for rows, x, target, logits in chunks:
+        operands = _operands(problem, target)
+        options = (problem.z_loss, problem.softcap, problem.logit_scale)
+        wide = torch.promote_types(problem.input.dtype, torch.float32)
+        _, state, _, *of_rows = ops.cross_entropy(logits, *operands, wide, *options, stats, False)
+        of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
+        entropy = of_rows[2] if stats else None
+        gradient = logits
+        call = (*of_chunk, logits, target, problem.weight, state, one, entropy, *operands[2:], *options)
+        if grad_target is None:
+            ops.cross_entropy_backward_(*call)
+        else:
+            gradient, of_target = ops.cross_entropy_backward(*call, True, True)
+            chunks.put(rows, of_target, grad_target)
+        sums.add(rows, x, target, gradient)
+    return sums.results() + ([] if grad_target is None else [grad_target])

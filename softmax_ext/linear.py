@@ -1,0 +1,258 @@
+"""The public function for a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
+
+A call goes linear -> linear_autograd -> operator -> chunks -> kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, linear_autograd
+from .functional import (
+    _REDUCTIONS,
+    CrossEntropyStats,
+    _default_loss_dtype,
+    _in_transform,
+    _needs_plain_formulas,
+    autocasts,
+    cross_entropy,
+)
+from .linear_autograd import Call
+
+_OP = "linear_cross_entropy"
+
+
+def _check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    given = [("input", input), ("linear_weight", linear_weight)]
+    given += [] if linear_bias is None else [("linear_bias", linear_bias)]
+    for argument, value in given:
+        checks.check_dense(_OP, argument, value)
+        checks.check_floating(_OP, argument, value)
+        checks.check_device(_OP, argument, value, input)
+    if not input.dim():
+        checks.refuse(RuntimeError, _OP, "input", "have shape (..., in_features)", checks.describe(input))
+    if linear_weight.dim() < 2:
+        need = "have shape (num_classes, in_features) or (num_classes, d1, ..., in_features)"
+        checks.refuse(RuntimeError, _OP, "linear_weight", need, checks.describe(linear_weight))
+    if input.shape[-1] != linear_weight.shape[-1]:
+        need = f"have the input's last size, {input.shape[-1]}, as its last"
+        checks.refuse(RuntimeError, _OP, "linear_weight", need, checks.describe(linear_weight))
+    if linear_weight.dim() > 2 and input.dim() != 2:
+        need = f"have shape (N, {input.shape[-1]}) with a linear_weight of {linear_weight.dim()} dimensions"
+        checks.refuse(RuntimeError, _OP, "input", need, checks.describe(input))
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        need = f"have shape {list(linear_weight.shape[:-1])}, that of linear_weight without in_features"
+        checks.refuse(RuntimeError, _OP, "linear_bias", need, checks.describe(linear_bias))
+
+
+def _check_dtypes(input: Tensor, *parameters: tuple[str, Tensor | None]) -> None:
+    for argument, value in parameters:
+        if value is not None and value.dtype != input.dtype:
+            need = f"have the input's dtype, {str(input.dtype).removeprefix('torch.')}"
+            way_out = f"Use {argument}.to(input.dtype), or torch.autocast."
+            checks.refuse(RuntimeError, _OP, argument, need, checks.describe(value), way_out)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As torch.autocast casts the operands of a linear layer."""
+    if tensor.dtype == torch.float64 or not autocasts(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
+    """The target as [N, *K] or [N, C, *K]."""
+    checks.check_dense(_OP, "target", target)
+    batch, classes = input.shape[:-1], linear_weight.shape[0]
+    if input.dim() > 2:
+        if target.shape == batch:
+            target = target.flatten()
+        elif target.shape == (*batch, classes):
+            target = target.flatten(0, -2)
+        else:
+            need = f"have shape {list(batch)} (class indices) or {[*batch, classes]} (probabilities)"
+            checks.refuse(ValueError, _OP, "target", need, checks.describe(target))
+        batch = target.shape[:1]
+    logits_shape = (*batch, *linear_weight.shape[:-1])
+    if ignore_index is not None and target.shape == logits_shape:
+        need = "be None with a target of probabilities"
+        checks.refuse(RuntimeError, _OP, "ignore_index", need, f"{ignore_index}")
+    logits = input.detach().new_empty(()).expand(logits_shape)
+    _, target = checks.check_target(_OP, logits, target, -100)
+    return target.unsqueeze(0) if input.dim() == 1 else target
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[False] = False,
+    chunk_rows: int | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: Literal[True],
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, CrossEntropyStats]: ...
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
+    chunk_rows: int | None = None,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""Softmax cross entropy of the output of a linear layer, without ever holding that output.
+
+    Equal to :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and a counterpart of
+    :func:`torch.nn.functional.linear_cross_entropy`. The logits are computed for some rows at a time, become their
+    gradient where they lie, and that the gradients of the operands, :math:`dX = dZ\,W` and :math:`dW = dZ^\top X`:
+    three matrix products in all for "mean" and "sum", computed in the forward pass. Where the upstream gradients
+    differ from row to row (reduction "none", ``return_stats``), for a target that requires grad, and for a second
+    backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU.
+
+    Double backward, forward mode and gradients within ``torch.func`` transforms hold the logits.
+
+    Args:
+        input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
+            bfloat16 or float16.
+        linear_weight: ``(C, in_features)``, of the input's dtype; or ``(C, d1, ..., in_features)`` for the logits
+            ``(N, C, d1, ...)`` of an ``(N, in_features)`` input.
+        target: classes, int64 or uint8 of the input's shape without in_features (with ``d1, ...`` behind); or
+            probabilities, floating, of the logits' shape, which is ``(..., C)`` for an input ``(..., in_features)``.
+        linear_bias: ``(C)``, or ``(C, d1, ...)``, or None.
+        weight: ``(C)``: a factor for each class.
+        reduction: "mean", "sum" or "none".
+        ignore_index: rows of this class do not count; None: -100 for classes, nothing for probabilities.
+        label_smoothing: in [0, 1].
+        dtype: of the loss, and of the arithmetic on each logit. The products are in the operands' dtype.
+        z_loss: factor of the squared log-sum-exp.
+        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
+        logit_scale: factor of the logits.
+        return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
+        chunk_rows: rows whose logits exist at once; None: a tenth of them, at least 128 and at most 512 on the CPU, at
+            least 1024 and at most 4096 on a GPU.
+
+    Returns:
+        The loss, a scalar or for "none" of the target's (index) shape; with ``return_stats`` (loss, stats).
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`;
+            RuntimeError also where the shapes or dtypes of the operands do not fit, and for an ``ignore_index`` with
+            probabilities; ValueError for ``chunk_rows`` below 1.
+    """
+    _check_operands(input, linear_weight, linear_bias)
+    label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
+        _OP, label_smoothing, z_loss, softcap, logit_scale
+    )
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
+        checks.refuse(ValueError, _OP, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
+    if dtype is not None:
+        checks.check_dtype(_OP, dtype)
+    if chunk_rows is not None:
+        chunk_rows = checks.integer(_OP, "chunk_rows", chunk_rows)
+        if chunk_rows < 1:
+            checks.refuse(ValueError, _OP, "chunk_rows", "be at least 1, or None", f"{chunk_rows}")
+    ignore_index = None if ignore_index is None else checks.integer(_OP, "ignore_index", ignore_index)
+    batch = input.shape[:-1]
+    target = _check_target(input, linear_weight, target, ignore_index)
+    probabilities = target.dtype.is_floating_point
+    if weight is not None:
+        checks.check_weight(_OP, input, weight, linear_weight.shape[0], not probabilities)
+
+    x, matrix = _autocast(input), _autocast(linear_weight)
+    bias = None if linear_bias is None else _autocast(linear_bias)
+    _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
+    if dtype is None:
+        dtype = _default_loss_dtype(x, target, weight, probabilities)
+    call = Call(
+        _REDUCTIONS[reduction],
+        -100 if ignore_index is None else ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        dtype,
+        return_stats,
+        chunk_rows,
+    )
+    x = x.reshape(-1, x.shape[-1])
+    results = _run(x, matrix, bias, target, weight, call)
+    shape = (*batch, *linear_weight.shape[1:-1])
+    loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)
+    return (loss, CrossEntropyStats(*stats)) if return_stats else loss
+
+
+def _run(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, call: Call
+) -> list[Tensor]:
+    in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
+    if _needs_plain_formulas(target, weight, in_transform, compiling):
+        return _through_logits(input, linear_weight, linear_bias, target, weight, call)
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    return list(linear_autograd.linear_cross_entropy(tensors, call, in_transform))
+
+
+def _through_logits(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, call: Call
+) -> list[Tensor]:
+    """For derivatives that no Function has."""
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
+    reduction = next(name for name, code in _REDUCTIONS.items() if code == call.reduction)
+    result = cross_entropy(
+        logits,
+        target,
+        weight,
+        reduction=reduction,
+        ignore_index=call.ignore_index,
+        label_smoothing=call.label_smoothing,
+        dtype=call.dtype,
+        z_loss=call.z_loss,
+        softcap=call.softcap,
+        logit_scale=call.logit_scale,
+        return_stats=True,
+    )
+    loss, stats = result
+    return [loss, *stats] if call.stats else [loss]

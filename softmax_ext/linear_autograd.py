@@ -1,0 +1,412 @@
+"""Linear cross entropy for autograd: the operators around chunks.py, and the Functions around the operators.
+
+    EagerLinearCrossEntropy   forward computes the gradients as well, three matrix products a chunk; the first backward
+                              scales them and hands them over
+    LinearCrossEntropy        forward computes the loss; backward computes the logits again, chunk by chunk, which
+                              serves any upstream gradient, any number of times, and transforms
+
+A gradient that is itself differentiated or batched (double backward, ``torch.func``, forward mode) comes from
+``linear`` and the cross entropy of whole logits, whose Functions have all derivatives. torch.compile and torch.export
+see the operators.
+
+``call`` stands for (reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import chunks
+from .autograd import (
+    CrossEntropy,
+    CrossEntropyBackward,
+    _nested_forward_mode,
+    _one_by_one,
+    _plain_backward,
+)
+from .chunks import Problem, Upstream
+from .ops import MEAN, NONE
+from .reference import Options, Rows, total_weight
+
+
+class Call(NamedTuple):
+    """The arguments that are not tensors."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    dtype: torch.dtype | None
+    stats: bool
+    chunk_rows: int | None
+
+    def options(self) -> Options:
+        """As a cross entropy of the whole logits takes them."""
+        return Options(
+            1,
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+            self.z_loss,
+            self.softcap,
+            self.logit_scale,
+        )
+
+
+_TENSORS = 5  # input, linear_weight, linear_bias, target, weight
+_NOTHING = (False, False, False)
+
+
+def _problem(tensors: Sequence[Any], call: Call) -> Problem:
+    options = (call.ignore_index, call.label_smoothing, call.z_loss, call.softcap, call.logit_scale)
+    return Problem(*(*tensors, *options))
+
+
+def _wide_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _loss_dtype(input: Tensor, call: Call) -> torch.dtype:
+    return call.dtype or input.dtype
+
+
+# ---- operators ----
+
+
+def _forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    dtype: torch.dtype | None,
+    stats: bool,
+    chunk_rows: int | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows)
+    wide = _wide_dtype(input.dtype, target.dtype, dtype)
+    problem = _problem((input, linear_weight, linear_bias, target, weight), call)
+    (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, chunk_rows)
+    total = total_weight(target, weight, 1 if linear_weight.dim() > 1 else 0, ignore_index)
+    if reduction != NONE:
+        loss = loss.sum(dtype=torch.float64)
+    if reduction == MEAN:
+        loss = loss / total
+    return [loss.to(_loss_dtype(input, call)), total, *of_rows, *gradients]
+
+
+def _fake_forward(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *arguments: Any
+) -> list[Tensor]:
+    _, *call, needs = arguments
+    reduction, dtype, stats = call[0], call[6], call[7]
+    rows = [input.shape[0], *linear_weight.shape[1:-1]]
+    wide = _wide_dtype(input.dtype, target.dtype, dtype)
+    results = [
+        input.new_empty(rows if reduction == NONE else [], dtype=dtype or input.dtype),
+        input.new_empty([], dtype=torch.float64),
+    ]
+    if stats:
+        results += [input.new_empty(rows, dtype=wide) for _ in range(3)]
+        results.append(input.new_empty(rows, dtype=torch.int64))
+    sums = torch.float32 if input.dtype.itemsize == 2 else input.dtype
+    if needs[0]:
+        results.append(torch.empty_like(input, memory_format=torch.contiguous_format))
+    results += [
+        input.new_empty(linear_weight.shape[: linear_weight.dim() - i], dtype=sums)
+        for i, needed in enumerate(needs[1:])
+        if needed
+    ]
+    return results
+
+
+def _backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_nll: Tensor | None,
+    grad_entropy: Tensor | None,
+    total: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, None, False, chunk_rows)
+    wide = _wide_dtype(input.dtype, target.dtype)
+    if grad_loss is not None:
+        grad_loss = grad_loss.to(wide)
+        if reduction == MEAN:
+            grad_loss = grad_loss / total.to(wide)
+        grad_loss = grad_loss.expand(input.shape[0], *linear_weight.shape[1:-1])
+    upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
+    operands = (input, linear_weight, linear_bias, target)
+    *parameters, needs_target = needs
+    results = chunks.gradients(_problem((*operands, weight), call), upstream, parameters, needs_target, chunk_rows)
+    likes = [t for t, needed in zip(operands, needs, strict=True) if needed and t is not None]
+    return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    operands, needs = arguments[5:9], arguments[-1]
+    return [t.new_empty(t.shape) for t, needed in zip(operands, needs, strict=True) if needed]
+
+
+_OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+_OPTIONS = "int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
+_UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
+
+# -> [loss, total_weight] + [lse, nll, entropy, prediction] if stats + the gradients of input, linear_weight and
+#    linear_bias that ``needs`` names: of the sum of the losses, not yet divided by total_weight; half types' sums are
+#    float32
+_forward_op = torch.library.custom_op(
+    "softmax_ext::linear_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {_OPTIONS}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+)
+_forward_op.register_fake(_fake_forward)
+
+# -> the gradients of input, linear_weight, linear_bias and target that ``needs`` names
+_backward_op = torch.library.custom_op(
+    "softmax_ext::linear_cross_entropy_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_UPSTREAM}, Tensor total, {_OPERANDS}, {_OPTIONS}, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+)
+_backward_op.register_fake(_fake_backward)
+
+
+# ---- gradients ----
+
+
+def _spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """One for each of ``needs``; ``grads`` holds those that are needed."""
+    remaining = iter(grads)
+    return tuple(next(remaining) if needed else None for needed in needs)
+
+
+def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """[N, C, *K]."""
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits: Tensor = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
+    return logits
+
+
+def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upstream, needs: Sequence[bool]) -> Any:
+    """The gradients by operations that can all be differentiated and batched again."""
+    input, linear_weight, linear_bias, target, weight = tensors
+    logits = _logits(input, linear_weight, linear_bias)
+    options = call.options()
+    wide = _wide_dtype(input.dtype, target.dtype)
+    _, state, total, _, _, entropy, _ = CrossEntropy.apply(logits, target, weight, *options, wide, True)
+    of_logits, *of_target = CrossEntropyBackward.apply(
+        *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
+    )
+    dz = of_logits.reshape(input.shape[0], -1)
+    gradients: list[Tensor | None] = [None] * 4
+    if needs[0]:
+        gradients[0] = dz @ linear_weight.flatten(0, -2)
+    if needs[1]:
+        gradients[1] = (dz.mT @ input).view(linear_weight.shape)
+    if needs[2]:
+        gradients[2] = dz.sum(0).view(linear_weight.shape[:-1])
+    if needs[3]:
+        gradients[3] = of_target[0]
+    return gradients
+
+
+def _is_plain(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether nothing differentiates or batches the gradient."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return _plain_backward() and not any(g is not None and is_batched(g) for g in upstream)
+
+
+def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tensor) -> Sequence[Tensor | None]:
+    """Those of input, linear_weight, linear_bias and target, None where not needed."""
+    needs = list(ctx.needs_input_grad[:4])
+    if all(g is None for g in upstream) or not any(needs):
+        return [None] * 4
+    call: Call = ctx.call
+    if not torch.compiler.is_compiling() and not _is_plain(upstream):
+        return _gradients_through_logits(tensors, call, upstream, needs)  # type: ignore[no-any-return]
+    options = call[:6]
+    return _spread(_backward_op(*upstream, total, *tensors, *options, call.chunk_rows, needs), needs)
+
+
+def _upstream(grads: Sequence[Tensor | None], stats: bool) -> Upstream:
+    """From the gradients of the results [loss, total_weight, *statistics]."""
+    return Upstream(grads[0], *(grads[2:5] if stats else (None, None, None)))
+
+
+def _scaled(gradient: Tensor, scale: Tensor, like: Tensor, consumes: bool) -> Tensor:
+    scale = scale.to(gradient.dtype)
+    return (gradient.mul_(scale) if consumes else gradient * scale).to(like.dtype)
+
+
+def _scale(call: Call, grad_loss: Tensor, total: Tensor) -> Tensor:
+    """What a gradient of the sum of the losses is to be multiplied by; where no row counts that gradient is 0."""
+    wide = grad_loss.to(total.dtype)
+    if call.reduction == MEAN:
+        wide = torch.where(total == 0, torch.zeros_like(wide), wide / total)
+    return wide
+
+
+# ---- Functions ----
+
+
+class LinearCrossEntropy(Function):
+    """(input, linear_weight, linear_bias, target, weight, *call) -> (loss, total_weight, *statistics)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_forward_op(*args, _NOTHING))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.call = Call(*inputs[_TENSORS:])
+        ctx.dtypes = [t.dtype for t in output]
+        ctx.save_for_backward(*inputs[:_TENSORS], output[1])
+        ctx.save_for_forward(*inputs[:_TENSORS], output[1])
+        ctx.mark_non_differentiable(output[1], *output[5:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, total = ctx.saved_tensors
+        gradients = _gradients(ctx, tensors, _upstream(grads, ctx.call.stats), total)
+        return *gradients, None, *[None] * len(Call._fields)
+
+    @staticmethod
+    @_nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, linear_weight, linear_bias, target, weight, total = saved
+        if tangents[4] is not None:
+            raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
+        logits = _logits(input, linear_weight, linear_bias)
+        along = torch.zeros_like(logits)
+        if tangents[0] is not None:
+            along = along + _logits(tangents[0], linear_weight, None)
+        if tangents[1] is not None:
+            along = along + _logits(input, tangents[1], None)
+        if tangents[2] is not None:
+            along = along + tangents[2]
+        rows = Rows(logits, target, weight, ctx.call.options())
+        loss, *stats = rows.derivative(along, tangents[3])
+        results = [rows.reduce(loss, total), None, *stats, None][: len(ctx.dtypes)]
+        return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _one_by_one(LinearCrossEntropy, info.batch_size, in_dims, args)
+
+
+class EagerLinearCrossEntropy(Function):
+    """(input, linear_weight, linear_bias, target, weight, call) -> loss, its gradients computed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ctx.call = args
+        ctx.set_materialize_grads(False)
+        needs = list(ctx.needs_input_grad[:3])
+        loss, total, *gradients = _forward_op(*tensors, *ctx.call, needs)
+        # No saved tensors: nobody sees them, and backward hands on the only reference.
+        ctx.gradients = _spread(gradients, needs)
+        ctx.save_for_backward(*tensors, total)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, total = ctx.saved_tensors
+        nothing = (None,) * 3  # target, weight, call
+        if grad_loss is None:
+            return None, None, None, *nothing
+        upstream = Upstream(grad_loss, None, None, None)
+        computed, ctx.gradients = ctx.gradients, None
+        if computed is None or not _is_plain(upstream):
+            return *_gradients(ctx, tensors, upstream, total), None, None
+        scale = _scale(ctx.call, grad_loss, total)
+        scaled = (
+            None if g is None else _scaled(g, scale, like, True) for g, like in zip(computed, tensors, strict=False)
+        )
+        return *scaled, *nothing
+
+
+# ---- torch.compile and torch.export ----
+
+
+def _trace(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *_, needs = inputs
+    ctx.call = Call(*inputs[_TENSORS:-1])
+    ctx.needs = needs
+    computed = output[2:] if any(needs) else []
+    ctx.save_for_backward(*inputs[:_TENSORS], output[1], *computed)
+    ctx.set_materialize_grads(False)
+
+
+def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *tensors, total = ctx.saved_tensors[: _TENSORS + 1]
+    nothing = [None] * (len(Call._fields) + 1)
+    if not any(ctx.needs):
+        return *_gradients(ctx, tensors, _upstream(grads, ctx.call.stats), total), None, *nothing
+    if grads[0] is None:
+        return *[None] * _TENSORS, *nothing
+    scale = _scale(ctx.call, grads[0], total)
+    computed = _spread(ctx.saved_tensors[_TENSORS + 1 :], ctx.needs)
+    scaled = (None if g is None else _scaled(g, scale, like, False) for g, like in zip(computed, tensors, strict=False))
+    return *scaled, None, None, *nothing
+
+
+_forward_op.register_autograd(_traced_backward, setup_context=_trace)
+
+
+# ---- the way of a call ----
+
+
+def _precomputes(tensors: Sequence[Any], call: Call) -> bool:
+    """Whether the gradients can be computed before their upstream gradient is known: it is one factor for all."""
+    target = tensors[3]
+    return call.reduction != NONE and not call.stats and not target.requires_grad
+
+
+def linear_cross_entropy(tensors: Sequence[Any], call: Call, transformed: bool) -> Sequence[Tensor]:
+    """[loss] or [loss, lse, nll, entropy, prediction].
+
+    Args:
+        tensors: input [N, D], linear_weight [C, *K, D], linear_bias [C, *K] or None, target, weight [C] or None.
+        call: the options.
+        transformed: whether torch.func or forward mode is at work.
+    """
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:4]]
+    precomputes = any(needs) and _precomputes(tensors, call)
+    if torch.compiler.is_compiling() or not (any(needs) or transformed):
+        results = _forward_op(*tensors, *call, needs[:3] if precomputes else _NOTHING)
+    elif precomputes and not transformed and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return [EagerLinearCrossEntropy.apply(*tensors, call)]
+    else:
+        results = LinearCrossEntropy.apply(*tensors, *call)
+    loss, _, *stats = results
+    return [loss, *stats[: 4 if call.stats else 0]]

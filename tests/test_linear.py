@@ -1,0 +1,698 @@
+"""Linear cross entropy: equal to the cross entropy of a linear layer's output, whose size nothing in it has."""
+
+import copy
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import softmax_ext
+from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_autograd, linear_cross_entropy
+
+FEATURES, CLASSES = 12, 37
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 0.02},
+    "cap and scale": {"softcap": 3.0, "logit_scale": 0.7},
+    "all": {"label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 1.3},
+}
+
+
+class Inputs:
+    """Operands in float64: hidden states of a given batch shape, and all that goes with them."""
+
+    def __init__(self, *batch: int, extra: tuple[int, ...] = (), target: str = "classes", bias: bool = True) -> None:
+        shape = (CLASSES, *extra)
+        self.input = torch.randn(*batch, FEATURES, dtype=torch.float64)
+        self.linear_weight = torch.randn(*shape, FEATURES, dtype=torch.float64)
+        self.linear_bias = torch.randn(shape, dtype=torch.float64) if bias else None
+        self.rows = (*batch, *extra)
+        if target == "probabilities":
+            # Classes behind the batch's first dimension, or last where there are several.
+            sizes = (*batch, *shape) if len(batch) < 2 else (*batch, CLASSES)
+            self.target = torch.rand(sizes, dtype=torch.float64).softmax(1 if extra else -1)
+        else:
+            self.target = torch.randint(0, CLASSES, self.rows)
+            if self.target.dim():
+                self.target[self.target % 5 == 0] = -100
+            if target == "bytes":
+                self.target = self.target.clamp(0).to(torch.uint8)
+
+    def parameters(self) -> list[Tensor]:
+        return [t for t in (self.input, self.linear_weight, self.linear_bias) if t is not None]
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """A copy whose floating operands are leaves of the dtype."""
+        other = copy.copy(self)
+        for name in ("input", "linear_weight", "linear_bias"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(other, name, value.to(dtype, copy=True).requires_grad_())
+        return other
+
+    def loss(self, **options: Any) -> Any:
+        return linear_cross_entropy(
+            self.input, self.linear_weight, self.target, linear_bias=self.linear_bias, **options
+        )
+
+    def loss_of_logits(self, **options: Any) -> Any:
+        """The same by the logits: rows [M, C] or [N, C, *K]."""
+        flat_bias = None if self.linear_bias is None else self.linear_bias.flatten()
+        logits = F.linear(self.input, self.linear_weight.flatten(0, -2), flat_bias)
+        logits = logits.unflatten(-1, self.linear_weight.shape[:-1])
+        target, many = self.target, self.input.dim() > 2
+        if many:
+            target = target.flatten(0, -2) if target.is_floating_point() else target.flatten()
+            logits = logits.flatten(0, -2)
+        results = cross_entropy(logits, target, **options)
+        if not many:
+            return results
+        if isinstance(results, tuple):
+            loss, stats = results
+            return self._batched(loss), type(stats)(*map(self._batched, stats))
+        return self._batched(results)
+
+    def _batched(self, values: Tensor) -> Tensor:
+        return values.reshape(self.rows) if values.dim() else values
+
+
+def _gradients(inputs: Inputs, loss: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    return list(torch.autograd.grad(loss, inputs.parameters(), torch.rand_like(loss), retain_graph=True))
+
+
+def _equal_to_logits(inputs: Inputs, chunk_rows: int | None = 7, **options: Any) -> None:
+    ours, theirs = inputs.to(torch.float64), inputs.to(torch.float64)
+    loss, expected = ours.loss(chunk_rows=chunk_rows, **options), theirs.loss_of_logits(**options)
+    assert loss.dtype == expected.dtype
+    assert_close(loss, expected)
+    first = _gradients(ours, loss)
+    assert_close(first, _gradients(theirs, expected))
+    assert_close(_gradients(ours, loss), first)  # a second backward
+
+
+# ---- values and gradients ----
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("target", ["classes", "bytes", "probabilities"])
+def test_every_option(target, options, reduction):
+    _equal_to_logits(Inputs(20, target=target), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+def test_class_weights(target, reduction):
+    weight = torch.rand(CLASSES, dtype=torch.float64)
+    _equal_to_logits(Inputs(20, target=target), reduction=reduction, weight=weight, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+@pytest.mark.parametrize(
+    ("batch", "extra"), [((), ()), ((9,), ()), ((3, 5), ()), ((2, 3, 4), ()), ((9,), (4,)), ((5,), (2, 3))]
+)
+def test_shapes(batch, extra, target, bias, reduction):
+    _equal_to_logits(Inputs(*batch, extra=extra, target=target, bias=bias), reduction=reduction)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 19, 20, 21, None])
+def test_chunks(chunk_rows):
+    _equal_to_logits(Inputs(20), chunk_rows)
+
+
+def test_more_rows_than_a_default_chunk():
+    _equal_to_logits(Inputs(300), None, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("batch", [(9,), (3, 5), (6,)])
+@pytest.mark.parametrize("extra", [(), (4,)])
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+def test_statistics(target, extra, batch):
+    if extra and len(batch) > 1:
+        pytest.skip("further dimensions need an input (N, in_features)")
+    inputs = Inputs(*batch, extra=extra, target=target)
+    ours, theirs = inputs.to(torch.float64), inputs.to(torch.float64)
+    loss, stats = ours.loss(return_stats=True, chunk_rows=4)
+    expected_loss, expected = theirs.loss_of_logits(return_stats=True)
+    assert_close((loss, *stats), (expected_loss, *expected))
+    assert stats.lse.shape == stats.prediction.shape == inputs.rows
+
+    def total(loss: Tensor, stats: Any) -> Tensor:
+        return 2 * loss + (stats.lse.sin() + stats.nll.square() + 3 * stats.entropy).sum()
+
+    assert_close(_gradients(ours, total(loss, stats)), _gradients(theirs, total(expected_loss, expected)))
+
+
+def test_a_target_that_requires_grad():
+    inputs = Inputs(9, target="probabilities")
+    ours, theirs = inputs.to(torch.float64), inputs.to(torch.float64)
+    ours.target, theirs.target = inputs.target.clone().requires_grad_(), inputs.target.clone().requires_grad_()
+    weight = torch.rand(CLASSES, dtype=torch.float64)
+    for options in ({"weight": weight, "label_smoothing": 0.1}, {"reduction": "none"}):
+        loss, expected = ours.loss(chunk_rows=4, **options), theirs.loss_of_logits(**options)
+        assert_close(loss, expected)
+        grads = [
+            torch.autograd.grad(t.sum(), (i.target, *i.parameters())) for t, i in ((loss, ours), (expected, theirs))
+        ]
+        assert_close(*grads)
+
+
+def test_class_weights_that_require_grad():
+    inputs = Inputs(9, target="probabilities").to(torch.float64)
+    weight = torch.rand(CLASSES, dtype=torch.float64, requires_grad=True)
+    grads = [torch.autograd.grad(f(weight=weight), weight)[0] for f in (inputs.loss, inputs.loss_of_logits)]
+    assert_close(*grads)
+
+
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows(target, reduction):
+    inputs = Inputs(0, target=target).to(torch.float64)
+    loss = inputs.loss(reduction=reduction)
+    assert_close(loss, inputs.loss_of_logits(reduction=reduction), equal_nan=True)
+    for gradient in torch.autograd.grad(loss.sum(), inputs.parameters()):
+        assert not gradient.any()
+
+
+def test_all_rows_ignored():
+    inputs = Inputs(8).to(torch.float64)
+    inputs.target.fill_(-100)
+    loss = inputs.loss()
+    assert loss.isnan()
+    for gradient in torch.autograd.grad(loss, inputs.parameters()):
+        assert not gradient.any()
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+@pytest.mark.parametrize(("batch", "extra"), [((), ()), ((9,), ()), ((9,), (2, 3))])
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+def test_torchs_own(target, batch, extra):
+    inputs = Inputs(*batch, extra=extra, target=target).to(torch.float64)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    expected = F.linear_cross_entropy(
+        inputs.input, inputs.linear_weight, inputs.target, linear_bias=inputs.linear_bias, **options
+    )
+    assert_close(inputs.loss(**options), expected)
+
+
+# ---- dtypes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_less_exact_than_whole_logits(dtype):
+    """Errors against float64, root mean square, of the loss and of each gradient; torch's whole logits beside ours."""
+    torch.manual_seed(0)
+    rows, features, classes = 256, 64, 1000
+    exact = [torch.randn(rows, features), 0.1 * torch.randn(classes, features), torch.randn(classes)]
+    target = torch.randint(0, classes, (rows,))
+    given = [t.to(dtype) for t in exact]
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in given]
+        loss = function(*leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    def whole(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w, b), target)
+
+    def chunked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, target, linear_bias=b, chunk_rows=32)
+
+    right = results(whole, torch.float64)
+    ours, theirs = results(chunked, dtype), results(whole, dtype)
+    for name, mine, torchs, expected in zip(("loss", "input", "weight", "bias"), ours, theirs, right, strict=True):
+        assert mine.dtype == dtype
+        error, torch_error = ((t.double() - expected).square().mean().sqrt() for t in (mine, torchs))
+        rounding = torch.finfo(dtype).eps * expected.abs().max() / 8
+        assert error <= 1.05 * torch_error + (rounding if name == "loss" else 0), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    inputs = Inputs(40).to(torch.float32)
+    with torch.autocast("cpu", dtype):
+        loss = inputs.loss(chunk_rows=16)
+        expected = inputs.loss_of_logits()
+    assert loss.dtype == expected.dtype == torch.float32
+    assert_close(loss, expected, rtol=1e-3, atol=1e-3)
+    ours, theirs = _gradients(inputs, loss), _gradients(inputs, expected)
+    assert all(g.dtype == torch.float32 for g in ours)
+    assert_close(ours, theirs, rtol=0.05, atol=2e-3)
+
+
+def test_dtype_of_the_loss():
+    inputs = Inputs(20).to(torch.bfloat16)
+    assert inputs.loss().dtype == torch.bfloat16
+    assert inputs.loss(dtype=torch.float32).dtype == torch.float32
+
+
+# ---- what autograd can do ----
+
+
+@pytest.fixture
+def small() -> Inputs:
+    inputs = Inputs(5)
+    inputs.input, inputs.linear_weight, inputs.linear_bias = (
+        t[..., :3].clone() for t in (inputs.input, inputs.linear_weight[:4], inputs.linear_bias[:4, None].expand(4, 3))
+    )
+    inputs.linear_bias = inputs.linear_bias[:, 0]
+    inputs.target = torch.tensor([1, 3, -100, 0, 2])
+    return inputs.to(torch.float64)
+
+
+def _function(small: Inputs, **options: Any) -> Any:
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        result = linear_cross_entropy(x, w, small.target, linear_bias=b, chunk_rows=2, **options)
+        return result if isinstance(result, Tensor) else (result[0], *result[1][:3])
+
+    return loss
+
+
+CHECKED = [
+    {},
+    {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.1},
+    {"reduction": "none", "softcap": 2.0},
+    {"return_stats": True, "logit_scale": 0.8},
+]
+
+
+@pytest.mark.parametrize("options", CHECKED, ids=["mean", "sum", "none", "stats"])
+def test_gradcheck(small, options):
+    assert gradcheck(_function(small, **options), small.parameters())
+    assert gradcheck(_function(small, **options), small.parameters(), check_forward_ad=True, check_backward_ad=False)
+
+
+@pytest.mark.parametrize("options", CHECKED, ids=["mean", "sum", "none", "stats"])
+def test_gradgradcheck(small, options):
+    assert gradgradcheck(_function(small, **options), small.parameters())
+    assert gradgradcheck(
+        _function(small, **options),
+        small.parameters(),
+        check_fwd_over_rev=True,
+        check_rev_over_rev=False,
+        check_undefined_grad=False,
+    )
+
+
+def test_gradgradcheck_of_probabilities(small):
+    target = torch.rand(5, 4, dtype=torch.float64).softmax(1).requires_grad_()
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, q: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, q, linear_bias=b, label_smoothing=0.1, chunk_rows=2)
+
+    inputs = (*small.parameters(), target)
+    assert gradcheck(loss, inputs, check_forward_ad=True)
+    assert gradgradcheck(loss, inputs)
+
+
+def _both(small: Inputs, **options: Any) -> tuple[Any, Any]:
+    def whole(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return cross_entropy(F.linear(x, w, b), small.target, **options)
+
+    return _function(small, **options), whole
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 2.0}], ids=["plain", "options"])
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "jvp"])
+def test_torch_func(small, transform, options):
+    operands = [t.detach() for t in small.parameters()]
+    results = []
+    for function in _both(small, **options):
+        if transform == "jvp":
+            results.append(torch.func.jvp(function, tuple(operands), tuple(t.sin() for t in operands)))
+        else:
+            results.append(getattr(torch.func, transform)(function, argnums=(0, 1, 2))(*operands))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_of_grad(small, reduction):
+    _, w, b = (t.detach() for t in small.parameters())
+    many, targets = torch.randn(3, 5, 3, dtype=torch.float64), torch.randint(0, 4, (3, 5))
+    results = []
+    for chunked in (True, False):
+
+        def loss(x: Tensor, w: Tensor, y: Tensor, chunked: bool = chunked) -> Tensor:
+            if chunked:
+                return linear_cross_entropy(x, w, y, linear_bias=b, reduction=reduction, chunk_rows=2).sum()
+            return cross_entropy(F.linear(x, w, b), y, reduction=reduction).sum()
+
+        per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, None, 0))
+        results.append((per_sample(many, w, targets), torch.func.vmap(loss, (0, None, 0))(many, w, targets)))
+    assert_close(*results)
+
+
+def test_batched_gradients(small):
+    loss = small.loss(reduction="none", chunk_rows=2)
+    upstream = torch.eye(5, dtype=torch.float64)
+    ours = torch.autograd.grad(loss, small.parameters(), upstream, is_grads_batched=True)
+    theirs = torch.autograd.grad(
+        small.loss_of_logits(reduction="none"), small.parameters(), upstream, is_grads_batched=True
+    )
+    assert_close(ours, theirs)
+
+
+def test_forward_mode_of_part(small):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(small.linear_weight.detach(), small.linear_weight.detach().cos())
+        results = [
+            forward_ad.unpack_dual(f(small.input.detach(), dual, small.linear_bias.detach())).tangent
+            for f in _both(small)
+        ]
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(small, reentrant):
+    checkpoint(_function(small), *small.parameters(), use_reentrant=reentrant).backward()
+    expected = torch.autograd.grad(small.loss_of_logits(), small.parameters())
+    assert_close([t.grad for t in small.parameters()], list(expected))
+
+
+def test_upstream_gradient_that_is_not_one(small):
+    (3 * small.loss() + 1).backward()
+    expected = torch.autograd.grad(3 * small.loss_of_logits(), small.parameters())
+    assert_close([t.grad for t in small.parameters()], list(expected))
+
+
+# ---- torch.compile, export, fake tensors ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none", "label_smoothing": 0.1}, {"return_stats": True}],
+    ids=["mean", "none", "stats"],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(options, dynamic):
+    inputs = Inputs(20).to(torch.float32)
+
+    def step(x: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        result = linear_cross_entropy(2 * x, w, y, linear_bias=b, chunk_rows=6, **options)
+        if isinstance(result, Tensor):
+            return result.square().sum()
+        return result[0] + result[1].entropy.sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (20, 13):
+        x = inputs.input[:rows].detach().requires_grad_()
+        operands = (x, inputs.linear_weight, inputs.linear_bias)
+        results = []
+        for function in (compiled, step):
+            loss = function(*operands, inputs.target[:rows])
+            results.append((loss.detach(), torch.autograd.grad(loss, operands)))
+        assert_close(*results)
+
+
+def test_compile_by_inductor():
+    inputs = Inputs(20).to(torch.float32)
+    compiled = torch.compile(lambda x, w, y: linear_cross_entropy(x, w, y) * 2, fullgraph=True)
+    operands = (inputs.input, inputs.linear_weight)
+    loss, expected = compiled(*operands, inputs.target), 2 * linear_cross_entropy(*operands, inputs.target)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, operands), torch.autograd.grad(expected, operands))
+
+
+def test_compile_under_transforms(small):
+    operands = [t.detach() for t in small.parameters()]
+    chunked, whole = _both(small)
+    compiled = torch.compile(
+        lambda *t: torch.func.grad(chunked, argnums=(0, 1))(*t), fullgraph=True, backend="aot_eager"
+    )
+    assert_close(compiled(*operands), torch.func.grad(whole, argnums=(0, 1))(*operands))
+
+
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+@pytest.mark.parametrize("needs", [[False] * 3, [True] * 3, [False, True, False]])
+def test_operator(needs, target):
+    inputs = Inputs(9, extra=(2,), target=target).to(torch.bfloat16)
+    operands = (inputs.input, inputs.linear_weight, inputs.linear_bias, inputs.target, None)
+    options = (1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
+    rows = torch.ones(9, 2)
+    upstream = (torch.ones(()), rows, rows, rows)
+    options = (1, -100, 0.1, 0.0, None, 1.0, 4, [*needs, inputs.target.is_floating_point()])
+    torch.library.opcheck(
+        torch.ops.softmax_ext.linear_cross_entropy_backward,
+        (*upstream, torch.ones((), dtype=torch.float64), *operands, *options),
+        test_utils=checks,
+    )
+
+
+def test_export():
+    class Head(nn.Module):
+        def forward(self, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return linear_cross_entropy(x, w, y)
+
+    inputs = Inputs(9)
+    operands = (inputs.input, inputs.linear_weight, inputs.target)
+    program = torch.export.export(Head(), operands)
+    assert_close(program.module()(*operands), linear_cross_entropy(*operands))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x = torch.randn(8, FEATURES, requires_grad=True)
+        loss = linear_cross_entropy(x, torch.randn(CLASSES, FEATURES), torch.randint(0, CLASSES, (8,)))
+        loss.backward()
+        assert x.grad.shape == x.shape
+    x = torch.randn(8, FEATURES, device="meta", requires_grad=True)
+    y = torch.zeros(8, dtype=torch.long, device="meta")
+    loss, stats = linear_cross_entropy(x, x, y, return_stats=True)
+    loss.backward()
+    assert loss.is_meta
+    assert stats.prediction.shape == (8,)
+
+
+# ---- what is computed ----
+
+
+class Work(TorchDispatchMode):
+    """Counts the matrix products and records the largest result of any operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "_linear_pointwise"):
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:] if name != "_linear_pointwise" else args[:2]
+            classes = b.shape[0] if name == "_linear_pointwise" else b.shape[1]
+            self.flops += a.shape[0] * a.shape[1] * classes
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def _work(rows: int, function: Any) -> tuple[float, int]:
+    """Matrix products of the whole problem's size, and the largest tensor."""
+    with pytest.MonkeyPatch.context() as patch, Work() as work:
+        # A mode does not see what is inside an operator.
+        patch.setattr(linear_autograd, "_forward_op", linear_autograd._forward)
+        patch.setattr(linear_autograd, "_backward_op", linear_autograd._backward)
+        function()
+    return work.flops / (rows * FEATURES * CLASSES), work.largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("frozen", "products"), [((), 3), (("linear_weight",), 2), (("input",), 2), (("input", "linear_weight"), 1)]
+)
+def test_three_products_and_no_logits(frozen, products, dtype):
+    inputs = Inputs(400).to(dtype)
+    inputs.target.fill_(3)
+    for name in frozen:
+        getattr(inputs, name).requires_grad_(False)
+    count, largest = _work(400, lambda: inputs.loss(chunk_rows=20).backward())
+    assert count == products
+    assert largest <= max(400 * FEATURES, CLASSES * FEATURES)
+    for name in frozen:
+        assert getattr(inputs, name).grad is None
+
+
+def test_without_gradients_one_product():
+    inputs = Inputs(400).to(torch.float32)
+    inputs.target.fill_(3)
+    with torch.no_grad():
+        count, _ = _work(400, lambda: inputs.loss(chunk_rows=20))
+    assert count == 1
+
+
+def test_gradients_for_each_row_take_the_logits_twice():
+    inputs = Inputs(400).to(torch.float32)
+    inputs.target.fill_(3)
+    count, largest = _work(400, lambda: inputs.loss(chunk_rows=20, reduction="none").sum().backward())
+    assert count == 4
+    assert largest <= 400 * FEATURES
+
+
+@pytest.mark.devices("cpu")
+def test_ignored_rows_are_not_multiplied():
+    inputs = Inputs(400).to(torch.float32)
+    inputs.target.fill_(-100)[::10] = 3
+    count, _ = _work(400, lambda: inputs.loss(chunk_rows=16).backward())
+    assert count == pytest.approx(0.3)
+
+
+def test_default_chunks():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [chunks.default_chunk_rows(n, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 192, 400, 512]
+    assert [chunks.default_chunk_rows(n, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3264, 4096]
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_either_library(monkeypatch, amd, bias):
+    monkeypatch.setattr(chunks, "_amd", lambda: amd)
+    monkeypatch.setattr(chunks, "_SLICE_BYTES", 4 * 7 * 10)  # ten classes of seven rows
+    inputs = Inputs(30, bias=bias)
+    ours = inputs.to(torch.float32)
+    loss = ours.loss(chunk_rows=7)
+    exact = inputs.to(torch.float64)
+    expected = exact.loss_of_logits()
+    assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(
+        [g.double() for g in _gradients(ours, loss)],
+        [
+            1.0 * g
+            for g in torch.autograd.grad(expected, exact.parameters(), torch.rand_like(loss).double() * 0 + _up())
+        ],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def _up() -> Tensor:
+    torch.manual_seed(1)
+    return torch.rand(()).double()
+
+
+def test_same_bits_every_time():
+    inputs = Inputs(300).to(torch.bfloat16)
+    first = _gradients(inputs, inputs.loss())
+    for _ in range(3):
+        assert_close(_gradients(inputs, inputs.loss()), first, rtol=0, atol=0)
+
+
+# ---- module ----
+
+
+def test_module():
+    module = LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, label_smoothing=0.1, weight=torch.rand(CLASSES))
+    x, y = torch.randn(8, FEATURES), torch.randint(0, CLASSES, (8,))
+    linear = module.linear
+    expected = cross_entropy(linear(x), y, module.weight, label_smoothing=0.1)
+    assert_close(module(x, y), expected)
+    assert_close(copy.deepcopy(module)(x, y), expected)
+    stored = io.BytesIO()
+    torch.save(module, stored)
+    stored.seek(0)
+    assert_close(torch.load(stored, weights_only=False)(x, y), expected)
+    assert "num_classes=37" in repr(module)
+
+
+def test_module_with_further_dimensions():
+    module = LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, out_features=(2, 3), reduction="none")
+    x, y = torch.randn(8, FEATURES), torch.randint(0, CLASSES, (8, 2, 3))
+    logits = module.linear(x).unflatten(1, (CLASSES, 2, 3))
+    assert_close(module(x, y), F.cross_entropy(logits, y, reduction="none"))
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has no LinearCrossEntropyLoss")
+@pytest.mark.parametrize("options", [{}, {"bias": True, "out_features": (2,), "weight": torch.ones(CLASSES)}])
+def test_state_dict_is_torchs(options):
+    ours, theirs = (
+        LinearCrossEntropyLoss(FEATURES, CLASSES, **options),
+        nn.LinearCrossEntropyLoss(FEATURES, CLASSES, **options),
+    )
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    y = torch.randint(0, CLASSES, (8, *options.get("out_features", ())))
+    x = torch.randn(8, FEATURES)
+    assert_close(ours(x, y), theirs(x, y))
+
+
+# ---- errors ----
+
+X, W, Y = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 4])
+WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "input no tensor": (([1.0], W, Y), {}, TypeError, "input must be a Tensor"),
+    "input scalar": ((torch.tensor(1.0), W, Y), {}, RuntimeError, "input must have shape"),
+    "input of integers": ((X.long(), W, Y), {}, NotImplementedError, "input must be float64"),
+    "input sparse": ((X.to_sparse(), W, Y), {}, NotImplementedError, "input must be a dense"),
+    "weight of one dimension": ((X, W[0], Y), {}, RuntimeError, "linear_weight must have shape"),
+    "other features": ((X, torch.randn(5, 4), Y), {}, RuntimeError, "linear_weight must have the input's last size, 3"),
+    "other dtype": ((X, W.double(), Y), {}, RuntimeError, "linear_weight must have the input's dtype, float32"),
+    "other dtype of bias": ((X, W, Y), {"linear_bias": torch.ones(5).double()}, RuntimeError, "linear_bias must have"),
+    "other device": ((X, W.to("meta"), Y), {}, RuntimeError, "linear_weight must be on the input's device"),
+    "bias of another size": (
+        (X, W, Y),
+        {"linear_bias": torch.ones(4)},
+        RuntimeError,
+        r"linear_bias must have shape \[5\]",
+    ),
+    "further dimensions": ((X[0], torch.randn(5, 2, 3), Y), {}, RuntimeError, r"input must have shape \(N, 3\)"),
+    "target too short": ((X, W, Y[:3]), {}, ValueError, "target must be int64 or uint8"),
+    "target of the wrong batch": ((X.expand(2, 4, 3), W, Y), {}, ValueError, r"target must have shape \[2, 4\]"),
+    "target of int32": ((X, W, Y.int()), {}, RuntimeError, "Use target.long"),
+    "class too large": ((X, W, Y + 1), {}, IndexError, r"got 5 at position \[3\]"),
+    "class negative": ((X, W, Y - 1), {}, IndexError, r"got -1 at position \[0\]"),
+    "ignore_index with probabilities": (
+        (X, W, torch.rand(4, 5)),
+        {"ignore_index": 2},
+        RuntimeError,
+        "ignore_index must be None",
+    ),
+    "weight of another size": ((X, W, Y), {"weight": torch.ones(4)}, RuntimeError, r"weight must have shape \[5\]"),
+    "weight that requires grad": (
+        (X, W, Y),
+        {"weight": torch.ones(5, requires_grad=True)},
+        RuntimeError,
+        "weight must not require grad",
+    ),
+    "reduction": ((X, W, Y), {"reduction": "avg"}, ValueError, "reduction must be"),
+    "smoothing": ((X, W, Y), {"label_smoothing": 1.5}, RuntimeError, "label_smoothing must lie"),
+    "z_loss": ((X, W, Y), {"z_loss": -1.0}, ValueError, "z_loss must be"),
+    "softcap": ((X, W, Y), {"softcap": 0.0}, ValueError, "softcap must be"),
+    "logit_scale": ((X, W, Y), {"logit_scale": math.nan}, ValueError, "logit_scale must be"),
+    "ignore_index": ((X, W, Y), {"ignore_index": 1.5}, TypeError, "ignore_index must be an int"),
+    "dtype": ((X, W, Y), {"dtype": torch.int32}, NotImplementedError, "dtype must be"),
+    "no rows at once": ((X, W, Y), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
+    "half a row at once": ((X, W, Y), {"chunk_rows": 0.5}, TypeError, "chunk_rows must be an int"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_errors(case):
+    arguments, options, error, text = WRONG[case]
+    with pytest.raises(error, match=f"linear_cross_entropy: .*{text}"):
+        linear_cross_entropy(*arguments, **options)
+
+
+def test_a_bad_class_in_a_later_chunk_is_found_first():
+    inputs = Inputs(50).to(torch.float32)
+    inputs.target.fill_(1)[47] = CLASSES
+    with Work() as work, pytest.raises(IndexError, match=r"got 37 at position \[47\]"):
+        inputs.loss(chunk_rows=4)
+    assert work.flops == 0
+
+
+def test_public():
+    assert softmax_ext.linear_cross_entropy is linear_cross_entropy
+    assert {"linear_cross_entropy", "LinearCrossEntropyLoss"} <= set(softmax_ext.__all__)
