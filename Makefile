@@ -24,7 +24,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-quick bench-gpu lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu lint format dist clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and som
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
+
+bench-linear: $(VENV)/.bench $(VENV)/.built ## measure linear cross entropy; fills benchmarks/results/linear.*
+	$(BIN)/python benchmarks/bench_linear.py $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
 	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)

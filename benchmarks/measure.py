@@ -4,9 +4,11 @@ Time: the variants take turns, so that whatever disturbs the machine disturbs al
 then a sample, of as many calls as fill a few milliseconds. So large inputs are cold, for they are larger than the
 cache, and small ones warm; and memory that a call needs anew is what the call before it freed. Without that first call,
 it can be memory that the host of a virtual machine has taken back meanwhile, and the sample is all page faults. For
-the same reason some rounds come first that are not timed at all.
+the same reason some rounds come first that are not timed at all. What takes seconds is spared both, and is called less
+often.
 
-Memory: the highest resident set during a step less the resident set before it, by the kernel's count.
+Memory: the highest resident set during a step less what was in use before it, by the kernel's count. Pages that the
+kernel may take at any time (MADV_FREE) are resident, but not in use.
 """
 
 import ctypes
@@ -26,6 +28,8 @@ Prepare = Callable[[int], Callable[[], Any]]
 
 _SAMPLE_SECONDS = 0.005
 UNTIMED_ROUNDS = 3
+_SLOW_SECONDS = 1.0  # of a call
+_ENOUGH_SECONDS = 20.0  # of a slow variant's samples
 MIB = 2**20
 
 
@@ -55,16 +59,20 @@ def _seconds(prepare: Prepare, calls: int) -> float:
 
 def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
     """Milliseconds of a call, by variant; all have been called before."""
-    calls = {
-        name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / _seconds(prepare, 1)))) for name, prepare in variants.items()
-    }
-    samples: dict[str, list[float]] = {name: [] for name in variants}
+    seconds = {name: _seconds(prepare, 1) for name, prepare in variants.items()}
+    calls = {name: min(1000, max(1, math.ceil(_SAMPLE_SECONDS / each))) for name, each in seconds.items()}
+    slow = {name for name, each in seconds.items() if each > _SLOW_SECONDS}
+    samples: dict[str, list[float]] = {name: [seconds[name] * 1e3] if name in slow else [] for name in variants}
     for _ in range(UNTIMED_ROUNDS):
-        for prepare in variants.values():
-            _seconds(prepare, 1)
+        for name, prepare in variants.items():
+            if name not in slow:
+                _seconds(prepare, 1)
     for _ in range(repeats):
         for name, prepare in variants.items():
-            _seconds(prepare, 1)
+            if name in slow and (sum(samples[name]) > _ENOUGH_SECONDS * 1e3 or len(samples[name]) == repeats):
+                continue
+            if name not in slow:
+                _seconds(prepare, 1)
             samples[name].append(_seconds(prepare, calls[name]) * 1e3)
     return {name: Summary.of(values) for name, values in samples.items()}
 
@@ -72,6 +80,16 @@ def times_ms(variants: dict[str, Prepare], repeats: int) -> dict[str, Summary]:
 def _status_bytes(field: str) -> int:
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def _used_bytes() -> int:
+    """Resident, less what is resident only because the kernel had no need of it yet."""
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        rollup = ""
+    free = re.search(r"^LazyFree:\s+(\d+) kB", rollup, re.MULTILINE)
+    return _status_bytes("VmRSS") - (int(free[1]) * 1024 if free else 0)
 
 
 def _peak_bytes() -> int:
@@ -104,6 +122,6 @@ def extra_memory_mib(prepare: Prepare, keeps_memory: bool) -> Summary:
     call = prepare(1)
     _give_back_free_memory()
     _forget_peak()
-    before = _status_bytes("VmRSS")
+    before = _used_bytes()
     call()
     return Summary.of([max(0, _peak_bytes() - before) / MIB])

@@ -3,6 +3,7 @@
 vocabulary.png  time of the loss against the vocabulary size, with the limit line, and memory beside it
 scaling.png     time of an element against the number of elements
 gpu.png         as vocabulary.png, of a gpu.csv
+linear.png      time and memory of linear cross entropy against the vocabulary size, of a linear.csv
 """
 
 import sys
@@ -27,6 +28,9 @@ from cases import (
 )
 from gpu_cases import SECTION, VOCABULARY_SECTION
 from gpu_cases import VOCABULARY as GPU_VOCABULARY
+from linear_cases import CHUNKED, LinearCase
+from linear_cases import VOCABULARY as LINEAR_VOCABULARY
+from linear_cases import VOCABULARY_SECTION as LINEAR_SECTION
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Environment, GpuEnvironment, Record, measured_on, read_csv
@@ -41,6 +45,12 @@ _LABELS = {
     DEFAULT: "softmax_ext",
     INPLACE: "softmax_ext, in place",
 }
+_LINEAR_LABELS = {
+    EAGER: "F.linear, F.cross_entropy",
+    COMPILE: "torch.compile of it",
+    CHUNKED: "F.linear_cross_entropy, chunked",
+    DEFAULT: "softmax_ext.linear_cross_entropy",
+}
 _COLOURS = {
     EAGER: "#7f7f7f",
     COMPILE: "#9467bd",
@@ -48,12 +58,15 @@ _COLOURS = {
     TENSORFLOW: "#ff7f0e",
     LIGER: "#2ca02c",
     QUACK: "#ff7f0e",
+    CHUNKED: "#2ca02c",
     DEFAULT: "#d62728",
     INPLACE: "#1f77b4",
 }
 
 
-def _series(records: list[Record], cases: tuple[Case, ...], what: str, variant: str) -> list[Record]:
+def _series(
+    records: list[Record], cases: tuple[Case, ...] | tuple[LinearCase, ...], what: str, variant: str
+) -> list[Record]:
     """The records with a median, in the order of the cases."""
     names = [case.name for case in cases]
     found = [
@@ -124,6 +137,28 @@ def _against_vocabulary(
     return figure
 
 
+def draw_linear(records: list[Record], environment: Environment) -> Figure:
+    """Time and memory of linear cross entropy by vocabulary size."""
+    records = [record for record in records if record.section == LINEAR_SECTION]
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    case = LINEAR_VOCABULARY[0]
+    title = f"linear cross entropy of {case.rows} tokens, hidden size {case.features}, {case.dtype}"
+    figure.suptitle(f"{title}, forward and backward\n{_footnote(records, environment)}", fontsize=9)
+    for variant, label in _LINEAR_LABELS.items():
+        for axes, what in ((time, LOSS), (memory, MEMORY)):
+            series = _series(records, LINEAR_VOCABULARY, what, variant)
+            if series:
+                _line(axes, series, color=_COLOURS[variant], label=label)
+    logits = _series(records, LINEAR_VOCABULARY, LOSS, DEFAULT)
+    memory.plot([r.classes for r in logits], [r.logits_mib for r in logits], "k:", label="the logits")
+    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
+    memory.set(title="memory that a step adds at most, gradients aside", xlabel="vocabulary size", ylabel="MiB")
+    for axes in (time, memory):
+        _finish(axes)
+    return figure
+
+
 def draw_scaling(records: list[Record], environment: Environment) -> Figure:
     """Nanoseconds of an element by their number."""
     records = [record for record in records if record.section == "scaling"]
@@ -150,6 +185,7 @@ def draw(csv: Path) -> list[Path]:
         ("vocabulary", "vocabulary", draw_vocabulary),
         ("scaling", "scaling", draw_scaling),
         (VOCABULARY_SECTION, "gpu", draw_gpu),
+        (LINEAR_SECTION, "linear", draw_linear),
     ]
     for section, name, draw_one in pictures:
         if any(record.section == section and record.median is not None for record in records):

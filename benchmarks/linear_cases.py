@@ -1,0 +1,79 @@
+"""What is measured of linear cross entropy: the cases and the jobs that combine them (see cases.py)."""
+
+from dataclasses import dataclass
+
+from cases import COMPILE, DEFAULT, EAGER, ITEM_BYTES, LOSS, MEMORY
+
+CHUNKED = "chunked"  # F.linear_cross_entropy with torch's default chunks
+SECTION, VOCABULARY_SECTION = "linear", "linear, vocabulary"
+_SHORT = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Hidden states [rows, features] and the weight [classes, features] of a layer without bias."""
+
+    rows: int
+    features: int
+    classes: int
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        """Rows x features x classes, and the dtype."""
+        return f"{self.rows}x{self.features}x{self.classes}-{_SHORT[self.dtype]}"
+
+    @property
+    def logits_bytes(self) -> int:
+        """What the logits would occupy."""
+        return self.rows * self.classes * ITEM_BYTES[self.dtype]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients of both operands occupy."""
+        return (self.rows + self.classes) * self.features * ITEM_BYTES[self.dtype]
+
+    @property
+    def flops(self) -> int:
+        """Of the three matrix products."""
+        return 3 * 2 * self.rows * self.features * self.classes
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """One process: what it measures of which variants of a case."""
+
+    section: str
+    case: LinearCase
+    variants: tuple[str, ...]
+    whats: tuple[str, ...]
+    threads: int
+    thp: bool = False
+    script: str = "linear_worker.py"
+    limits: tuple[str, ...] = ()
+
+    def needed_bytes(self, variant: str) -> int:
+        """About what its process needs at most, with this variant in it."""
+        logits = {EAGER: 4, COMPILE: 3}.get(variant, 1) * self.case.logits_bytes
+        in_double = 8 * (self.case.rows + self.case.classes) * self.case.features
+        return 2**29 + 4 * self.case.gradient_bytes + in_double + logits
+
+
+TABLE = tuple(
+    LinearCase(*shape, dtype)
+    for shape in ((2048, 768, 50257), (4096, 1024, 128256))
+    for dtype in ("float32", "bfloat16")
+)
+VOCABULARY = tuple(LinearCase(1024, 768, classes) for classes in (8192, 32000, 64000, 128256))
+CASES = {case.name: case for case in (*TABLE, *VOCABULARY)}
+VARIANTS = (EAGER, COMPILE, CHUNKED, DEFAULT)
+
+
+def plan(threads: int) -> list[LinearJob]:
+    """All jobs: the variants of a case in turn, and the memory of each in a process of its own."""
+    jobs = []
+    for section, cases in ((SECTION, TABLE), (VOCABULARY_SECTION, VOCABULARY)):
+        for case in cases:
+            jobs.append(LinearJob(section, case, VARIANTS, (LOSS,), threads))
+            jobs += [LinearJob(section, case, (variant,), (MEMORY,), threads) for variant in VARIANTS]
+    return jobs

@@ -1,0 +1,129 @@
+"""Measures linear cross entropy: one job, in a process of its own. bench_linear.py starts it, as bench.py others.
+
+A step is forward, backward, and dropping the gradients. Before a variant is timed its loss, and its gradients of some
+rows and of some classes, are held against float64.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from functools import cached_property
+
+import answers
+import measure
+import torch
+import torch.nn.functional as F
+import worker
+from cases import COMPILE, DEFAULT, EAGER, LOSS, MEMORY
+from linear_cases import CHUNKED, LinearCase
+from measure import MIB, Prepare, Summary
+from torch import Tensor
+
+import softmax_ext
+
+_CHECKED = 8  # rows, and classes
+_CHUNK = 256
+_WEIGHT_SCALE = 0.02  # GPT-2's
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Result = tuple[Tensor, Tensor, Tensor]  # the loss, the checked rows and the checked classes of the gradients
+
+
+def _whole(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, w), y)
+
+
+def _chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
+
+
+class LinearWorkload:
+    """A case as tensors, and the right answers."""
+
+    def __init__(self, case: LinearCase):
+        generator = torch.Generator().manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        self.case = case
+        self.input = torch.randn(case.rows, case.features, generator=generator).to(dtype).requires_grad_()
+        weight = _WEIGHT_SCALE * torch.randn(case.classes, case.features, generator=generator)
+        self.weight = weight.to(dtype).requires_grad_()
+        self.target = torch.randint(0, case.classes, (case.rows,), generator=generator)
+        self.rows = torch.linspace(0, case.rows - 1, _CHECKED).long()
+        self.classes = self.target[self.rows]  # whose gradients are not next to nothing
+
+    def variants(self) -> dict[str, Prepare]:
+        """All that this torch has."""
+        losses: dict[str, Loss] = {
+            EAGER: _whole,
+            COMPILE: torch.compile(_whole, dynamic=False),
+            CHUNKED: _chunked,
+            DEFAULT: softmax_ext.linear_cross_entropy,
+        }
+        if not hasattr(F, "linear_cross_entropy"):
+            del losses[CHUNKED]
+        return {name: self._step(loss) for name, loss in losses.items()}
+
+    def _step(self, loss_fn: Loss) -> Prepare:
+        def call() -> Result:
+            loss = loss_fn(self.input, self.weight, self.target)
+            loss.backward()
+            result = loss.detach(), self.input.grad[self.rows], self.weight.grad[self.classes]
+            self.input.grad = self.weight.grad = None
+            return result
+
+        return lambda calls: call
+
+    @cached_property
+    def expected(self) -> Result:
+        """In float64, chunk by chunk."""
+        x, w = self.input.detach().double(), self.weight.detach().double()
+        losses, of_classes = [], torch.zeros(_CHECKED, self.case.features, dtype=torch.float64)
+        for begin in range(0, self.case.rows, _CHUNK):
+            rows = slice(begin, begin + _CHUNK)
+            log_p = (x[rows] @ w.t()).log_softmax(1)
+            losses.append(-log_p.gather(1, self.target[rows, None]).sum())
+            dz = log_p[:, self.classes].exp() - (self.target[rows, None] == self.classes).double()
+            of_classes += dz.t() @ x[rows]
+        p = (x[self.rows] @ w.t()).softmax(1)
+        p[torch.arange(_CHECKED), self.target[self.rows]] -= 1
+        return sum(losses) / self.case.rows, (p @ w) / self.case.rows, of_classes / self.case.rows
+
+    def complaint(self, result: Result) -> str:
+        """What is wrong with a result; "" if nothing."""
+        names = (("loss", "value"), ("gradient of the input", "gradient"), ("gradient of the weight", "gradient"))
+        for (name, kind), got, right in zip(names, result, self.expected, strict=True):
+            error = ((got.double() - right).abs().max() / right.abs().max()).item()
+            tolerance = answers.TOLERANCE[self.case.dtype, kind]
+            if not error <= tolerance:
+                return f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}"
+        return ""
+
+
+def main() -> None:
+    """The command."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    workload = LinearWorkload(LinearCase(**request["case"]))
+    known = workload.variants()
+    chosen = {name: known[name] for name in request["variants"] if name in known}
+    say = worker.print_line
+    if MEMORY in request["whats"]:
+
+        def memory(prepare: Prepare) -> Summary:
+            measured = measure.extra_memory_mib(prepare, False).median
+            return Summary.of([max(0.0, measured - workload.case.gradient_bytes / MIB)])
+
+        worker.say_all(MEMORY, worker.measure_memory(chosen, memory, say), say)
+        return
+    right = {}
+    for name, prepare in chosen.items():
+        said = worker.attempt(LOSS, name, lambda prepare=prepare: workload.complaint(prepare(1)()), say)
+        if said:
+            say({"what": LOSS, "variant": name, "status": "WRONG", "note": said})
+        elif said is not None:
+            right[name] = prepare
+    worker.say_all(LOSS, measure.times_ms(right, request["repeats"]), say)
+
+
+if __name__ == "__main__":
+    main()
