@@ -1,16 +1,18 @@
-"""Trains a small GPT on Python's own sources, with PyTorch's loss or with softmax_ext's.
+"""Trains a small GPT on Python's own sources, with PyTorch's loss or with one of softmax_ext's.
 
 The text is the standard library of the interpreter that runs this, cut into tokens by a byte-level
 BPE (byte pair encoding) of 32768 entries, which is trained on that text first. The same seed gives
 the same initial weights and the same batches whichever the loss. A step takes 2048 tokens, so the
 logits are 2048 x 32768 floats, 256 MiB: large beside everything else that so small a model
-computes. This is where the loss costs the most, and where it pays to replace it.
+computes. This is where the loss costs the most, and where it pays to replace it: by the same loss
+of the logits, or by one that takes the output layer with it and never holds them.
 
-Each step records its loss, how long it took, how much of that went to the loss itself, and the
-highest resident memory.
+Each step records its loss, how long it took, how much of that went to the output layer and the
+loss, and the highest resident memory.
 
     python examples/gpt.py --loss torch --steps 50
     python examples/gpt.py --loss softmax_ext --steps 50
+    python examples/gpt.py --loss linear_cross_entropy --steps 50
 """
 
 import argparse
@@ -44,9 +46,19 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(explain_missing(error))
 
-LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "torch": nn.CrossEntropyLoss,
-    "softmax_ext": softmax_ext.CrossEntropyLoss,
+# Hidden states [tokens, width], the output layer's weight [vocabulary, width], target [tokens] -> loss
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def of_logits(criterion: nn.Module) -> Loss:
+    """The output layer, and a loss of its output."""
+    return lambda hidden, weight, target: criterion(F.linear(hidden, weight), target)
+
+
+LOSSES: dict[str, Loss] = {
+    "torch": of_logits(nn.CrossEntropyLoss()),
+    "softmax_ext": of_logits(softmax_ext.CrossEntropyLoss()),
+    "linear_cross_entropy": softmax_ext.linear_cross_entropy,
 }
 
 SEED = 0
@@ -165,7 +177,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids to the logits of the next token at each position."""
+    """Token ids to the hidden states from which the output layer, ``head``, predicts the next token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,10 +191,10 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         self.head.weight = self.token_embedding.weight  # tied: one matrix reads and writes tokens
 
-    def forward(self, ids: Tensor) -> Tensor:  # [sequences, positions], returns [..., VOCABULARY]
+    def forward(self, ids: Tensor) -> Tensor:  # [sequences, positions], returns [..., WIDTH]
         positions = torch.arange(ids.shape[1])
         x = self.token_embedding(ids) + self.position_embedding(positions)
-        return self.head(self.norm(self.blocks(x)))
+        return self.norm(self.blocks(x))
 
 
 # ------------------------------------------------------------------------------------- the training
@@ -192,11 +204,11 @@ class GPT(nn.Module):
 class Step:
     """What one training step gave and cost."""
 
-    loss_module: str
+    loss_name: str
     step: int
     loss: float
     step_ms: float
-    loss_forward_ms: float
+    loss_forward_ms: float  # of the output layer and the loss
     loss_backward_ms: float
     initial_memory_mib: float  # resident before the first step
     peak_memory_mib: float  # the most that was resident during this step
@@ -254,21 +266,21 @@ def peak_memory_mib() -> float:
 
 def train_step(
     model: GPT,
-    criterion: nn.Module,
+    loss_fn: Loss,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     target: Tensor,
 ) -> tuple[float, dict[str, float]]:
     """One step; returns its loss and the milliseconds it took, named as in Step."""
-    logits_gradient_ready: list[float] = []
+    hidden_gradient_ready: list[float] = []
 
     start = time.perf_counter()
-    logits = model(inputs)
-    # Backward begins with the loss, and the gradient of the logits is all that the loss gives:
-    # when it arrives the loss is done, and nothing else has begun.
-    logits.register_hook(lambda _: logits_gradient_ready.append(time.perf_counter()))
+    hidden = model(inputs)
+    # Backward begins with the loss and the output layer, which end in the gradient of the hidden
+    # states: when it arrives they are done, and nothing else has begun.
+    hidden.register_hook(lambda _: hidden_gradient_ready.append(time.perf_counter()))
     loss_start = time.perf_counter()
-    loss = criterion(logits.flatten(0, 1), target.flatten())
+    loss = loss_fn(hidden.flatten(0, 1), model.head.weight, target.flatten())
     loss_end = time.perf_counter()
     optimizer.zero_grad()
     backward_start = time.perf_counter()
@@ -279,24 +291,23 @@ def train_step(
     return loss.item(), {
         "step_ms": 1000 * (end - start),
         "loss_forward_ms": 1000 * (loss_end - loss_start),
-        "loss_backward_ms": 1000 * (logits_gradient_ready[0] - backward_start),
+        "loss_backward_ms": 1000 * (hidden_gradient_ready[0] - backward_start),
     }
 
 
-def train(loss_module: str, tokens: Tensor, steps: int) -> Iterator[Step]:
+def train(loss_name: str, tokens: Tensor, steps: int) -> Iterator[Step]:
     """Trains a new GPT with one of LOSSES and yields each step as it is done."""
     torch.manual_seed(SEED)
     model = GPT()
-    criterion = LOSSES[loss_module]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
 
     restart_peak_memory()
     initial_memory_mib = peak_memory_mib()
     for step, (inputs, target) in enumerate(batches(tokens, steps), start=1):
         restart_peak_memory()
-        loss, milliseconds = train_step(model, criterion, optimizer, inputs, target)
+        loss, milliseconds = train_step(model, LOSSES[loss_name], optimizer, inputs, target)
         yield Step(
-            loss_module,
+            loss_name,
             step,
             loss,
             **milliseconds,
@@ -328,9 +339,9 @@ def summary(steps: list[Step]) -> str:
     """A training run in one sentence."""
     totals = Totals.of(steps)
     return (
-        f"{steps[0].loss_module}: loss {steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at step"
-        f" {len(steps)}; {totals.step_ms:.0f} ms a step, {totals.loss_ms:.0f} ms of it in the loss"
-        f" (medians); peak memory {totals.peak_memory_mib:.0f} MiB"
+        f"{steps[0].loss_name}: loss {steps[0].loss:.4f} at first, {steps[-1].loss:.4f} at step"
+        f" {len(steps)}; {totals.step_ms:.0f} ms a step, {totals.loss_ms:.0f} ms of it in the"
+        f" output layer and the loss (medians); peak memory {totals.peak_memory_mib:.0f} MiB"
     )
 
 

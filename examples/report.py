@@ -42,15 +42,15 @@ COLOURS = dict(zip(gpt.LOSSES, ["#7f7f7f", "#d62728", "#1f77b4"], strict=False))
 # ------------------------------------------------------------------------------------- the two runs
 
 
-def run_gpt(loss_module: str, tokens: Path, steps: int) -> list[gpt.Step]:
+def run_gpt(loss_name: str, tokens: Path, steps: int) -> list[gpt.Step]:
     """Trains a GPT in a process of its own, which shows its progress here."""
-    figures = tokens.with_name(f"{loss_module}.csv")
+    figures = tokens.with_name(f"{loss_name}.csv")
     command = [sys.executable, str(Path(gpt.__file__))]
-    command += ["--loss", loss_module, "--steps", str(steps)]
+    command += ["--loss", loss_name, "--steps", str(steps)]
     command += ["--tokens", str(tokens), "--csv", str(figures)]
     status = subprocess.run(command, check=False).returncode
     if status:
-        sys.exit(f"report.py: training with {loss_module} ended with status {status}; see above.")
+        sys.exit(f"report.py: training with {loss_name} ended with status {status}; see above.")
     return gpt.read_csv(figures)
 
 
@@ -99,7 +99,7 @@ class Agreement:
 
 def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -> Table:
     """The figures of each run in columns, and how many times less each of OTHERS takes."""
-    table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss module")
+    table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss")
     table.add_column("")
     for name in gpt.LOSSES:
         table.add_column(name, justify="right")
@@ -109,7 +109,7 @@ def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -
     table.add_row("loss at the last step", *(f"{steps[-1].loss:.6f}" for steps in runs.values()))
     for label, attribute, unit in [
         ("time of a step", "step_ms", "ms"),
-        ("  in the loss", "loss_ms", "ms"),
+        ("  in output layer and loss", "loss_ms", "ms"),
         ("    forward", "loss_forward_ms", "ms"),
         ("    backward", "loss_backward_ms", "ms"),
         ("  in all else", "rest_ms", "ms"),
@@ -184,13 +184,13 @@ def draw_bars(
 
 
 def draw_time(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
-    """The time of a step, split into the loss, forward and backward, and all else."""
+    """The time of a step, split into output layer with loss, forward and backward, and all else."""
     parts = {
-        "loss_forward_ms": ("loss, forward", "#ff7f0e"),
-        "loss_backward_ms": ("loss, backward", "#d62728"),
+        "loss_forward_ms": ("output layer and loss, forward", "#ff7f0e"),
+        "loss_backward_ms": ("backward", "#d62728"),
         "rest_ms": ("all else", "#b0b0b0"),
     }
-    ends = [f"{run.step_ms:.0f} ms,\n{run.loss_ms:.0f} in the loss" for run in totals.values()]
+    ends = [f"{run.step_ms:.0f} ms,\n{run.loss_ms:.0f} in layer and loss" for run in totals.values()]
     draw_bars(axes, totals, parts, ends)
     axes.set(title="time of a training step (medians)", xlabel="ms")
 
