@@ -57,12 +57,20 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture
-def kernel_for(request: pytest.FixtureRequest) -> Callable[[int, torch.dtype], str]:
+def emulated(request: pytest.FixtureRequest) -> ctypes.CDLL | None:
+    """The library of the emulator, if that is what runs."""
     if request.config.getoption("--device") == "cuda":
-        return lambda classes, dtype: cuda.kernel_for(classes, dtype, torch.cuda.current_device())
+        return None
     from cuda_on_cpu import build
 
-    library = ctypes.CDLL(str(build.build("libemulated.so", request.config.getoption("--sanitized"))))
+    return ctypes.CDLL(str(build.build("libemulated.so", request.config.getoption("--sanitized"))))
+
+
+@pytest.fixture
+def kernel_for(emulated: ctypes.CDLL | None) -> Callable[[int, torch.dtype], str]:
+    library = emulated
+    if library is None:
+        return lambda classes, dtype: cuda.kernel_for(classes, dtype, torch.cuda.current_device())
     library.softmax_ext_cuda_kernel_for.restype = ctypes.c_char_p
     library.softmax_ext_cuda_kernel_for.argtypes = [ctypes.c_int64, ctypes.c_int32]
     return lambda classes, dtype: library.softmax_ext_cuda_kernel_for(classes, oracle.DTYPES.index(dtype)).decode()
@@ -136,3 +144,76 @@ def test_a_class_beside_the_border_of_two_parts(skip, device, monkeypatch):
     exact = oracle.cross_entropy(x.detach(), target, reduction="sum").grad
     scale = oracle.gradient_scale(exact, target, None, reduction="sum")
     oracle.assert_within(grad, exact, oracle.tolerance("grad", exact, torch.float64, scale=scale), "gradient")
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+# Kernels of (forward, backward) by rows, reduction and whether the gradient is written in forward. A sum over more than
+# 8192 rows takes two.
+LAUNCHES = {
+    (20, "none", False): (1, 1),
+    (20, "sum", False): (2, 1),
+    (20, "mean", False): (2, 1),
+    (20, "none", True): (1, 1),
+    (20, "sum", True): (2, 1),
+    (20, "mean", True): (3, 1),
+    (9000, "mean", False): (3, 1),
+    (9000, "mean", True): (5, 1),
+}
+
+
+@pytest.fixture
+def count_launches(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
+    emulated.cuda_on_cpu_launches.restype = ctypes.c_uint64
+    monkeypatch.delenv("SOFTMAX_EXT_CHECK_TARGETS", raising=False)  # the check is a kernel too
+
+    def count(call: Callable[[], object]) -> int:
+        before = emulated.cuda_on_cpu_launches()
+        call()
+        return int(emulated.cuda_on_cpu_launches() - before)
+
+    return count
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("kind", ["int64", "uint8", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "reduction", "precompute"), LAUNCHES, ids=str)
+def test_a_call_launches_no_more_kernels_than_it_needs(rows, reduction, precompute, dtype, kind, count_launches):
+    forward, backward = LAUNCHES[rows, reduction, precompute]
+    if precompute and reduction == "mean" and kind == "probabilities":
+        forward -= 1 if rows == 20 else 2  # the denominator is known, and filled in
+    x = torch.randn(rows, 5).to(dtype).requires_grad_()
+    target = oracle.make_target(kind, (rows, 5), dtype)
+    weight = oracle.make_weight(5, torch.float32)
+    for smoothing in (0.0, 0.1):  # which needs the sum of the weights
+        losses = []
+
+        def run_forward(losses=losses, smoothing=smoothing):
+            options = {"reduction": reduction, "precompute_grad": precompute, "label_smoothing": smoothing}
+            losses.append(cross_entropy(x, target, weight, **options))
+
+        assert count_launches(run_forward) == forward + (smoothing != 0)
+        again = smoothing != 0 and not precompute
+        assert count_launches(lambda: losses[0].sum().backward()) == backward + again
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 31, 1025, 8192, 8193, 20000])
+def test_sums_over_rows(rows, dtype, device):
+    """The mean's two sums, by one kernel or two; backward reads the denominator."""
+    x = torch.randn(rows, 3, dtype=torch.float64).to(dtype).to(device).requires_grad_()
+    target = oracle.make_target("int64", (rows, 3), dtype).to(device)
+    if rows > 1:
+        target[::7] = -100
+    for weight in (None, oracle.make_weight(3, dtype).to(device)):
+        for reduction, precompute in itertools.product(["mean", "sum"], [False, True]):
+            options = {"reduction": reduction, "weight": weight}
+            loss = cross_entropy(x, target, precompute_grad=precompute, **options)
+            (grad,) = torch.autograd.grad(loss, x)
+            exact = oracle.cross_entropy(x.detach(), target, **options)
+            scale = oracle.gradient_scale(exact.grad, target, weight, reduction=reduction)
+            roundings = oracle.gradient_roundings(dtype, precompute)
+            allowed = oracle.tolerance("grad", exact.grad, dtype, scale=scale, roundings=roundings)
+            oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, dtype), options)
+            oracle.assert_within(grad, exact.grad, allowed, options)

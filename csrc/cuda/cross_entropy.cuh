@@ -27,7 +27,8 @@ struct CrossEntropyArguments {
   T z_loss, softcap, inverse_softcap, logit_scale;
 
   int64_t rows;
-  T* loss;
+  void* loss;
+  DType loss_type;
   T* state;
   bool has_probabilities, stats;
   T *lse, *nll, *entropy;
@@ -194,7 +195,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     if (this->z_loss != 0) loss += this->z_loss * lse * lse;
     if (context.bad) loss = nll = not_a_number<T>();
     if (!context.live) loss = nll = 0;
-    if (this->loss) this->loss[row] = loss;
+    if (this->loss) store_value(loss, this->loss, this->loss_type, row);
     if (this->state) {
       this->state[row] = s.max;
       this->state[rows + row] = s.rest;
