@@ -163,39 +163,32 @@ LAUNCHES = {
 
 
 @pytest.fixture
-def count_launches(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
+def launches(emulated: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The kernels launched so far."""
     emulated.cuda_on_cpu_launches.restype = ctypes.c_uint64
     monkeypatch.delenv("SOFTMAX_EXT_CHECK_TARGETS", raising=False)  # the check is a kernel too
-
-    def count(call: Callable[[], object]) -> int:
-        before = emulated.cuda_on_cpu_launches()
-        call()
-        return int(emulated.cuda_on_cpu_launches() - before)
-
-    return count
+    return lambda: int(emulated.cuda_on_cpu_launches())
 
 
 @pytest.mark.devices("emulated")
 @pytest.mark.parametrize("kind", ["int64", "uint8", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "reduction", "precompute"), LAUNCHES, ids=str)
-def test_a_call_launches_no_more_kernels_than_it_needs(rows, reduction, precompute, dtype, kind, count_launches):
+def test_a_call_launches_no_more_kernels_than_it_needs(rows, reduction, precompute, dtype, kind, launches):
     forward, backward = LAUNCHES[rows, reduction, precompute]
     if precompute and reduction == "mean" and kind == "probabilities":
         forward -= 1 if rows == 20 else 2  # the denominator is known, and filled in
     x = torch.randn(rows, 5).to(dtype).requires_grad_()
     target = oracle.make_target(kind, (rows, 5), dtype)
-    weight = oracle.make_weight(5, torch.float32)
-    for smoothing in (0.0, 0.1):  # which needs the sum of the weights
-        losses = []
-
-        def run_forward(losses=losses, smoothing=smoothing):
-            options = {"reduction": reduction, "precompute_grad": precompute, "label_smoothing": smoothing}
-            losses.append(cross_entropy(x, target, weight, **options))
-
-        assert count_launches(run_forward) == forward + (smoothing != 0)
-        again = smoothing != 0 and not precompute
-        assert count_launches(lambda: losses[0].sum().backward()) == backward + again
+    options = {"weight": oracle.make_weight(5, torch.float32), "reduction": reduction, "precompute_grad": precompute}
+    for smoothing in (0.0, 0.1):
+        weight_sum = int(smoothing != 0)  # another kernel
+        before = launches()
+        loss = cross_entropy(x, target, label_smoothing=smoothing, **options)
+        between = launches()
+        assert between - before == forward + weight_sum
+        loss.sum().backward()
+        assert launches() - between == backward + (weight_sum if not precompute else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -58,6 +58,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     int y;                                      // class; -1 with probabilities, where ignored, and where out of range
     bool live, bad;                             // not ignored; out of range
     T z, weight;                                // of class y; z is the leader's alone
+    T g;                                        // upstream gradient of the loss, unless kGeneral: no register is left
   };
 
   // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (kept w_c + nll) ]
@@ -70,6 +71,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
 
   __device__ __forceinline__ bool never_kept() const { return this->has_probabilities || this->has_extra; }
   __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ bool overwrites() const { return this->logits == this->grad_logits; }
   __device__ __forceinline__ static int input_operand(int) { return kLogits; }
   __device__ __forceinline__ const S* input(int, const Position& at) const {
     return static_cast<const S*>(this->logits) + at.offset[kLogits];
@@ -87,10 +89,14 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   __device__ __forceinline__ T level(const Elements<CrossEntropyOp>& x) const { return logit(x.of[0]); }
 
   __device__ __forceinline__ Context begin(const Position& at) const {
-    Context context{at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], -1, true, false, 0, 1};
-    if (this->has_probabilities) return context;
+    Context context{
+        at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], -1, true, false, 0, 1, 0};
     const int64_t classes = this->layout.classes;
-    const int64_t y = this->index ? this->index[context.row] : this->index_u8[context.row];
+    const int64_t y = this->has_probabilities ? 0
+                      : this->index           ? this->index[context.row]
+                                              : this->index_u8[context.row];
+    if (!kGeneral && this->writes) context.g = upstream(this->grad_loss, context.row);
+    if (this->has_probabilities) return context;
     context.live = y != this->ignore_index;
     context.bad = context.live && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes);
     if (!context.live || context.bad) return context;
@@ -216,7 +222,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   __device__ __forceinline__ Coefficients coefficients(const Context& context, const State& s, bool leader) const {
     const int64_t row = context.row;
     const T eps = this->label_smoothing, share = this->share, scale = kGeneral ? this->logit_scale : T(1);
-    const T g = context.live ? upstream(this->grad_loss, row) : T(0);
+    const T g_loss = kGeneral ? upstream(this->grad_loss, row) : context.g, g = context.live ? g_loss : T(0);
     const T g_nll = context.live ? upstream(this->grad_nll, row) : T(0);
     const T g_entropy = kGeneral ? upstream(this->grad_entropy, row) : T(0);
     const bool needs_log = this->z_loss != 0 || has_entropy_gradient() || this->has_extra;

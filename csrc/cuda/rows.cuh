@@ -11,6 +11,7 @@
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
 //   never_kept()                     what is true of no Op that kept_rows is launched with
 //   idle()                           whether the output is what is there already
+//   overwrites()                     whether the output overwrites what a leader keeps
 //   input(i, at), output(at)         where the row at a Position begins
 //   begin(at) -> Context             the row's own data
 //   keep(context, leader, value)     what follows from it; the leader also keeps what the output may overwrite, the
@@ -174,6 +175,7 @@ struct SimpleOp {
 
   __device__ __forceinline__ bool never_kept() const { return false; }
   __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ bool overwrites() const { return false; }
   __device__ __forceinline__ Context begin(const Position&) const { return {}; }
   template <typename C, typename Value>
   __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
@@ -201,16 +203,18 @@ constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of 
 // that share a row.
 template <typename Op, int kThreads>
 struct KeptRow {
-  static constexpr int kChunks = Op::kKeptChunks, kSize = InputChunk<Op>::kSize;
+  static constexpr int kChunks = Op::kKeptChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
   static constexpr int kLoose = (2 * kSize - 2 + kThreads - 1) / kThreads;
   InputChunk<Op> chunk[kChunks];
   Elements<Op> loose[kLoose];
 
+  // Two halves, so that the first is under way before it is known whether the row is needed: what an ignored row costs.
   // All loads are under way before the first value is used.
-  __device__ __forceinline__ void load(const RowOperands<Op>& row, int thread, int size) {
+  __device__ __forceinline__ void load_half(int half, const RowOperands<Op>& row, int thread, int size) {
 #pragma unroll
-    for (int k = 0; k < kChunks; k++)
+    for (int k = half == 0 ? 0 : kFirst; k < (half == 0 ? kFirst : kChunks); k++)
       if (thread + k * size < row.cut.chunks) chunk[k] = row.template load<false>(thread + k * size);
+    if (half == 0) return;
 #pragma unroll
     for (int k = 0; k < kLoose; k++)
       if (thread + k * size < row.cut.loose) loose[k] = row.load_one(row.cut.of_loose(thread + k * size));
@@ -276,20 +280,20 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
-    auto context = op.begin(at);
-    const bool skips = op.skips(context);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
     KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
-    if (!skips) kept.load(row, group.thread, group.size);
+    kept.load_half(0, row, group.thread, group.size);
+    auto context = op.begin(at);
+    const bool skips = op.skips(context);
+    if (!skips) kept.load_half(1, row, group.thread, group.size);
     op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
     typename Op::Sums sums;
     if (op.reduces) {
       if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
       group.reduce(sums);
-    } else {
-      group.sync();  // the leader has read what the output overwrites
     }
     const auto coefficients = op.finish(context, sums, leader);
+    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read what it keeps
     if (op.writes && op.clears(context))
       kept.clear(row, group.thread, group.size);
     else if (op.writes)
@@ -346,10 +350,9 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
     }
     sums.close();
     reduce_block(sums.total, shared_memory<typename Op::Sums>());
-  } else {
-    __syncthreads();
   }
   const auto coefficients = op.finish(context, sums.total, leader);
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
   if (!op.writes && !op.has_extra) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
