@@ -210,3 +210,51 @@ def test_sums_over_rows(rows, dtype, device):
             allowed = oracle.tolerance("grad", exact.grad, dtype, scale=scale, roundings=roundings)
             oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, dtype), options)
             oracle.assert_within(grad, exact.grad, allowed, options)
+
+
+# ---- classes apart, and few of them ----------------------------------------------------------------------------------
+
+# (batch, classes, positions) around what tiles and columns are cut into; 16 bytes begin with each class or not. Of few
+# classes a thread takes several rows where the device has few multiprocessors.
+APART = [(1, 10, 7168), (3, 21, 132), (2, 21, 133), (1, 4, 30000), (1, 3, 30000), (2, 64, 40), (1, 65, 33)]
+APART += [(2, 97, 64), (1, 256, 32), (1, 257, 31), (1, 1000, 40), (1, 3000, 5)]
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "options"])
+@pytest.mark.parametrize("adjacent", [False, True], ids=["apart", "adjacent"])
+@pytest.mark.parametrize("shape", APART, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_and_columns(dtype, shape, adjacent, options, device, monkeypatch):
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_MULTIPROCESSORS", "1")
+    classes = shape[1]
+    if adjacent and classes > 64:
+        pytest.skip("are rows then, tested above")
+    values = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).to(device)
+    target = oracle.make_target("int64", shape, dtype).to(device)
+    target[:, ::5] = -100
+    if adjacent:
+        values, target = values.movedim(1, 2).reshape(-1, classes).contiguous(), target.reshape(-1)
+    upstream = torch.ones((), dtype=dtype, device=device)
+    bounds = bounds_for(values, target, None, upstream, **options)
+    for flags in itertools.product([False, True], repeat=2):
+        strategy = Strategy(*flags, scaled=False)
+        results = run(values.clone(), target, None, upstream, strategy, **options)
+        check(bounds, strategy, results, (shape, strategy))
+
+
+@pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
+@pytest.mark.parametrize("shape", [(1, 10, 300), (3, 21, 132), (1, 65, 33), (1, 300, 40), (1, 2000, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax_of_classes_apart(dtype, shape, log, device):
+    """The gradient comes with its own strides."""
+    values = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).to(device)
+    for upstream in (torch.randn(shape), torch.randn(shape[0], *shape[:0:-1]).movedim(1, 2)):
+        g = upstream.to(dtype).to(device)
+        x = values.clone().requires_grad_()
+        y = (log_softmax if log else softmax)(x, 1)
+        (grad,) = torch.autograd.grad(y, x, g)
+        exact, exact_grad = oracle.softmax(values, 1, log, g)
+        oracle.assert_within(y, exact, oracle.softmax_tolerance(exact, 1, log, dtype), "output")
+        allowed = oracle.softmax_grad_tolerance(exact, exact_grad, g, 1, log, dtype)
+        oracle.assert_within(grad, exact_grad, allowed, "gradient")

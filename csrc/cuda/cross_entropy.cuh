@@ -47,6 +47,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
+  static constexpr int kColumnClasses = kGeneral ? 6 : 16;
   static constexpr int kKeptChunks = sizeof(T) == 8   ? 0
                                      : !kGeneral      ? 8
                                      : sizeof(S) == 4 ? 4
@@ -55,6 +56,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   struct Context {
     int64_t row;
     int64_t probabilities, grad_probabilities;  // where they begin
+    int64_t target;                             // as it is given
     int y;                                      // class; -1 with probabilities, where ignored, and where out of range
     bool live, bad;                             // not ignored; out of range
     T z, weight;                                // of class y; z is the leader's alone
@@ -88,20 +90,20 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   }
   __device__ __forceinline__ T level(const Elements<CrossEntropyOp>& x) const { return logit(x.of[0]); }
 
-  __device__ __forceinline__ Context begin(const Position& at) const {
+  __device__ __forceinline__ Context fetch(const Position& at) const {
     Context context{
-        at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], -1, true, false, 0, 1, 0};
-    const int64_t classes = this->layout.classes;
-    const int64_t y = this->has_probabilities ? 0
-                      : this->index           ? this->index[context.row]
-                                              : this->index_u8[context.row];
+        at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], 0, -1, true, false, 0, 1, 0};
+    if (!this->has_probabilities) context.target = this->index ? this->index[context.row] : this->index_u8[context.row];
+    return context;
+  }
+
+  __device__ __forceinline__ void begin(Context& context) const {
     if (!kGeneral && this->writes) context.g = upstream(this->grad_loss, context.row);
-    if (this->has_probabilities) return context;
+    if (this->has_probabilities) return;
+    const int64_t classes = this->layout.classes, y = context.target;
     context.live = y != this->ignore_index;
     context.bad = context.live && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes);
-    if (!context.live || context.bad) return context;
-    context.y = static_cast<int>(y);
-    return context;
+    if (context.live && !context.bad) context.y = static_cast<int>(y);
   }
 
   template <typename Value>

@@ -6,6 +6,7 @@
 //   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
 //   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
 //   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
+//   kColumnClasses                   classes of a row that a thread loads at once where they are apart (columns.cuh)
 //   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
@@ -13,9 +14,10 @@
 //   idle()                           whether the output is what is there already
 //   overwrites()                     whether the output overwrites what a leader keeps
 //   input(i, at), output(at)         where the row at a Position begins
-//   begin(at) -> Context             the row's own data
-//   keep(context, leader, value)     what follows from it; the leader also keeps what the output may overwrite, the
-//                                    logit value(c) of a class. Apart from begin, since it waits for what that loads
+//   fetch(at) -> Context             the row's own data, which is loaded; nothing waits for it
+//   begin(context)                   what follows from it
+//   keep(context, leader, value)     more of that; the leader also keeps what the output may overwrite, the logit value(c)
+//                                    of a class. Apart from begin, so that the row's loads are under way
 //   skips(context)                   whether the row is not read and its output is 0
 //   clears(context)                  whether its output is 0, be it read or not
 //   level(x)                         of the elements x of all inputs: what the maximum is taken of
@@ -176,7 +178,9 @@ struct SimpleOp {
   __device__ __forceinline__ bool never_kept() const { return false; }
   __device__ __forceinline__ bool idle() const { return false; }
   __device__ __forceinline__ bool overwrites() const { return false; }
-  __device__ __forceinline__ Context begin(const Position&) const { return {}; }
+  __device__ __forceinline__ Context fetch(const Position&) const { return {}; }
+  template <typename C>
+  __device__ __forceinline__ void begin(C&) const {}
   template <typename C, typename Value>
   __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
   template <typename C>
@@ -280,10 +284,11 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
+    auto context = op.fetch(at);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
     KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
     kept.load_half(0, row, group.thread, group.size);
-    auto context = op.begin(at);
+    op.begin(context);
     const bool skips = op.skips(context);
     if (!skips) kept.load_half(1, row, group.thread, group.size);
     op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
@@ -317,7 +322,8 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
   const bool leader = threadIdx.x == 0;
-  auto context = op.begin(at);
+  auto context = op.fetch(at);
+  op.begin(context);
   const RowOperands<Op> row(op, at, op.layout.classes);
   op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
   const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
