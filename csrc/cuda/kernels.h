@@ -17,8 +17,8 @@ namespace cuda {
 
 using Stream = CUstream_st*;
 
-// The most dimensions of a layout's `dims`.
-constexpr int kMaxOuterDims = 8;
+// The most dimensions of a layout's `dims`: more, of two or more rows each, would be 2^32 rows.
+constexpr int kMaxOuterDims = 32;
 
 // Rows of at most this many classes are put into the columns layout, whatever their strides: a thread takes a row.
 constexpr int64_t kSmallClasses = 64;
