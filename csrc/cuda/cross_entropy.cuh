@@ -56,11 +56,12 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   struct Context {
     int64_t row;
     int64_t probabilities, grad_probabilities;  // where they begin
-    int64_t target;                             // as it is given
-    int y;                                      // class; -1 with probabilities, where ignored, and where out of range
-    bool live, bad;                             // not ignored; out of range
-    T z, weight;                                // of class y; z is the leader's alone
-    T g;                                        // upstream gradient of the loss, unless kGeneral: no register is left
+    int64_t target = 0;                         // as it is given
+    T max = 0, rest = 0;                        // of the state, in backward
+    int y = -1;                                 // class; -1 with probabilities, where ignored, and where out of range
+    bool live = true, bad = false;              // not ignored; out of range
+    T z = 0, weight = 1;                        // of class y; z is the leader's alone
+    T g = 0;                                    // upstream gradient of the loss, unless kGeneral: no register is left
   };
 
   // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (kept w_c + nll) ]
@@ -91,9 +92,15 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   __device__ __forceinline__ T level(const Elements<CrossEntropyOp>& x) const { return logit(x.of[0]); }
 
   __device__ __forceinline__ Context fetch(const Position& at) const {
-    Context context{
-        at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], 0, -1, true, false, 0, 1, 0};
+    Context context;
+    context.row = at.offset[kRow];
+    context.probabilities = at.offset[kProbabilities];
+    context.grad_probabilities = at.offset[kGradProbabilities];
     if (!this->has_probabilities) context.target = this->index ? this->index[context.row] : this->index_u8[context.row];
+    if (!this->reduces) {
+      context.max = this->state[context.row];
+      context.rest = this->state[this->rows + context.row];
+    }
     return context;
   }
 
@@ -170,7 +177,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     const int64_t row = context.row;
     State s{0, 0, 1, 1};
     if (!this->reduces) {
-      if (!skips(context)) s = {this->state[row], this->state[this->rows + row], 1, 1};
+      if (!skips(context)) s = {context.max, context.rest, 1, 1};
       if (this->has_probabilities && !skips(context)) {
         s.b_sum = this->state[2 * this->rows + row];
         s.q_sum = this->state[3 * this->rows + row];

@@ -269,10 +269,10 @@ struct KeptRow {
   }
 };
 
-// The second bound asks for nothing: one block on a multiprocessor, or (0) no number at all. With either in both places
-// the compiler spills a register somewhere that it need not.
+// The second bound: six blocks of warps with rows of their own fit on a multiprocessor. For the others 0, no number at all:
+// with one in its place the compiler spills a register somewhere that it need not.
 template <typename Op, Scope kScope>
-__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 1 : 0)
+__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 6 : 0)
     kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;

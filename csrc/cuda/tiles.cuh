@@ -36,9 +36,7 @@ struct Tile {
   int row_pitch, class_pitch;
 
   __device__ __forceinline__ Tile(T* data, bool rows_adjacent, int classes, int capacity)
-      : data(data),
-        row_pitch(rows_adjacent ? 1 : tile_pitch(classes)),
-        class_pitch(rows_adjacent ? capacity : 1) {}
+      : data(data), row_pitch(rows_adjacent ? 1 : tile_pitch(classes)), class_pitch(rows_adjacent ? capacity : 1) {}
 
   __device__ __forceinline__ int at(int r, int c) const { return r * row_pitch + c * class_pitch; }
   __device__ __forceinline__ bool linear(int classes) const { return class_pitch == 1 && row_pitch == classes; }
@@ -306,7 +304,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(typename Op::T) == 8 ? 1 
   const bool rows_adjacent = place(Op::input_operand(0)).rows_are_nearer();
   const auto tile = [&](int j) {
     typename Op::T* const shared = shared_memory<typename Op::T>();
-    return Tile<typename Op::T>(shared + j * rows_per_tile * tile_pitch(classes), rows_adjacent, classes, rows_per_tile);
+    return Tile<typename Op::T>(shared + j * rows_per_tile * tile_pitch(classes), rows_adjacent, classes,
+                                rows_per_tile);
   };
   const auto fetch = [&](int r) { return op.fetch(locate(layout, outer, first + min(r, rows - 1))); };
   const Position at = locate(layout, outer, first);
