@@ -35,9 +35,11 @@ CHOICES = [
     (torch.float32, 32772, "stream", "cluster of 4"),
     (torch.bfloat16, 65544, "stream", "cluster of 4"),
     (torch.float32, 128256, "stream", "cluster of 8"),
-    (torch.float32, 262144, "stream", "cluster of 8"),
+    (torch.float32, 131072, "stream", "cluster of 8"),
+    (torch.float32, 131076, "stream", "cluster"),  # of 16, or of 8 where the device has no others
+    (torch.float32, 262144, "stream", "cluster"),
     (torch.float32, 262148, "stream", "stream"),
-    (torch.bfloat16, 524288, "stream", "cluster of 8"),
+    (torch.bfloat16, 524288, "stream", "cluster"),
     (torch.float64, 65, "stream", "stream"),
 ]
 
@@ -78,7 +80,25 @@ def kernel_for(emulated: ctypes.CDLL | None) -> Callable[[int, torch.dtype], str
 
 @pytest.mark.parametrize(("dtype", "classes", "without", "with_clusters"), CHOICES, ids=str)
 def test_choice(capability, kernel_for, dtype, classes, without, with_clusters):
-    assert kernel_for(classes, dtype) == (with_clusters if capability >= 90 else without)
+    assert kernel_for(classes, dtype).startswith(with_clusters if capability >= 90 else without)
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize(("multiprocessors", "blocks"), [(4, 16), (1, 8)])
+def test_large_clusters_where_they_fit(multiprocessors, blocks, kernel_for, device, monkeypatch):
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CAPABILITY", "90")
+    monkeypatch.setenv("SOFTMAX_EXT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
+    assert kernel_for(200000, torch.float32) == f"cluster of {blocks}"
+    x = torch.randn(2, 200000, device=device, requires_grad=True)
+    target = torch.tensor([199999, 3], device=device)
+    exact = oracle.cross_entropy(x.detach(), target)
+    scale = oracle.gradient_scale(exact.grad, target, None)
+    for precompute in (False, True):
+        loss = cross_entropy(x, target, precompute_grad=precompute)
+        (grad,) = torch.autograd.grad(loss, x)
+        allowed = oracle.tolerance("grad", exact.grad, torch.float32, scale=scale)
+        oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, torch.float32), "loss")
+        oracle.assert_within(grad, exact.grad, allowed, "gradient")
 
 
 @pytest.mark.devices("emulated")

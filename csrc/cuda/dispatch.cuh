@@ -56,33 +56,44 @@ void launch_stream(const char* name, const Op& op, const Device& device, cudaStr
 }
 
 template <typename Op>
-void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
-  if constexpr (Op::kKeptChunks > 0) {
-    const int64_t rows = op.layout.outer;
-    const auto shared = [](Scope scope) { return shared_bytes<typename Op::Sums>(scope); };
-    if (choice.kernel == Kernel::kWarp) {
-      const int64_t rows_per_block = kWarpBlock / choice.threads;
-      launch(name, kept_rows<Op, Scope::kWarp>, {(rows + rows_per_block - 1) / rows_per_block, kWarpBlock}, stream, op,
-             choice.threads, rows);
-    } else if (choice.kernel == Kernel::kBlock) {
-      launch(name, kept_rows<Op, Scope::kBlock>, {rows, choice.threads, 1, shared(Scope::kBlock)}, stream, op,
-             choice.threads, rows);
-    } else {
-      launch(name, kept_rows<Op, Scope::kCluster>,
-             {rows * choice.cluster, choice.threads, choice.cluster, shared(Scope::kCluster)}, stream, op,
-             choice.threads, rows);
-    }
-  }
+Grid kept_grid(const Choice& choice, Scope scope, int64_t rows) {
+  const int64_t rows_per_block = scope == Scope::kWarp ? kWarpBlock / choice.threads : 1;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * choice.cluster;
+  const int threads = scope == Scope::kWarp ? kWarpBlock : choice.threads;
+  return {blocks, threads, choice.cluster, shared_bytes<typename Op::Sums>(scope)};
 }
 
 template <typename Op>
+void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
+  if constexpr (Op::kKeptChunks > 0) {
+    const int64_t rows = op.layout.outer;
+    const auto launch_as = [&](auto kernel, Scope scope) {
+      launch(name, kernel, kept_grid<Op>(choice, scope, rows), stream, op, choice.threads, rows);
+    };
+    if (choice.kernel == Kernel::kWarp)
+      launch_as(kept_rows<Op, Scope::kWarp>, Scope::kWarp);
+    else if (choice.kernel == Kernel::kBlock)
+      launch_as(kept_rows<Op, Scope::kBlock>, Scope::kBlock);
+    else
+      launch_as(kept_rows<Op, Scope::kCluster>, Scope::kCluster);
+  }
+}
+
+// What the device and the code can do of what the row asks for.
+template <typename Op>
 Choice choose_for(const RowShape& shape, Device device) {
-  const Choice choice = choose(shape, device);
-  if constexpr (Op::kKeptChunks > 0)
+  Choice choice = choose(shape, device);
+  if constexpr (Op::kKeptChunks > 0) {
+    const auto kernel = kept_rows<Op, Scope::kCluster>;
     if (choice.kernel == Kernel::kCluster) {
-      device.capability = capability_of_code(kept_rows<Op, Scope::kCluster>);
-      return choose(shape, device);
+      device.capability = capability_of_code(kernel);
+      choice = choose(shape, device);
     }
+    if (choice.cluster > kPortableCluster && !fits(kernel, kept_grid<Op>(choice, Scope::kCluster, 1))) {
+      device.cluster_blocks = kPortableCluster;
+      choice = choose(shape, device);
+    }
+  }
   return choice;
 }
 
