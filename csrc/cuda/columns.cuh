@@ -7,8 +7,6 @@
 namespace softmax_ext {
 namespace cuda {
 
-constexpr int kMostColumnWarps = 16;
-
 // Merges the sums of the warps of a block, a power of two, lane by lane, through `shared` [warps, kWarp].
 template <typename V>
 __device__ __forceinline__ void reduce_columns(V& value, V* shared) {
@@ -25,10 +23,21 @@ __device__ __forceinline__ void reduce_columns(V& value, V* shared) {
   value = shared[lane];
 }
 
+// The pointer n elements on, as a value that the compiler does not take apart: it would keep all of a loop's offsets, for which
+// it has no registers.
+template <typename E>
+__device__ __forceinline__ E* advanced(E* pointer, int64_t n) {
+  pointer += n;
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 // The row of a lane, of which its thread takes the classes `first`, `first` + step, ..., below `last`.
 template <typename Op>
 struct Column {
-  static constexpr int kClasses = Op::kColumnClasses;
+  static constexpr int kClasses = Op::kColumns.classes;
   const typename Op::In* input[Op::kInputs];
   int64_t stride[Op::kInputs];
   int first, last, step;
@@ -65,7 +74,7 @@ struct Column {
     for (int j = 0; j < Op::kInputs; j++) {
       const typename Op::In* from = input[j] + c * stride[j];
 #pragma unroll
-      for (int k = 0; k < kClasses; k++, from += step * stride[j])
+      for (int k = 0; k < kClasses; k++, from = advanced(from, step * stride[j]))
         if (c + k * step < last) part.element[k][j] = *from;
     }
     return part;
@@ -90,7 +99,7 @@ struct Column {
                                         bool clears, typename Op::Out* output, int64_t output_stride) const {
     typename Op::Out* to = output + c * output_stride;
 #pragma unroll
-    for (int k = 0; k < kClasses; k++, to += step * output_stride) {
+    for (int k = 0; k < kClasses; k++, to = advanced(to, step * output_stride)) {
       const int own = c + k * step;
       if (own >= last) break;
       const Elements<Op> x = part.elements(k);
@@ -100,11 +109,11 @@ struct Column {
   }
 };
 
-// Rows of few classes stay in registers, others are read again. Two blocks of most threads fit on a multiprocessor, unless the arithmetic is in double.
+// Rows of few classes stay in registers, others are read again.
 template <typename Op>
-__global__ void __launch_bounds__(kMostColumnWarps* kWarp, sizeof(typename Op::T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(Op::kColumns.warps* kWarp, 2)
     stream_columns(const __grid_constant__ Op op, unsigned tiles) {
-  constexpr int kClasses = Op::kColumnClasses;
+  constexpr int kClasses = Op::kColumns.classes;
   if (op.idle()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;

@@ -47,7 +47,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
-  static constexpr int kColumnClasses = kGeneral ? 6 : 16;
+  static constexpr ColumnShape kColumns = kGeneral ? ColumnShape{8, 8} : ColumnShape{10, 16};
   static constexpr int kKeptChunks = sizeof(T) == 8   ? 0
                                      : !kGeneral      ? 8
                                      : sizeof(S) == 4 ? 4

@@ -34,7 +34,7 @@ void launch_tile(const char* name, const Op& op, const Layout& layout, const Dev
 template <typename Op>
 void launch_columns(const char* name, const Op& op, cudaStream_t stream) {
   int warps = 1;
-  while (warps < kMostColumnWarps && warps * Op::kColumnClasses < op.layout.classes) warps *= 2;
+  while (warps < Op::kColumns.warps && warps * Op::kColumns.classes < op.layout.classes) warps *= 2;
   const int64_t tiles = (op.layout.inner + kWarp - 1) / kWarp;
   const int shared = op.reduces ? static_cast<int>(sizeof(typename Op::Sums)) * warps * kWarp : 0;
   launch(name, stream_columns<Op>, {tiles * op.layout.outer, warps * kWarp, 1, shared}, stream, op, tiles);

@@ -6,7 +6,7 @@
 //   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
 //   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
 //   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
-//   kColumnClasses                   classes of a row that a thread loads at once where they are apart (columns.cuh)
+//   kColumns                         the shape of stream_columns (columns.cuh)
 //   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
@@ -33,6 +33,12 @@
 
 namespace softmax_ext {
 namespace cuda {
+
+// Of stream_columns: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
+// multiprocessor, so that what has eight warps has twice the registers.
+struct ColumnShape {
+  int classes, warps;
+};
 
 // The elements of one class in all inputs.
 template <typename Op>

@@ -14,7 +14,8 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   using Sums = Sum<T>;
   static constexpr int kInputs = 1, kOutputOperand = 0;
   static constexpr bool kMaximum = false, reduces = false;
-  static constexpr int kStreamChunks = 4, kColumnClasses = 16, kKeptChunks = 0;
+  static constexpr int kStreamChunks = 4, kKeptChunks = 0;
+  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
 
   struct Context {
     T factor;
