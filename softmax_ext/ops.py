@@ -82,7 +82,7 @@ def _fake_cross_entropy(
     outputs = [
         input.new_empty(batch if reduction == NONE else [], dtype=loss_dtype),
         input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
-        input.new_empty([], dtype=torch.float64),
+        input.new_empty([] if reduction == MEAN else [0], dtype=torch.float64),
     ]
     if stats:
         outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]

@@ -210,6 +210,30 @@ def test_gradient_has_the_strides_of_the_logits(device):
         assert grad.stride() == x.stride()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_many_dimensions_that_do_not_merge(precompute, inplace, device):
+    """Of each the first two of three, so that none follows on another; in the tensor that surrounds them all is 7."""
+    shape = (2, 5, *[2] * 9)
+    target = oracle.make_target("int64", shape, torch.float32).to(device)
+    memory = torch.full((3, 5, *[3] * 9), 7.0, device=device)
+    view = memory[(slice(2), slice(None), *[slice(2)] * 9)]
+    view.copy_(torch.randn(shape))
+    exact = oracle.cross_entropy(view, target)
+    scale = oracle.gradient_scale(exact.grad, target, None)
+    oracle.assert_within(softmax(view, 1), view.cpu().double().softmax(1), torch.tensor(1e-6), "softmax")
+    logits = oracle.as_computed(view) if inplace else view.detach().requires_grad_()
+    version = logits._version
+    loss = cross_entropy(logits, target, precompute_grad=precompute, inplace=inplace)
+    (grad,) = torch.autograd.grad(loss, logits)
+    oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, torch.float32), "loss")
+    oracle.assert_within(grad, exact.grad, oracle.tolerance("grad", exact.grad, torch.float32, scale=scale), "gradient")
+    assert (memory == 7).sum() == memory.numel() - view.numel()
+    if inplace:
+        assert grad.data_ptr() == memory.data_ptr()
+        assert logits._version > version
+
+
 # ---- expanded --------------------------------------------------------------------------------------------------------
 
 

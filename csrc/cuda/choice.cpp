@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kMostThreads = 1024;    // of a block
 constexpr int kClusterThreads = 512;  // of a block of a cluster, so that two fit on a multiprocessor
-constexpr int kMostBlocks = 8;        // of a cluster that every device with clusters can run
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,8 +26,9 @@ Choice choose(const RowShape& shape, const Device& device) {
   if (threads <= kClusterThreads) return {Kernel::kBlock, whole_warps(threads)};
   if (device.capability >= 90) {
     int cluster = 2;
-    while (cluster < kMostBlocks && cluster * kClusterThreads < threads) cluster *= 2;
-    if (threads <= cluster * kMostThreads) return {Kernel::kCluster, whole_warps(divide_up(threads, cluster)), cluster};
+    while (cluster < device.cluster_blocks && cluster * kClusterThreads < threads) cluster *= 2;
+    const int most_threads = cluster > kPortableCluster ? kClusterThreads : kMostThreads;
+    if (threads <= cluster * most_threads) return {Kernel::kCluster, whole_warps(divide_up(threads, cluster)), cluster};
   }
   if (threads <= kMostThreads) return {Kernel::kBlock, whole_warps(threads)};
   return {Kernel::kStream};

@@ -31,7 +31,8 @@ CrossEntropyArguments<T> arguments(const CrossEntropy& call) {
   a.inverse_softcap = static_cast<T>(1 / call.softcap);
   a.logit_scale = static_cast<T>(call.logit_scale);
   a.rows = call.rows;
-  a.loss = static_cast<T*>(call.loss);
+  a.loss = call.loss;
+  a.loss_type = call.loss_type;
   a.state = static_cast<T*>(call.state);
   a.has_probabilities = call.has_probabilities;
   a.stats = call.stats;

@@ -27,7 +27,8 @@ struct CrossEntropyArguments {
   T z_loss, softcap, inverse_softcap, logit_scale;
 
   int64_t rows;
-  T* loss;
+  void* loss;
+  DType loss_type;
   T* state;
   bool has_probabilities, stats;
   T *lse, *nll, *entropy;
@@ -46,6 +47,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
+  static constexpr ColumnShape kColumns = kGeneral ? ColumnShape{8, 8} : ColumnShape{10, 16};
   static constexpr int kKeptChunks = sizeof(T) == 8   ? 0
                                      : !kGeneral      ? 8
                                      : sizeof(S) == 4 ? 4
@@ -54,9 +56,12 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   struct Context {
     int64_t row;
     int64_t probabilities, grad_probabilities;  // where they begin
-    int y;                                      // class; -1 with probabilities, where ignored, and where out of range
-    bool live, bad;                             // not ignored; out of range
-    T z, weight;                                // of class y; z is the leader's alone
+    int64_t target = 0;                         // as it is given
+    T max = 0, rest = 0;                        // of the state, in backward
+    int y = -1;                                 // class; -1 with probabilities, where ignored, and where out of range
+    bool live = true, bad = false;              // not ignored; out of range
+    T z = 0, weight = 1;                        // of class y; z is the leader's alone
+    T g = 0;                                    // upstream gradient of the loss, unless kGeneral: no register is left
   };
 
   // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (kept w_c + nll) ]
@@ -69,6 +74,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
 
   __device__ __forceinline__ bool never_kept() const { return this->has_probabilities || this->has_extra; }
   __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ bool overwrites() const { return this->logits == this->grad_logits; }
   __device__ __forceinline__ static int input_operand(int) { return kLogits; }
   __device__ __forceinline__ const S* input(int, const Position& at) const {
     return static_cast<const S*>(this->logits) + at.offset[kLogits];
@@ -85,16 +91,26 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   }
   __device__ __forceinline__ T level(const Elements<CrossEntropyOp>& x) const { return logit(x.of[0]); }
 
-  __device__ __forceinline__ Context begin(const Position& at) const {
-    Context context{at.offset[kRow], at.offset[kProbabilities], at.offset[kGradProbabilities], -1, true, false, 0, 1};
-    if (this->has_probabilities) return context;
-    const int64_t classes = this->layout.classes;
-    const int64_t y = this->index ? this->index[context.row] : this->index_u8[context.row];
+  __device__ __forceinline__ Context fetch(const Position& at) const {
+    Context context;
+    context.row = at.offset[kRow];
+    context.probabilities = at.offset[kProbabilities];
+    context.grad_probabilities = at.offset[kGradProbabilities];
+    if (!this->has_probabilities) context.target = this->index ? this->index[context.row] : this->index_u8[context.row];
+    if (!this->reduces) {
+      context.max = this->state[context.row];
+      context.rest = this->state[this->rows + context.row];
+    }
+    return context;
+  }
+
+  __device__ __forceinline__ void begin(Context& context) const {
+    if (!kGeneral && this->writes) context.g = upstream(this->grad_loss, context.row);
+    if (this->has_probabilities) return;
+    const int64_t classes = this->layout.classes, y = context.target;
     context.live = y != this->ignore_index;
     context.bad = context.live && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes);
-    if (!context.live || context.bad) return context;
-    context.y = static_cast<int>(y);
-    return context;
+    if (context.live && !context.bad) context.y = static_cast<int>(y);
   }
 
   template <typename Value>
@@ -161,7 +177,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     const int64_t row = context.row;
     State s{0, 0, 1, 1};
     if (!this->reduces) {
-      if (!skips(context)) s = {this->state[row], this->state[this->rows + row], 1, 1};
+      if (!skips(context)) s = {context.max, context.rest, 1, 1};
       if (this->has_probabilities && !skips(context)) {
         s.b_sum = this->state[2 * this->rows + row];
         s.q_sum = this->state[3 * this->rows + row];
@@ -194,7 +210,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
     if (this->z_loss != 0) loss += this->z_loss * lse * lse;
     if (context.bad) loss = nll = not_a_number<T>();
     if (!context.live) loss = nll = 0;
-    if (this->loss) this->loss[row] = loss;
+    if (this->loss) store_value(loss, this->loss, this->loss_type, row);
     if (this->state) {
       this->state[row] = s.max;
       this->state[rows + row] = s.rest;
@@ -215,7 +231,7 @@ struct CrossEntropyOp : CrossEntropyArguments<Arithmetic> {
   __device__ __forceinline__ Coefficients coefficients(const Context& context, const State& s, bool leader) const {
     const int64_t row = context.row;
     const T eps = this->label_smoothing, share = this->share, scale = kGeneral ? this->logit_scale : T(1);
-    const T g = context.live ? upstream(this->grad_loss, row) : T(0);
+    const T g_loss = kGeneral ? upstream(this->grad_loss, row) : context.g, g = context.live ? g_loss : T(0);
     const T g_nll = context.live ? upstream(this->grad_nll, row) : T(0);
     const T g_entropy = kGeneral ? upstream(this->grad_entropy, row) : T(0);
     const bool needs_log = this->z_loss != 0 || has_entropy_gradient() || this->has_extra;

@@ -56,9 +56,10 @@ __device__ __forceinline__ T load_value(const void* data, DType type, int64_t i)
   return 0;
 }
 
-__device__ __forceinline__ void store_value(double value, void* data, DType type, int64_t i) {
+template <typename T>
+__device__ __forceinline__ void store_value(T value, void* data, DType type, int64_t i) {
   switch (type) {
-    case DType::kFloat64: static_cast<double*>(data)[i] = value; break;
+    case DType::kFloat64: narrow(value, static_cast<double*>(data)[i]); break;
     case DType::kFloat32: narrow(value, static_cast<float*>(data)[i]); break;
     case DType::kBFloat16: narrow(value, static_cast<__nv_bfloat16*>(data)[i]); break;
     case DType::kFloat16: narrow(value, static_cast<__half*>(data)[i]); break;

@@ -5,32 +5,39 @@
 
 #include "choice.h"
 #include "columns.cuh"
+#include "tiles.cuh"
 
 namespace softmax_ext {
 namespace cuda {
 
-// The rows of a tile: as many as a block has threads, fewer where their classes do not fit in shared memory.
-template <typename Op>
-int rows_per_tile(int64_t row_bytes) {
-  constexpr int64_t kSharedBytes = 48 << 10;
-  return static_cast<int>(std::clamp<int64_t>(kSharedBytes / row_bytes / kWarp * kWarp, kWarp, kTileRows));
+// The rows of a tile: one for each thread; fewer where their classes do not fit in shared memory; several where they are so
+// few that too little would be under way, if that leaves several tiles for each block that runs at a time.
+inline int rows_per_tile(const Layout& layout, int64_t row_bytes, const Device& device) {
+  constexpr int64_t kMostBytes = 48 << 10, kEnoughBytes = 12 << 10, kTilesEach = 4;
+  const int64_t enough_tiles = kTilesEach * kTileBlocks * device.multiprocessors;
+  int64_t rows = std::clamp<int64_t>(kMostBytes / row_bytes / kWarp * kWarp, kWarp, kTileThreads);
+  while (2 * rows * row_bytes <= kEnoughBytes && layout.inner / (2 * rows) * layout.outer >= enough_tiles) rows *= 2;
+  return static_cast<int>(rows);
 }
 
 template <typename Op>
-void launch_tile(const char* name, const Op& op, cudaStream_t stream) {
+void launch_tile(const char* name, const Op& op, const Layout& layout, const Device& device, cudaStream_t stream) {
   using T = typename Op::T;
-  const int64_t row_bytes = Op::kInputs * tile_pitch(op.layout.classes) * sizeof(T);
-  const int rows = rows_per_tile<Op>(row_bytes);
-  const int64_t tiles = (op.layout.inner + rows - 1) / rows;
-  launch(name, tile_rows<Op>, {tiles * op.layout.outer, kTileRows, 1, static_cast<int>(rows * row_bytes)}, stream, op,
+  const int64_t row_bytes = Op::kInputs * tile_pitch(layout.classes) * sizeof(T);
+  const int rows = rows_per_tile(layout, row_bytes, device);
+  const int64_t tiles = (layout.inner + rows - 1) / rows;
+  launch(name, tile_rows<Op>, {tiles * layout.outer, kTileThreads, 1, static_cast<int>(rows * row_bytes)}, stream, op,
          rows, tiles);
 }
 
+// A block has so many warps that each loads its classes at once, as far as it may have.
 template <typename Op>
 void launch_columns(const char* name, const Op& op, cudaStream_t stream) {
+  int warps = 1;
+  while (warps < Op::kColumns.warps && warps * Op::kColumns.classes < op.layout.classes) warps *= 2;
   const int64_t tiles = (op.layout.inner + kWarp - 1) / kWarp;
-  const int shared = op.reduces ? static_cast<int>(sizeof(typename Op::Sums)) * kColumnWarps * kWarp : 0;
-  launch(name, stream_columns<Op>, {tiles * op.layout.outer, kColumnWarps * kWarp, 1, shared}, stream, op, tiles);
+  const int shared = op.reduces ? static_cast<int>(sizeof(typename Op::Sums)) * warps * kWarp : 0;
+  launch(name, stream_columns<Op>, {tiles * op.layout.outer, warps * kWarp, 1, shared}, stream, op, tiles);
 }
 
 // Into how many parts a row is split where its parts need not wait for each other, so that few rows fill the device.
@@ -49,33 +56,44 @@ void launch_stream(const char* name, const Op& op, const Device& device, cudaStr
 }
 
 template <typename Op>
-void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
-  if constexpr (Op::kKeptChunks > 0) {
-    const int64_t rows = op.layout.outer;
-    const auto shared = [](Scope scope) { return shared_bytes<typename Op::Sums>(scope); };
-    if (choice.kernel == Kernel::kWarp) {
-      const int64_t rows_per_block = kWarpBlock / choice.threads;
-      launch(name, kept_rows<Op, Scope::kWarp>, {(rows + rows_per_block - 1) / rows_per_block, kWarpBlock}, stream, op,
-             choice.threads, rows);
-    } else if (choice.kernel == Kernel::kBlock) {
-      launch(name, kept_rows<Op, Scope::kBlock>, {rows, choice.threads, 1, shared(Scope::kBlock)}, stream, op,
-             choice.threads, rows);
-    } else {
-      launch(name, kept_rows<Op, Scope::kCluster>,
-             {rows * choice.cluster, choice.threads, choice.cluster, shared(Scope::kCluster)}, stream, op,
-             choice.threads, rows);
-    }
-  }
+Grid kept_grid(const Choice& choice, Scope scope, int64_t rows) {
+  const int64_t rows_per_block = scope == Scope::kWarp ? kWarpBlock / choice.threads : 1;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * choice.cluster;
+  const int threads = scope == Scope::kWarp ? kWarpBlock : choice.threads;
+  return {blocks, threads, choice.cluster, shared_bytes<typename Op::Sums>(scope)};
 }
 
 template <typename Op>
+void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
+  if constexpr (Op::kKeptChunks > 0) {
+    const int64_t rows = op.layout.outer;
+    const auto launch_as = [&](auto kernel, Scope scope) {
+      launch(name, kernel, kept_grid<Op>(choice, scope, rows), stream, op, choice.threads, rows);
+    };
+    if (choice.kernel == Kernel::kWarp)
+      launch_as(kept_rows<Op, Scope::kWarp>, Scope::kWarp);
+    else if (choice.kernel == Kernel::kBlock)
+      launch_as(kept_rows<Op, Scope::kBlock>, Scope::kBlock);
+    else
+      launch_as(kept_rows<Op, Scope::kCluster>, Scope::kCluster);
+  }
+}
+
+// What the device and the code can do of what the row asks for.
+template <typename Op>
 Choice choose_for(const RowShape& shape, Device device) {
-  const Choice choice = choose(shape, device);
-  if constexpr (Op::kKeptChunks > 0)
+  Choice choice = choose(shape, device);
+  if constexpr (Op::kKeptChunks > 0) {
+    const auto kernel = kept_rows<Op, Scope::kCluster>;
     if (choice.kernel == Kernel::kCluster) {
-      device.capability = capability_of_code(kept_rows<Op, Scope::kCluster>);
-      return choose(shape, device);
+      device.capability = capability_of_code(kernel);
+      choice = choose(shape, device);
     }
+    if (choice.cluster > kPortableCluster && !fits(kernel, kept_grid<Op>(choice, Scope::kCluster, 1))) {
+      device.cluster_blocks = kPortableCluster;
+      choice = choose(shape, device);
+    }
+  }
   return choice;
 }
 
@@ -91,7 +109,7 @@ void launch_op(const char* name, const Op& op, const Layout& layout, bool stream
   const Choice choice = choose_for<Op>(
       {layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)), streams ? 0 : Op::kKeptChunks}, device);
   switch (choice.kernel) {
-    case Kernel::kTile: return launch_tile(name, op, stream);
+    case Kernel::kTile: return launch_tile(name, op, layout, device, stream);
     case Kernel::kColumns: return launch_columns(name, op, stream);
     case Kernel::kStream: return launch_stream(name, op, device, stream);
     default: return launch_kept(name, op, choice, stream);

@@ -17,8 +17,8 @@ namespace cuda {
 
 using Stream = CUstream_st*;
 
-// The most dimensions of a layout's `dims`.
-constexpr int kMaxOuterDims = 8;
+// The most dimensions of a layout's `dims`: more, of two or more rows each, would be 2^32 rows.
+constexpr int kMaxOuterDims = 32;
 
 // Rows of at most this many classes are put into the columns layout, whatever their strides: a thread takes a row.
 constexpr int64_t kSmallClasses = 64;
@@ -68,7 +68,8 @@ struct CrossEntropy {
 
   bool forward;
   int64_t rows;
-  void* loss;           // forward: [rows] of T
+  void* loss;  // forward: [rows] of loss_type, which is T where they are to be summed
+  DType loss_type;
   void* state;          // [2 or 4, rows] of T; forward writes it unless null, backward reads it
   bool stats;           // forward: write the four below
   void* lse;            // [rows] of T
@@ -119,18 +120,28 @@ void scale_rows(const ScaleRows& call, Stream stream);
 
 // ---- sums, in double and in an order that depends on the sizes alone -------------------------------------------------
 
-// Doubles of device memory that the sums below need for their partial results.
-constexpr int64_t kSumScratch = 1024;
+// Doubles of device memory that the sums below need for their partial results, two for each share of a long sum.
+constexpr int64_t kMostShares = 1024;
+constexpr int64_t kSumScratch = 2 * kMostShares;
 
 // *sum = the sum of n weights of T.
 void sum_weights(const void* weight, bool is_double, int64_t n, double* sum, double* scratch, Stream stream);
 
 // *sum = the sum of weight[target] (1 each without weights) over the rows that are not ignored, the mean's denominator.
+// With probabilities, the number of rows.
 void sum_targets(const CrossEntropy& call, int64_t classes, double* sum, double* scratch, Stream stream);
 
-// *out = the sum of n losses of T, divided by *divisor unless that is null, as out_type.
-void sum_losses(const void* losses, bool is_double, int64_t n, const double* divisor, void* out, DType out_type,
-                double* scratch, Stream stream);
+// What becomes of the losses of a call.
+struct LossSum {
+  void* loss;  // of loss_type
+  DType loss_type;
+  bool mean;             // otherwise the sum
+  double* denominator;   // of the mean
+  bool has_denominator;  // it is there; otherwise it is taken in the same pass, as by sum_targets, and written
+};
+
+// *to.loss = the sum or the mean of the call's losses.
+void sum_losses(const CrossEntropy& call, int64_t classes, const LossSum& to, double* scratch, Stream stream);
 
 // *first = the first row whose class is neither in [0, classes) nor ignore_index, or `rows`.
 void find_bad_class(const CrossEntropy& call, int64_t classes, int64_t* first, Stream stream);

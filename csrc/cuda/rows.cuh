@@ -6,15 +6,18 @@
 //   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
 //   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
 //   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
+//   kColumns                         the shape of stream_columns (columns.cuh)
 //   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
 //   never_kept()                     what is true of no Op that kept_rows is launched with
 //   idle()                           whether the output is what is there already
+//   overwrites()                     whether the output overwrites what a leader keeps
 //   input(i, at), output(at)         where the row at a Position begins
-//   begin(at) -> Context             the row's own data
-//   keep(context, leader, value)     what follows from it; the leader also keeps what the output may overwrite, the
-//                                    logit value(c) of a class. Apart from begin, since it waits for what that loads
+//   fetch(at) -> Context             the row's own data, which is loaded; nothing waits for it
+//   begin(context)                   what follows from it
+//   keep(context, leader, value)     more of that; the leader also keeps what the output may overwrite, the logit value(c)
+//                                    of a class. Apart from begin, so that the row's loads are under way
 //   skips(context)                   whether the row is not read and its output is 0
 //   clears(context)                  whether its output is 0, be it read or not
 //   level(x)                         of the elements x of all inputs: what the maximum is taken of
@@ -30,6 +33,12 @@
 
 namespace softmax_ext {
 namespace cuda {
+
+// Of stream_columns: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
+// multiprocessor, so that what has eight warps has twice the registers.
+struct ColumnShape {
+  int classes, warps;
+};
 
 // The elements of one class in all inputs.
 template <typename Op>
@@ -174,7 +183,10 @@ struct SimpleOp {
 
   __device__ __forceinline__ bool never_kept() const { return false; }
   __device__ __forceinline__ bool idle() const { return false; }
-  __device__ __forceinline__ Context begin(const Position&) const { return {}; }
+  __device__ __forceinline__ bool overwrites() const { return false; }
+  __device__ __forceinline__ Context fetch(const Position&) const { return {}; }
+  template <typename C>
+  __device__ __forceinline__ void begin(C&) const {}
   template <typename C, typename Value>
   __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
   template <typename C>
@@ -201,16 +213,18 @@ constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of 
 // that share a row.
 template <typename Op, int kThreads>
 struct KeptRow {
-  static constexpr int kChunks = Op::kKeptChunks, kSize = InputChunk<Op>::kSize;
+  static constexpr int kChunks = Op::kKeptChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
   static constexpr int kLoose = (2 * kSize - 2 + kThreads - 1) / kThreads;
   InputChunk<Op> chunk[kChunks];
   Elements<Op> loose[kLoose];
 
+  // Two halves, so that the first is under way before it is known whether the row is needed: what an ignored row costs.
   // All loads are under way before the first value is used.
-  __device__ __forceinline__ void load(const RowOperands<Op>& row, int thread, int size) {
+  __device__ __forceinline__ void load_half(int half, const RowOperands<Op>& row, int thread, int size) {
 #pragma unroll
-    for (int k = 0; k < kChunks; k++)
+    for (int k = half == 0 ? 0 : kFirst; k < (half == 0 ? kFirst : kChunks); k++)
       if (thread + k * size < row.cut.chunks) chunk[k] = row.template load<false>(thread + k * size);
+    if (half == 0) return;
 #pragma unroll
     for (int k = 0; k < kLoose; k++)
       if (thread + k * size < row.cut.loose) loose[k] = row.load_one(row.cut.of_loose(thread + k * size));
@@ -261,10 +275,10 @@ struct KeptRow {
   }
 };
 
-// The second bound asks for nothing: one block on a multiprocessor, or (0) no number at all. With either in both places
-// the compiler spills a register somewhere that it need not.
+// The second bound: six blocks of warps with rows of their own fit on a multiprocessor. For the others 0, no number at all:
+// with one in its place the compiler spills a register somewhere that it need not.
 template <typename Op, Scope kScope>
-__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 1 : 0)
+__global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 6 : 0)
     kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;
@@ -276,20 +290,21 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
-    auto context = op.begin(at);
-    const bool skips = op.skips(context);
+    auto context = op.fetch(at);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
     KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
-    if (!skips) kept.load(row, group.thread, group.size);
+    kept.load_half(0, row, group.thread, group.size);
+    op.begin(context);
+    const bool skips = op.skips(context);
+    if (!skips) kept.load_half(1, row, group.thread, group.size);
     op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
     typename Op::Sums sums;
     if (op.reduces) {
       if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
       group.reduce(sums);
-    } else {
-      group.sync();  // the leader has read what the output overwrites
     }
     const auto coefficients = op.finish(context, sums, leader);
+    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read what it keeps
     if (op.writes && op.clears(context))
       kept.clear(row, group.thread, group.size);
     else if (op.writes)
@@ -313,7 +328,8 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
   const bool leader = threadIdx.x == 0;
-  auto context = op.begin(at);
+  auto context = op.fetch(at);
+  op.begin(context);
   const RowOperands<Op> row(op, at, op.layout.classes);
   op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
   const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
@@ -346,10 +362,9 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
     }
     sums.close();
     reduce_block(sums.total, shared_memory<typename Op::Sums>());
-  } else {
-    __syncthreads();
   }
   const auto coefficients = op.finish(context, sums.total, leader);
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
   if (!op.writes && !op.has_extra) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);

@@ -15,6 +15,7 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   static constexpr int kInputs = 1, kOutputOperand = 0;
   static constexpr bool kMaximum = false, reduces = false;
   static constexpr int kStreamChunks = 4, kKeptChunks = 0;
+  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
 
   struct Context {
     T factor;
@@ -34,7 +35,7 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   __device__ __forceinline__ static int input_operand(int) { return 0; }
   __device__ __forceinline__ S* output(const Position& at) const { return static_cast<S*>(data) + at.offset[0]; }
   __device__ __forceinline__ const S* input(int, const Position& at) const { return output(at); }
-  __device__ __forceinline__ Context begin(const Position& at) const { return {factor_of(at.offset[kRow])}; }
+  __device__ __forceinline__ Context fetch(const Position& at) const { return {factor_of(at.offset[kRow])}; }
   __device__ __forceinline__ void add(Sums&, const Context&, const Elements<ScaleOp>&, int) const {}
   __device__ __forceinline__ Coefficients finish(const Context&, const Sums&, bool) const { return {}; }
   // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.

@@ -16,6 +16,7 @@ struct SoftmaxOp : SimpleOp<std::conditional_t<sizeof(O) == 8, double, float>> {
   static constexpr int kInputs = 1, kOutputOperand = kSoftmaxOutput;
   static constexpr bool kMaximum = true;
   static constexpr int kStreamChunks = sizeof(T) == 8 ? 1 : 4 / kInputs;
+  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
   static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : 8;  // what 64 registers hold
 
   struct Coefficients {
@@ -59,6 +60,7 @@ struct SoftmaxBackwardOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, f
   static constexpr int kInputs = 2, kOutputOperand = kSoftmaxInput;
   static constexpr bool kMaximum = false;
   static constexpr int kStreamChunks = sizeof(T) == 8 ? 1 : 4 / kInputs;
+  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{4, 8} : ColumnShape{8, 16};
   static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : 4;
 
   struct Coefficients {

@@ -64,12 +64,13 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
   const ScalarType arithmetic =
       arithmetic_type({call.input_type, loss_type, call.probabilities ? call.target_type : call.input_type});
+  const std::vector<int64_t> total_sizes = call.reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_sizes = call.reduction == kNone ? call.batch : std::vector<int64_t>{};
   Forward out{arithmetic,
               loss_type,
               empty(loss_sizes, loss_scalar, call.input),
               empty(overwrites ? std::vector<int64_t>{0} : state_sizes(call), arithmetic, call.input),
-              empty({}, ScalarType::Double, call.input),
+              empty(total_sizes, ScalarType::Double, call.input),
               {},
               grad,
               !overwrites};
@@ -130,8 +131,9 @@ void backward(const Call& call, const UpstreamGradients& grads, const Tensor& st
   STD_TORCH_CHECK(sizes_of(state) == state_sizes(call) && state.is_contiguous() &&
                       (arithmetic == ScalarType::Double || arithmetic == ScalarType::Float),
                   call.op, ": state must come from cross_entropy.");
-  STD_TORCH_CHECK(total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double, call.op,
-                  ": total_weight must come from cross_entropy.");
+  STD_TORCH_CHECK(
+      call.reduction != kMean || (total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double),
+      call.op, ": total_weight must come from cross_entropy.");
   if (grads.entropy) {
     STD_TORCH_CHECK(
         entropy && entropy->is_contiguous() && sizes_of(*entropy) == call.batch && entropy->scalar_type() == arithmetic,

@@ -45,7 +45,7 @@ struct Forward {
   DType loss_type;
   Tensor loss;                 // [*batch] or []
   Tensor state;                // [2 or 4, *batch], or [0]: no backward follows
-  Tensor total_weight;         // [] float64: the mean's denominator
+  Tensor total_weight;         // [] float64: the mean's denominator; or [0]: there is no mean
   std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
   std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input
   bool keeps_state;

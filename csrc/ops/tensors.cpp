@@ -199,8 +199,9 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
   }
   layout_.outer = rows == 0 ? 0 : rows / layout_.inner;
   layout_.outer_dims = static_cast<int>(dims_.size());
-  STD_TORCH_CHECK(layout_.outer_dims <= rule.max_outer_dims, "softmax_ext: the strides of the operands need ",
-                  layout_.outer_dims, " dimensions beside the classes, and the kernels take ", rule.max_outer_dims,
+  STD_TORCH_CHECK(layout_.outer == 0 || layout_.outer_dims <= rule.max_outer_dims,
+                  "softmax_ext: the strides of the operands need ", layout_.outer_dims,
+                  " dimensions beside the classes, and the kernels take ", rule.max_outer_dims,
                   ". Use input.contiguous().");
   layout_.dims = dims_.data();
 }

@@ -660,6 +660,9 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& launched) {
 
 }  // namespace cuda_on_cpu
 
+// Launches so far, for tests that count them.
+extern "C" __attribute__((visibility("default"))) uint64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
+
 using cuda_on_cpu::result;
 
 const char* cudaGetErrorName(cudaError_t error) {

@@ -116,7 +116,7 @@ void forward(const Call& call, const Forward& out) {
   const double one = 1;
   if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, divides_precomputed(call) ? 1 / total_weight : 1.0};
   const double sum = run(k);
-  *static_cast<double*>(out.total_weight.data_ptr()) = total_weight;
+  if (call.reduction == kMean) *static_cast<double*>(out.total_weight.data_ptr()) = total_weight;
   if (call.reduction != kNone)
     set_value(out.loss.data_ptr(), out.loss_type, call.reduction == kMean ? sum / total_weight : sum);
 }

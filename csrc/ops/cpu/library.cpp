@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
   // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
   //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
   //    state [2, *batch] (class indices: max, log_sum) or [4, *batch] (probabilities: also sum b, sum q)
+  //    total_weight [] float64, the mean's denominator; [0] without a mean
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "

@@ -21,12 +21,13 @@ double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.data_
 struct Workspace {
   Tensor scratch;
   std::optional<Tensor> weight;      // in the type of the arithmetic
-  std::optional<Tensor> weight_sum;  // []
+  std::optional<Tensor> weight_sum;  // [], for smoothing
 
   Workspace(const Call& call, ScalarType arithmetic, cuda::Stream stream)
       : scratch(empty({cuda::kSumScratch}, ScalarType::Double, call.input)) {
     if (!call.weight) return;
     weight = as_contiguous(converted(*call.weight, arithmetic));
+    if (call.label_smoothing == 0) return;
     weight_sum = empty({}, ScalarType::Double, call.input);
     cuda::sum_weights(weight->const_data_ptr(), arithmetic == ScalarType::Double, call.classes, doubles(*weight_sum),
                       doubles(scratch), stream);
@@ -36,7 +37,7 @@ struct Workspace {
     k.is_double = arithmetic == ScalarType::Double;
     if (!weight) return;
     k.weight = weight->const_data_ptr();
-    k.weight_sum = doubles(*weight_sum);
+    if (weight_sum) k.weight_sum = doubles(*weight_sum);
   }
 };
 
@@ -62,7 +63,7 @@ void check_classes(const Call& call, const cuda::CrossEntropy& k, cuda::Stream s
       call.byte_target ? static_cast<const uint8_t*>(classes)[row] : static_cast<const int64_t*>(classes)[row]);
 }
 
-// The mean's denominator, to be read on the device.
+// The mean's denominator, for a gradient that is to be divided by it; without one it comes with the sum of the losses.
 void sum_targets(const Call& call, const cuda::CrossEntropy& k, const Tensor& total, const Workspace& workspace,
                  cuda::Stream stream) {
   if (call.probabilities)
@@ -73,7 +74,7 @@ void sum_targets(const Call& call, const cuda::CrossEntropy& k, const Tensor& to
 
 // Of no rows: a mean is 0 / 0.
 void fill_empty(const Call& call, const Forward& out) {
-  torch::stable::fill_(out.total_weight, 0);
+  if (call.reduction == kMean) torch::stable::fill_(out.total_weight, 0);
   if (call.reduction != kNone)
     torch::stable::fill_(out.loss, call.reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0);
 }
@@ -89,20 +90,18 @@ void device::cross_entropy(const Call& call, const Forward& out) {
   auto k = forward_call<cuda::CrossEntropy>(call, out, joint.layout());
   workspace.add_to(k, out.arithmetic);
   check_classes(call, k, stream);
-  sum_targets(call, k, out.total_weight, workspace, stream);
 
-  const double* total = doubles(out.total_weight);
-  if (out.grad) k.grad_loss = {true, nullptr, DType::kFloat64, 0, divides_precomputed(call) ? total : nullptr};
-  const bool is_result = call.reduction == kNone && out.loss_type == dtype_of(out.arithmetic, call.op, "dtype");
-  Tensor loss = out.loss;
-  const Tensor losses = is_result ? loss : empty(call.batch, out.arithmetic, call.input);
+  const bool is_mean = call.reduction == kMean, divides = out.grad && divides_precomputed(call);
+  double* total = is_mean ? doubles(out.total_weight) : nullptr;
+  if (divides) sum_targets(call, k, out.total_weight, workspace, stream);
+  if (out.grad) k.grad_loss = {true, nullptr, DType::kFloat64, 0, divides ? total : nullptr};
+  const Tensor losses = call.reduction == kNone ? out.loss : empty(call.batch, out.arithmetic, call.input);
   k.loss = losses.data_ptr();
+  k.loss_type = dtype_of(losses, call.op, "dtype");
   cuda::cross_entropy(k, stream);
   if (call.reduction != kNone)
-    cuda::sum_losses(losses.const_data_ptr(), k.is_double, call.rows, call.reduction == kMean ? total : nullptr,
-                     loss.data_ptr(), out.loss_type, doubles(workspace.scratch), stream);
-  else if (!is_result)
-    torch::stable::copy_(loss, losses);
+    cuda::sum_losses(k, call.classes, {out.loss.data_ptr(), out.loss_type, is_mean, total, divides},
+                     doubles(workspace.scratch), stream);
 }
 
 void device::cross_entropy_backward(const Call& call, const Backward& operands) {
