@@ -26,8 +26,8 @@ from . import checks, ops
 from .ops import NONE
 from .reference import class_index, is_live
 
-# Columns of a product that passes through a buffer of its own: these stay in cache.
-_SLICE_BYTES = 4 << 20
+# A product that passes through a buffer of its own does so a slice at a time, which stays in cache.
+_SLICE_BYTES = 2 << 20
 
 
 class Problem(NamedTuple):
@@ -105,15 +105,16 @@ def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         total[s].copy_(product) if first else total[s].add_(product)
 
 
-def _add_outer_of_targets(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor) -> None:
-    """The part of dz^T x that belongs to the targets' classes [rows, K], which is then taken out of dz [rows, C * K].
+def _add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first: bool) -> None:
+    """The same, the part of the targets' classes [rows, K] by itself: it is taken out of dz [rows, C * K].
 
-    It is nearly all of the gradient and one row for each position: added by itself it is not rounded with a product.
+    It is nearly all of the gradient, one row for each position; so it is not rounded with the product.
     """
     positions = classes.shape[1]
     columns = classes * positions + torch.arange(positions, device=classes.device)
     values = dz.gather(1, columns).to(total.dtype)
-    dz.scatter_(1, columns, 0)
+    dz[torch.arange(dz.shape[0], device=dz.device)[:, None], columns] = 0
+    _add_outer(total, dz, x, first)
     for k in range(positions):
         total.index_add_(0, columns[:, k], values[:, k : k + 1] * x)
 
@@ -122,13 +123,13 @@ def _add_outer_of_targets(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor)
 
 
 def default_chunk_rows(rows: int, device: torch.device) -> int:
-    """A tenth of the rows, within the bounds where matrix products run at full speed and a chunk is small.
+    """A ninth of the rows, within the bounds where matrix products run at full speed and a chunk is small.
 
     On a CPU 128 to 512 rows: below, the weight is read too often for too little arithmetic; above, nothing is gained.
     On a GPU 1024 to 4096.
     """
     least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
-    return min(max(rows // 160 * 16, least), most)
+    return min(max(rows // 144 * 16, least), most)
 
 
 def _checks_targets(target: Tensor) -> bool:
@@ -211,8 +212,9 @@ class _GradientSums:
         dtype = problem.input.dtype
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         needs_input, needs_weight, needs_bias = needs
+        new = problem.input.new_empty if chunks.count else problem.input.new_zeros  # the first chunk fills it
         self.input = problem.input.new_zeros(problem.input.shape) if needs_input else None
-        self.weight = problem.input.new_zeros(chunks.matrix.shape, dtype=wide) if needs_weight else None
+        self.weight = new(chunks.matrix.shape, dtype=wide) if needs_weight else None
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
@@ -229,9 +231,11 @@ class _GradientSums:
             return
         # index_add_ adds in any order on CUDA.
         apart = self.weight.dtype != dz.dtype and not target.is_floating_point() and target.device.type == "cpu"
+        first = rows.start == 0
         if apart:
-            _add_outer_of_targets(self.weight, dz, x, self.chunks.class_index(target).reshape(x.shape[0], -1))
-        _add_outer(self.weight, dz, x, rows.start == 0 and not apart)
+            _add_outer_apart(self.weight, dz, x, self.chunks.class_index(target).reshape(x.shape[0], -1), first)
+        else:
+            _add_outer(self.weight, dz, x, first)
 
     def results(self) -> list[Tensor]:
         """Those that are needed; the sums in the dtype they were made in."""

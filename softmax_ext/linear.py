@@ -171,7 +171,7 @@ def linear_cross_entropy(
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
-        chunk_rows: rows whose logits exist at once; None: a tenth of them, at least 128 and at most 512 on the CPU, at
+        chunk_rows: rows whose logits exist at once; None: a ninth of them, at least 128 and at most 512 on the CPU, at
             least 1024 and at most 4096 on a GPU.
 
     Returns:

@@ -552,8 +552,8 @@ def test_ignored_rows_are_not_multiplied():
 
 def test_default_chunks():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [chunks.default_chunk_rows(n, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 192, 400, 512]
-    assert [chunks.default_chunk_rows(n, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3264, 4096]
+    assert [chunks.default_chunk_rows(n, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 224, 448, 512]
+    assert [chunks.default_chunk_rows(n, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3632, 4096]
 
 
 @pytest.mark.parametrize("amd", [True, False])
