@@ -54,6 +54,7 @@ test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and som
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
+	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py)
 
 bench-linear: $(VENV)/.bench $(VENV)/.built ## measure linear cross entropy; fills benchmarks/results/linear.*
 	$(BIN)/python benchmarks/bench_linear.py $(BENCH_ARGS)
@@ -63,6 +64,7 @@ bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a m
 
 bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
+	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py --gpu)
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check

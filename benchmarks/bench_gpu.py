@@ -96,7 +96,8 @@ def describe_gpu() -> GpuEnvironment:
     )
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
+    """Of the first GPU's memory."""
     import torch
 
     return torch.cuda.mem_get_info(0)[0]
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench_gpu.py: {reason}", file=sys.stderr)
         return 2
     jobs = _jobs(options, _l2_bytes())
-    records = run_jobs(jobs, options.samples, None, console, _free_bytes, options.seconds or float("inf"))
+    records = run_jobs(jobs, options.samples, None, console, free_bytes, options.seconds or float("inf"))
     if not any(record.median for record in records):
         console.print(*exceptions(records), "bench_gpu.py: nothing was measured", sep="\n", highlight=False)
         return 1

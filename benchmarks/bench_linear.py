@@ -2,8 +2,9 @@
 
     make bench-linear
     python benchmarks/bench_linear.py --only 2048x768x50257-f32
+    python benchmarks/bench_linear.py --gpu      with Liger-Kernel and Cut Cross-Entropy where they are installed
 
-Prints a table; a full run, or one with --output, writes linear.csv and linear.png. Every job is a process of its own,
+Prints a table; a full run, or one with --output, writes linear.csv and linear.png (gpu_linear.csv and .png). Every job is a process of its own,
 whose variants take turns and are held against float64 first.
 """
 
@@ -12,15 +13,16 @@ import sys
 from pathlib import Path
 
 import plots
-from bench import WIDTH, case_of, count, directory, run_jobs
-from cases import COMPILE, DEFAULT, EAGER, LOSS, MEMORY
-from linear_cases import CASES, CHUNKED, VARIANTS, plan
+from bench import WIDTH, available_bytes, case_of, count, directory, run_jobs
+from bench_gpu import describe_gpu, free_bytes, reason_not_to
+from cases import DEFAULT, LOSS, MEMORY
+from linear_cases import CASES, GPU_VARIANTS, plan
 from results import DEFAULT_DIRECTORY, Figures, Record, describe_environment, measured_on, write_csv
 from rich.console import Console
 from rich.table import Table
 from table import exceptions, figure
 
-CSV_NAME = "linear.csv"
+CSV_NAMES = {False: "linear.csv", True: "gpu_linear.csv"}  # by whether on a GPU
 _REPEATS = 5
 
 
@@ -31,6 +33,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", type=case_of(CASES), metavar="CASE", help="these cases; writes only to --output"
     )
     parser.add_argument("--output", type=directory, metavar="DIR", help=f"default of a full run: {DEFAULT_DIRECTORY}")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU")
+    parser.add_argument("--seconds", type=count, metavar="N", help="begin no case later than that; skip the rest")
     parser.add_argument("--repeats", type=count, default=_REPEATS, help="samples, at most (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not (options.only or options.output):
@@ -41,14 +45,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def comparison(records: list[Record]) -> Table:
     """A line for each case: times, how many times faster, memory."""
     table = Table(title="medians; time in ms; memory in MiB beyond operands and gradients")
-    for head in ("case", *VARIANTS, *(f"{name}/ours" for name in VARIANTS[:-1]), *(f"{n}, MiB" for n in VARIANTS)):
+    there = {record.variant for record in records}
+    variants = [name for name in GPU_VARIANTS if name in there]
+    others = [name for name in variants if name != DEFAULT]
+    for head in ("case", *variants, *(f"{name}/ours" for name in others), *(f"{name}, MiB" for name in variants)):
         table.add_column(head, justify="left" if head == "case" else "right")
     for section in dict.fromkeys(record.section for record in records):
         figures = Figures(records, section)
         for case in dict.fromkeys(record.case for record in figures.records):
-            cells = [figures.median(case, LOSS, name) for name in VARIANTS]
-            cells += [figures.ratio(case, LOSS, name, DEFAULT) for name in (EAGER, COMPILE, CHUNKED)]
-            cells += [figures.median(case, MEMORY, name) for name in VARIANTS]
+            cells = [figures.median(case, LOSS, name) for name in variants]
+            cells += [figures.ratio(case, LOSS, name, DEFAULT) for name in others]
+            cells += [figures.median(case, MEMORY, name) for name in variants]
             table.add_row(case, *("" if value is None else figure(value) for value in cells))
     return table
 
@@ -58,21 +65,25 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     try:
-        environment = describe_environment({})
+        reason = reason_not_to() if options.gpu else None
+        if reason is not None:
+            raise RuntimeError(reason)
+        environment = describe_gpu() if options.gpu else describe_environment({})
     except RuntimeError as error:
-        console.print(f"bench_linear.py: {error}", highlight=False, markup=False)
+        print(f"bench_linear.py: {error}", file=sys.stderr)
         return 2
     import torch
 
     threads = torch.get_num_threads()
-    jobs = [job for job in plan(threads) if not options.only or job.case.name in options.only]
-    records = run_jobs(jobs, options.repeats, None, console)
+    jobs = [job for job in plan(threads, options.gpu) if not options.only or job.case.name in options.only]
+    available = free_bytes if options.gpu else available_bytes
+    records = run_jobs(jobs, options.repeats, None, console, available, options.seconds or float("inf"))
     console.print(comparison(records))
     for line in exceptions(records):
         console.print(line, highlight=False, markup=False)
     console.print(f"Measured on {measured_on(environment, threads)}.", highlight=False)
     if options.output is not None:
-        path: Path = options.output / CSV_NAME
+        path: Path = options.output / CSV_NAMES[options.gpu]
         write_csv(path, records, environment)
         written = [path, *plots.draw(path)]
         console.print(f"wrote {', '.join(file.name for file in written)} to {options.output}")

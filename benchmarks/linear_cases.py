@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from cases import COMPILE, DEFAULT, EAGER, ITEM_BYTES, LOSS, MEMORY
+from cases import COMPILE, DEFAULT, EAGER, ITEM_BYTES, LIGER, LOSS, MEMORY
 
 CHUNKED = "chunked"  # F.linear_cross_entropy with torch's default chunks
+CUT = "cut"  # Cut Cross-Entropy, arXiv:2411.09009
 SECTION, VOCABULARY_SECTION = "linear", "linear, vocabulary"
 _SHORT = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -17,6 +18,7 @@ class LinearCase:
     features: int
     classes: int
     dtype: str = "float32"
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -65,15 +67,20 @@ TABLE = tuple(
     for dtype in ("float32", "bfloat16")
 )
 VOCABULARY = tuple(LinearCase(1024, 768, classes) for classes in (8192, 32000, 64000, 128256))
-CASES = {case.name: case for case in (*TABLE, *VOCABULARY)}
+GPU_TABLE = (LinearCase(8192, 4096, 128256, "bfloat16", "cuda"),)
+GPU_VOCABULARY = tuple(LinearCase(8192, 4096, classes, "bfloat16", "cuda") for classes in (32000, 64000, 200064))
+CASES = {case.name: case for case in (*TABLE, *VOCABULARY, *GPU_TABLE, *GPU_VOCABULARY)}
 VARIANTS = (EAGER, COMPILE, CHUNKED, DEFAULT)
+GPU_VARIANTS = (EAGER, COMPILE, CHUNKED, LIGER, CUT, DEFAULT)
 
 
-def plan(threads: int) -> list[LinearJob]:
+def plan(threads: int, gpu: bool = False) -> list[LinearJob]:
     """All jobs: the variants of a case in turn, and the memory of each in a process of its own."""
+    variants = GPU_VARIANTS if gpu else VARIANTS
+    sections = ((SECTION, GPU_TABLE if gpu else TABLE), (VOCABULARY_SECTION, GPU_VOCABULARY if gpu else VOCABULARY))
     jobs = []
-    for section, cases in ((SECTION, TABLE), (VOCABULARY_SECTION, VOCABULARY)):
+    for section, cases in sections:
         for case in cases:
-            jobs.append(LinearJob(section, case, VARIANTS, (LOSS,), threads))
-            jobs += [LinearJob(section, case, (variant,), (MEMORY,), threads) for variant in VARIANTS]
+            jobs.append(LinearJob(section, case, variants, (LOSS,), threads))
+            jobs += [LinearJob(section, case, (variant,), (MEMORY,), threads) for variant in variants]
     return jobs

@@ -1,6 +1,6 @@
-"""Measures linear cross entropy: one job, in a process of its own. bench_linear.py starts it, as bench.py others.
+"""Measures linear cross entropy, on the CPU or a GPU: one job, in a process of its own, which bench_linear.py starts.
 
-A step is forward, backward, and dropping the gradients. Before a variant is timed its loss, and its gradients of some
+A step is forward, backward, and dropping the gradients; on a GPU it ends when the GPU has done it. Before a variant is timed its loss, and its gradients of some
 rows and of some classes, are held against float64.
 """
 
@@ -10,12 +10,13 @@ from collections.abc import Callable
 from functools import cached_property
 
 import answers
+import gpu_worker
 import measure
 import torch
 import torch.nn.functional as F
 import worker
-from cases import COMPILE, DEFAULT, EAGER, LOSS, MEMORY
-from linear_cases import CHUNKED, LinearCase
+from cases import COMPILE, DEFAULT, EAGER, LIGER, LOSS, MEMORY
+from linear_cases import CHUNKED, CUT, LinearCase
 from measure import MIB, Prepare, Summary
 from torch import Tensor
 
@@ -37,6 +38,18 @@ def _chunked(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.linear_cross_entropy(x, w, y, options=torch.nn.LinearCrossEntropyOptions())
 
 
+def _liger(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(x, w, y)
+
+
+def _cut(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x, w, y)
+
+
 class LinearWorkload:
     """A case as tensors, and the right answers."""
 
@@ -44,11 +57,11 @@ class LinearWorkload:
         generator = torch.Generator().manual_seed(0)
         dtype = getattr(torch, case.dtype)
         self.case = case
-        self.input = torch.randn(case.rows, case.features, generator=generator).to(dtype).requires_grad_()
         weight = _WEIGHT_SCALE * torch.randn(case.classes, case.features, generator=generator)
-        self.weight = weight.to(dtype).requires_grad_()
-        self.target = torch.randint(0, case.classes, (case.rows,), generator=generator)
-        self.rows = torch.linspace(0, case.rows - 1, _CHECKED).long()
+        self.input = torch.randn(case.rows, case.features, generator=generator).to(case.device, dtype).requires_grad_()
+        self.weight = weight.to(case.device, dtype).requires_grad_()
+        self.target = torch.randint(0, case.classes, (case.rows,), generator=generator).to(case.device)
+        self.rows = torch.linspace(0, case.rows - 1, _CHECKED, device=case.device).long()
         self.classes = self.target[self.rows]  # whose gradients are not next to nothing
 
     def variants(self) -> dict[str, Prepare]:
@@ -59,6 +72,8 @@ class LinearWorkload:
             CHUNKED: _chunked,
             DEFAULT: softmax_ext.linear_cross_entropy,
         }
+        if self.case.device == "cuda":
+            losses |= {LIGER: _liger, CUT: _cut}
         if not hasattr(F, "linear_cross_entropy"):
             del losses[CHUNKED]
         return {name: self._step(loss) for name, loss in losses.items()}
@@ -69,6 +84,8 @@ class LinearWorkload:
             loss.backward()
             result = loss.detach(), self.input.grad[self.rows], self.weight.grad[self.classes]
             self.input.grad = self.weight.grad = None
+            if self.case.device == "cuda":
+                torch.cuda.synchronize()
             return result
 
         return lambda calls: call
@@ -77,7 +94,7 @@ class LinearWorkload:
     def expected(self) -> Result:
         """In float64, chunk by chunk."""
         x, w = self.input.detach().double(), self.weight.detach().double()
-        losses, of_classes = [], torch.zeros(_CHECKED, self.case.features, dtype=torch.float64)
+        losses, of_classes = [], x.new_zeros(_CHECKED, self.case.features)
         for begin in range(0, self.case.rows, _CHUNK):
             rows = slice(begin, begin + _CHUNK)
             log_p = (x[rows] @ w.t()).log_softmax(1)
@@ -85,7 +102,7 @@ class LinearWorkload:
             dz = log_p[:, self.classes].exp() - (self.target[rows, None] == self.classes).double()
             of_classes += dz.t() @ x[rows]
         p = (x[self.rows] @ w.t()).softmax(1)
-        p[torch.arange(_CHECKED), self.target[self.rows]] -= 1
+        p[torch.arange(_CHECKED, device=x.device), self.target[self.rows]] -= 1
         return sum(losses) / self.case.rows, (p @ w) / self.case.rows, of_classes / self.case.rows
 
     def complaint(self, result: Result) -> str:
@@ -110,8 +127,9 @@ def main() -> None:
     if MEMORY in request["whats"]:
 
         def memory(prepare: Prepare) -> Summary:
-            measured = measure.extra_memory_mib(prepare, False).median
-            return Summary.of([max(0.0, measured - workload.case.gradient_bytes / MIB)])
+            on_gpu = workload.case.device == "cuda"
+            measured = gpu_worker.peak_mib(prepare) if on_gpu else measure.extra_memory_mib(prepare, False)
+            return Summary.of([max(0.0, measured.median - workload.case.gradient_bytes / MIB)])
 
         worker.say_all(MEMORY, worker.measure_memory(chosen, memory, say), say)
         return

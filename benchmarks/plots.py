@@ -4,6 +4,7 @@ vocabulary.png  time of the loss against the vocabulary size, with the limit lin
 scaling.png     time of an element against the number of elements
 gpu.png         as vocabulary.png, of a gpu.csv
 linear.png      time and memory of linear cross entropy against the vocabulary size, of a linear.csv
+gpu_linear.png  the same of a gpu_linear.csv
 """
 
 import sys
@@ -28,7 +29,10 @@ from cases import (
 )
 from gpu_cases import SECTION, VOCABULARY_SECTION
 from gpu_cases import VOCABULARY as GPU_VOCABULARY
-from linear_cases import CHUNKED, LinearCase
+from linear_cases import CHUNKED, CUT, LinearCase
+from linear_cases import GPU_TABLE as GPU_LINEAR_TABLE
+from linear_cases import GPU_VOCABULARY as GPU_LINEAR_VOCABULARY
+from linear_cases import SECTION as LINEAR_TABLE_SECTION
 from linear_cases import VOCABULARY as LINEAR_VOCABULARY
 from linear_cases import VOCABULARY_SECTION as LINEAR_SECTION
 from matplotlib.axes import Axes
@@ -49,6 +53,8 @@ _LINEAR_LABELS = {
     EAGER: "F.linear, F.cross_entropy",
     COMPILE: "torch.compile of it",
     CHUNKED: "F.linear_cross_entropy, chunked",
+    LIGER: "Liger-Kernel",
+    CUT: "Cut Cross-Entropy",
     DEFAULT: "softmax_ext.linear_cross_entropy",
 }
 _COLOURS = {
@@ -58,7 +64,8 @@ _COLOURS = {
     TENSORFLOW: "#ff7f0e",
     LIGER: "#2ca02c",
     QUACK: "#ff7f0e",
-    CHUNKED: "#2ca02c",
+    CHUNKED: "#17becf",
+    CUT: "#ff7f0e",
     DEFAULT: "#d62728",
     INPLACE: "#1f77b4",
 }
@@ -137,20 +144,23 @@ def _against_vocabulary(
     return figure
 
 
-def draw_linear(records: list[Record], environment: Environment) -> Figure:
+def draw_linear(records: list[Record], environment: Environment | GpuEnvironment) -> Figure:
     """Time and memory of linear cross entropy by vocabulary size."""
-    records = [record for record in records if record.section == LINEAR_SECTION]
+    on_gpu = isinstance(environment, GpuEnvironment)
+    cases = GPU_LINEAR_VOCABULARY + GPU_LINEAR_TABLE if on_gpu else LINEAR_VOCABULARY
+    cases = tuple(sorted(cases, key=lambda case: case.classes))
+    records = [record for record in records if record.section in (LINEAR_SECTION, LINEAR_TABLE_SECTION)]
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    case = LINEAR_VOCABULARY[0]
+    case = cases[0]
     title = f"linear cross entropy of {case.rows} tokens, hidden size {case.features}, {case.dtype}"
     figure.suptitle(f"{title}, forward and backward\n{_footnote(records, environment)}", fontsize=9)
     for variant, label in _LINEAR_LABELS.items():
         for axes, what in ((time, LOSS), (memory, MEMORY)):
-            series = _series(records, LINEAR_VOCABULARY, what, variant)
+            series = _series(records, cases, what, variant)
             if series:
                 _line(axes, series, color=_COLOURS[variant], label=label)
-    logits = _series(records, LINEAR_VOCABULARY, LOSS, DEFAULT)
+    logits = _series(records, cases, LOSS, DEFAULT)
     memory.plot([r.classes for r in logits], [r.logits_mib for r in logits], "k:", label="the logits")
     time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
     memory.set(title="memory that a step adds at most, gradients aside", xlabel="vocabulary size", ylabel="MiB")
@@ -185,7 +195,7 @@ def draw(csv: Path) -> list[Path]:
         ("vocabulary", "vocabulary", draw_vocabulary),
         ("scaling", "scaling", draw_scaling),
         (VOCABULARY_SECTION, "gpu", draw_gpu),
-        (LINEAR_SECTION, "linear", draw_linear),
+        (LINEAR_SECTION, "gpu_linear" if isinstance(environment, GpuEnvironment) else "linear", draw_linear),
     ]
     for section, name, draw_one in pictures:
         if any(record.section == section and record.median is not None for record in records):

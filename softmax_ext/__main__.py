@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from . import cuda, ops
+from . import chunks, cuda, ops
 from ._version import __version__
 
 # Row lengths at which the report says which kernel takes them.
@@ -56,6 +56,7 @@ def _report() -> list[tuple[str, str]]:
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
+        ("float32 products", f"{'oneDNN for X W^T, ' if chunks.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
         *_report_cuda(),
     ]
 

@@ -65,7 +65,7 @@ def _amd() -> bool:
         return False
 
 
-def _prefers_onednn(x: Tensor) -> bool:
+def prefers_onednn(x: Tensor) -> bool:
     """Whether oneDNN multiplies faster than what ``torch.mm`` calls: MKL, whose X W^T is slow in float32 on AMD.
 
     A rule and not a measurement, so that the same bits come out every time. For the other two products it is not asked:
@@ -86,7 +86,7 @@ def _slices(size: int, bytes_each: int) -> Iterator[slice]:
 
 def _project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Out = x matrix^T + bias."""
-    if _prefers_onednn(x):  # which allocates its result: a slice at a time, so that malloc can use the memory again
+    if prefers_onednn(x):  # which allocates its result: a slice at a time, so that malloc can use the memory again
         for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
             out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
     elif bias is None:
@@ -96,9 +96,13 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
 
 def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors."""
+    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors, which CUDA's product allows."""
+    beta = 0 if first else 1
     if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), x, beta=0 if first else 1)
+        total.addmm_(dz.t(), x, beta=beta)
+        return
+    if dz.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, beta=beta, out=total)
         return
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
         product = dz[:, s].t() @ x
@@ -229,8 +233,8 @@ class _GradientSums:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
         if self.weight is None:
             return
-        # index_add_ adds in any order on CUDA.
-        apart = self.weight.dtype != dz.dtype and not target.is_floating_point() and target.device.type == "cpu"
+        # Where the product would be rounded, which on CUDA it is not.
+        apart = self.weight.dtype != dz.dtype and not target.is_floating_point() and not dz.is_cuda
         first = rows.start == 0
         if apart:
             _add_outer_apart(self.weight, dz, x, self.chunks.class_index(target).reshape(x.shape[0], -1), first)

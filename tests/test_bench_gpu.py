@@ -379,7 +379,7 @@ def test_the_command(arguments, written, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "run_job", run_job)
     monkeypatch.setattr(bench_gpu, "reason_not_to", lambda: None)
     monkeypatch.setattr(bench_gpu, "_l2_bytes", lambda: L2)
-    monkeypatch.setattr(bench_gpu, "_free_bytes", lambda: 2**37)
+    monkeypatch.setattr(bench_gpu, "free_bytes", lambda: 2**37)
     monkeypatch.setattr(bench_gpu, "describe_gpu", lambda: ENVIRONMENT)
     monkeypatch.setattr(bench_gpu, "DEFAULT_DIRECTORY", tmp_path)
     assert bench_gpu.main(arguments) == 0

@@ -84,6 +84,7 @@ def test_report():
     for name in ops.extension.available_isas():
         assert name in lines["CPU kernels available"]
     assert lines["CPU kernels chosen"].split()[0] in ops.extension.available_isas()
+    assert "torch.mm" in lines["float32 products"]
 
 
 @pytest.mark.skipif(cuda.library is not None, reason="the CUDA library is loaded")
