@@ -26,6 +26,7 @@ SAMPLE = {
     "test_layouts.py": (1, 15),
     "test_numerics.py": (1, 15),
     "test_inplace.py": (1, 15),
+    "test_linear.py": (4, 60),
     "test_cuda_kernels.py": (1, 5),
     "test_cuda.py": (1, 5),
 }

@@ -43,6 +43,16 @@ def check_values() -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def check_linear() -> None:
+    head = softmax_ext.LinearCrossEntropyLoss(16, 101)
+    hidden, target = torch.randn(7, 16, requires_grad=True), torch.arange(7)
+    loss = head(hidden, target)
+    reference = F.cross_entropy(head.linear(hidden), target)
+    torch.testing.assert_close(loss, reference)
+    parameters = (hidden, head.linear.weight)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(reference, parameters))
+
+
 def check_training() -> None:
     torch.manual_seed(0)
     points = torch.randn(256, 2)
@@ -61,5 +71,6 @@ def check_training() -> None:
 if __name__ == "__main__":
     check_installation()
     check_values()
+    check_linear()
     check_training()
     print(f"softmax_ext {softmax_ext.__version__} with torch {torch.__version__}: works")
