@@ -1,7 +1,7 @@
 """Measures linear cross entropy, on the CPU or a GPU: one job, in a process of its own, which bench_linear.py starts.
 
-A step is forward, backward, and dropping the gradients; on a GPU it ends when the GPU has done it. Before a variant is timed its loss, and its gradients of some
-rows and of some classes, are held against float64.
+A step is forward, backward, and dropping the gradients; on a GPU it ends when the GPU has done it. Before a variant is
+timed its loss, and its gradients of some rows and of some classes, are held against float64.
 """
 
 import json

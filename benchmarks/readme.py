@@ -1,4 +1,4 @@
-"""Writes the tables of the results into README.md, each between two comments; ``--check`` only says whether they are there.
+"""Writes the tables of the results into README.md, each between two comments; ``--check`` only compares.
 
 python benchmarks/readme.py                  after make bench and make bench-linear
 python benchmarks/readme.py --part linear    one of them

@@ -96,7 +96,7 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Non
 
 
 def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors, which CUDA's product allows."""
+    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors."""
     beta = 0 if first else 1
     if total.dtype == dz.dtype:
         total.addmm_(dz.t(), x, beta=beta)

@@ -100,8 +100,6 @@ def test_a_job_in_its_process():
         assert process.stdout.count(f'"what": "{what}"') == 2
 
 
-
-
 def test_what_takes_seconds_is_called_less_often(monkeypatch):
     called = {"slow": 0, "slower": 0, "quick": 0}
     seconds = {"slow": 3.0, "slower": 30.0, "quick": 0.001}
