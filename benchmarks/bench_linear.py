@@ -4,8 +4,8 @@
     python benchmarks/bench_linear.py --only 2048x768x50257-f32
     python benchmarks/bench_linear.py --gpu      with Liger-Kernel and Cut Cross-Entropy where they are installed
 
-Prints a table; a full run, or one with --output, writes linear.csv and linear.png (gpu_linear.csv and .png). Every job is
-a process of its own, whose variants take turns and are held against float64 first.
+Prints a table; a full run, or one with --output, writes linear.csv and linear.png (gpu_linear.csv and .png). Every job
+is a process of its own, whose variants take turns and are held against float64 first.
 """
 
 import argparse
