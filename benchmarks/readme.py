@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cases import COMPILE, DEFAULT, EAGER, INPLACE, LOSS, MEMORY, MUL, PEERS
-from linear_cases import CHUNKED, SECTION
+from linear_cases import CHUNKED, SECTION, VOCABULARY_SECTION
 from results import CSV_NAME, DEFAULT_DIRECTORY, Environment, Figures, Record, measured_on, read_csv
 from table import figure, ratio_cell
 
@@ -79,7 +79,9 @@ def linear_block(records: list[Record], environment: Environment, directory: str
         cells.append(" / ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
         lines.append(_line([case, *cells, " / ".join("-" if m is None else f"{m:.0f}" for m in memory)]))
     lines += ["", f"Measured on {measured_on(environment, figures.records[0].threads)}."]
-    return "\n".join([*lines, "", f"![Time and memory against the vocabulary size]({directory}/linear.png)"])
+    if any(record.section == VOCABULARY_SECTION for record in records):
+        lines += ["", f"![Time and memory against the vocabulary size]({directory}/linear.png)"]
+    return "\n".join(lines)
 
 
 class Part(NamedTuple):
