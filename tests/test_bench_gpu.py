@@ -148,7 +148,8 @@ def test_gpu_run(tests, status, tmp_path):
     steps = [line for line in asked if not line.startswith(("-c", "-m softmax_ext"))]
     assert steps[0] == "setup.py build_ext --inplace"
     assert all(part in line for part, line in zip(["test_cuda.py", "--ignore", "sanitize"], steps[1:], strict=False))
-    assert steps[-1].startswith(f"benchmarks/bench_gpu.py --output {tmp_path}/results --seconds ")
+    assert steps[-2].startswith(f"benchmarks/bench_gpu.py --output {tmp_path}/results --seconds ")
+    assert steps[-1].startswith(f"benchmarks/bench_linear.py --gpu --output {tmp_path}/results --seconds ")
     assert "--ignore=tests/test_softmax.py" in steps[2]
     assert "skipped: no hypothesis" in printed
     assert ("FAILED with status 1, gpu_tests.log" in printed) == bool(tests)

@@ -398,6 +398,7 @@ def test_upstream_gradient_that_is_not_one(small):
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(options, dynamic):
+    torch._dynamo.reset()  # the cases share one function, and it is recompiled so often and no more
     inputs = Inputs(20).to(torch.float32)
 
     def step(x: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
