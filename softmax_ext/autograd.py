@@ -34,7 +34,8 @@ _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
 
 def _plain_backward() -> bool:
     """Whether backward may call the operator itself: nothing differentiates or batches the gradient."""
-    return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    in_forward_mode = forward_ad._current_level >= 0
+    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or in_forward_mode)
 
 
 def _nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def prefers_onednn(x: Tensor) -> bool:
     A rule and not a measurement, so that the same bits come out every time. For the other two products it is not asked:
     there MKL is nearly as fast, and the errors of its dZ W are a third smaller.
     """
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch._C._get_mkldnn_enabled() and _amd()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and _amd()
 
 
 def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -105,7 +105,9 @@ def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, beta=beta, out=total)
         return
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
-        product = dz[:, s].t() @ x
+        # float16 could overflow: nothing has been divided by the number of rows yet.
+        left, right = (dz[:, s].float(), x.float()) if dz.dtype == torch.float16 else (dz[:, s], x)
+        product = left.t() @ right
         total[s].copy_(product) if first else total[s].add_(product)
 
 
@@ -161,7 +163,7 @@ class _Chunks:
     def __init__(self, problem: Problem, chunk_rows: int | None, drops_ignored: bool) -> None:
         self.problem = problem
         self.matrix = problem.linear_weight.flatten(0, -2)
-        self.bias = None if problem.linear_bias is None else problem.linear_bias.flatten()
+        self.bias = None if problem.linear_bias is None else problem.linear_bias.flatten().contiguous()  # for oneDNN
         self.live = self._live_rows() if drops_ignored else None
         self.count = problem.input.shape[0] if self.live is None else self.live.numel()
         self.rows = min(chunk_rows or default_chunk_rows(self.count, problem.input.device), max(self.count, 1))
@@ -293,7 +295,7 @@ def gradients(
     """The gradients of input, linear_weight, linear_bias and target that are needed, the logits computed again."""
     chunks = _Chunks(problem, chunk_rows, upstream.lse is None and upstream.entropy is None)
     sums = _GradientSums(chunks, needs)
-    grad_target = torch.empty_like(problem.target) if needs_target else None
+    grad_target = problem.target.new_empty(problem.target.shape) if needs_target else None
     one = problem.input.new_ones((), dtype=torch.float64)
     stats = upstream.entropy is not None
     for rows, x, target, logits in chunks:

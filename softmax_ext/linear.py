@@ -5,6 +5,7 @@ A call goes linear -> linear_autograd -> operator -> chunks -> kernels.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -217,7 +218,7 @@ def linear_cross_entropy(
         return_stats,
         chunk_rows,
     )
-    x = x.reshape(-1, x.shape[-1])
+    x = x.reshape(math.prod(batch), x.shape[-1])
     results = _run(x, matrix, bias, target, weight, call)
     shape = (*batch, *linear_weight.shape[1:-1])
     loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)

@@ -14,6 +14,7 @@ see the operators.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -226,7 +227,7 @@ def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upst
     of_logits, *of_target = CrossEntropyBackward.apply(
         *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
     )
-    dz = of_logits.reshape(input.shape[0], -1)
+    dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1]))
     gradients: list[Tensor | None] = [None] * 4
     if needs[0]:
         gradients[0] = dz @ linear_weight.flatten(0, -2)
@@ -263,6 +264,8 @@ def _upstream(grads: Sequence[Tensor | None], stats: bool) -> Upstream:
 
 
 def _scaled(gradient: Tensor, scale: Tensor, like: Tensor, consumes: bool) -> Tensor:
+    if gradient.dtype.itemsize == 2:  # one rounding, of the result
+        return (gradient.float() * scale.float()).to(like.dtype)
     scale = scale.to(gradient.dtype)
     return (gradient.mul_(scale) if consumes else gradient * scale).to(like.dtype)
 
@@ -333,8 +336,9 @@ class EagerLinearCrossEntropy(Function):
         ctx.set_materialize_grads(False)
         needs = list(ctx.needs_input_grad[:3])
         loss, total, *gradients = _forward_op(*tensors, *ctx.call, needs)
-        # No saved tensors: nobody sees them, and backward hands on the only reference.
-        ctx.gradients = _spread(gradients, needs)
+        # No saved tensors: nobody sees them, and backward hands on the only reference. In a list, since compiled
+        # autograd calls backward with another ctx, which shares what this one refers to.
+        ctx.gradients = [_spread(gradients, needs)]
         ctx.save_for_backward(*tensors, total)
         return loss  # type: ignore[no-any-return]
 
@@ -345,7 +349,7 @@ class EagerLinearCrossEntropy(Function):
         if grad_loss is None:
             return None, None, None, *nothing
         upstream = Upstream(grad_loss, None, None, None)
-        computed, ctx.gradients = ctx.gradients, None
+        computed = ctx.gradients.pop() if ctx.gradients else None
         if computed is None or not _is_plain(upstream):
             return *_gradients(ctx, tensors, upstream, total), None, None
         scale = _scale(ctx.call, grad_loss, total)
@@ -370,8 +374,11 @@ def _trace(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, total = ctx.saved_tensors[: _TENSORS + 1]
     nothing = [None] * (len(Call._fields) + 1)
-    if not any(ctx.needs):
-        return *_gradients(ctx, tensors, _upstream(grads, ctx.call.stats), total), None, *nothing
+    upstream = _upstream(grads, ctx.call.stats)
+    is_constant = torch.compiler.is_compiling() or _is_plain(upstream)
+    has_all = all(has or not needed for has, needed in zip(ctx.needs, ctx.needs_input_grad[:3], strict=True))
+    if not (any(ctx.needs) and has_all and is_constant and not ctx.needs_input_grad[3]):
+        return *_gradients(ctx, tensors, upstream, total), None, *nothing
     if grads[0] is None:
         return *[None] * _TENSORS, *nothing
     scale = _scale(ctx.call, grads[0], total)

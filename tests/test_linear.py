@@ -215,7 +215,7 @@ def test_torchs_own(target, batch, extra):
 def test_no_less_exact_than_whole_logits(dtype):
     """Errors against float64, root mean square, of the loss and of each gradient; torch's whole logits beside ours."""
     torch.manual_seed(0)
-    rows, features, classes = 256, 64, 1000
+    rows, features, classes = 300, 64, 1000
     exact = [torch.randn(rows, features), 0.1 * torch.randn(classes, features), torch.randn(classes)]
     target = torch.randint(0, classes, (rows,))
     given = [t.to(dtype) for t in exact]
@@ -223,7 +223,7 @@ def test_no_less_exact_than_whole_logits(dtype):
     def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in given]
         loss = function(*leaves)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        return [loss.detach(), *torch.autograd.grad(1.7 * loss, leaves)]
 
     def whole(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w, b), target)
@@ -237,7 +237,9 @@ def test_no_less_exact_than_whole_logits(dtype):
         assert mine.dtype == dtype
         error, torch_error = ((t.double() - expected).square().mean().sqrt() for t in (mine, torchs))
         rounding = torch.finfo(dtype).eps * expected.abs().max() / 8
-        assert error <= 1.05 * torch_error + (rounding if name == "loss" else 0), name
+        # The product with the weight is rounded before the upstream gradient is known, and again with it.
+        twice = name == "input" and dtype.itemsize == 2
+        assert error <= (1.3 if twice else 1.05) * torch_error + (rounding if name == "loss" else 0), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -582,6 +584,82 @@ def test_either_library(monkeypatch, amd, bias):
 def _up() -> Tensor:
     torch.manual_seed(1)
     return torch.rand(()).double()
+
+
+@pytest.mark.parametrize("bias", ["expanded", "every second"])
+def test_strides_of_the_bias(bias):
+    inputs = Inputs(9).to(torch.float32)
+    values = torch.randn(1).expand(CLASSES) if bias == "expanded" else torch.randn(2 * CLASSES)[::2]
+    inputs.linear_bias = values.requires_grad_()
+    loss, expected = inputs.loss(reduction="none"), inputs.loss_of_logits(reduction="none")
+    assert_close(loss, expected)
+    assert_close(_gradients(inputs, loss), _gradients(inputs, expected))
+
+
+def test_half_products_of_further_dimensions():
+    """Class by class and dimension by dimension, each gradient is where it belongs."""
+    inputs = Inputs(30, extra=(3,))
+    ours, exact = inputs.to(torch.bfloat16), inputs.to(torch.float64)
+    gradients = torch.autograd.grad(ours.loss(reduction="sum", chunk_rows=7), ours.parameters())
+    expected = torch.autograd.grad(exact.loss_of_logits(reduction="sum"), exact.parameters())
+    for mine, right in zip(gradients, expected, strict=True):
+        assert (mine.double() - right).abs().max() <= 0.03 * right.abs().max()
+
+
+def test_float16_does_not_overflow():
+    """A gradient of the sum beyond 65504, whose mean is small."""
+    x = torch.full((512, 4), 300.0, dtype=torch.float16)
+    w, y = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True), torch.zeros(512, dtype=torch.long)
+    linear_cross_entropy(x, w, y).backward()
+    assert_close(w.grad[1:].float(), torch.full((2, 4), 100.0), rtol=1e-2, atol=0)
+
+
+def test_second_derivative_of_the_operator():
+    """As an exported program or a graph of the "eager" backend calls it."""
+    inputs = Inputs(9).to(torch.float64)
+    compiled = torch.compile(lambda x, w, y: linear_cross_entropy(x, w, y), backend="eager", fullgraph=True)
+    operands = (inputs.input, inputs.linear_weight)
+    results = []
+    for function in (compiled, lambda x, w, y: cross_entropy(F.linear(x, w), y)):
+        first = torch.autograd.grad(function(*operands, inputs.target), operands, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), operands))
+    assert_close(*results)
+
+
+def test_an_input_that_requires_grad_after_the_export():
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(CLASSES, FEATURES))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return linear_cross_entropy(x, self.weight, y)
+
+    x, y, head = torch.randn(8, FEATURES), torch.randint(0, CLASSES, (8,)), Head()
+    program = torch.export.export(head, (x, y))
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(program.module()(x, y), x)
+    assert_close(gradient, torch.autograd.grad(head(x, y), x)[0])
+
+
+def test_backward_within_forward_mode(small):
+    x, direction = small.input.detach(), small.input.detach().sin()
+    tangents = []
+    for function in _both(small):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), direction)
+            loss = function(dual, small.linear_weight, small.linear_bias)
+            (gradient,) = torch.autograd.grad(loss, dual)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0] is not None
+    assert_close(*tangents)
+
+
+@pytest.mark.parametrize("batch", [(0,), (2, 0)])
+def test_no_rows_with_a_graph(batch):
+    inputs = Inputs(*batch).to(torch.float64)
+    gradients = torch.autograd.grad(inputs.loss(reduction="sum"), inputs.parameters(), create_graph=True)
+    assert not any(g.any() for g in gradients)
 
 
 def test_same_bits_every_time():

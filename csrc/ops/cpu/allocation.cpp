@@ -30,14 +30,13 @@ Tensor device::empty_strided(const std::vector<int64_t>& sizes, const std::vecto
   if (bytes <= kLarge || !torch_from_blob) return torch_empty_strided(sizes, strides, type, like);
   auto block = std::make_unique<Block>(acquire_memory(static_cast<size_t>(bytes)));
   if (!block->address) return torch_empty_strided(sizes, strides, type, like);
-  AtenTensorHandle handle;
+  void* const address = block->address;
+  AtenTensorHandle handle;  // whose deleter has the block from here on
   const AOTITorchError error = torch_from_blob(
-      block->address, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+      address, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(),
-      like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0, release, block.get());
-  if (error) release_memory(*block);
+      like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0, release, block.release());
   TORCH_ERROR_CODE_CHECK(error);
-  block.release();  // the tensor's
   return Tensor(handle);
 }
 

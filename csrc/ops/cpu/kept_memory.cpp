@@ -56,6 +56,12 @@ class Kept {
     return best ? std::exchange(*best, {}) : Block{};
   }
 
+  void drop() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock)
+      for (Block& block : blocks_) unmap(std::exchange(block, {}));
+  }
+
   // Keeps the block, and returns the one that has to go for it.
   Block put(Block block) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
@@ -83,7 +89,11 @@ Kept& kept() {
 Block acquire_memory(size_t bytes) {
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   const Block block = kept().take(bytes);
-  return block.address ? block : map(bytes);
+  if (block.address) return block;
+  const Block fresh = map(bytes);
+  if (fresh.address) return fresh;
+  kept().drop();  // which count where the address space is limited
+  return map(bytes);
 }
 
 void release_memory(const Block& block) {
