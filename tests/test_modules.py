@@ -187,10 +187,12 @@ def test_public_names():
     assert set(softmax_ext.__all__) == {
         "CrossEntropyLoss",
         "CrossEntropyStats",
+        "LinearCrossEntropyLoss",
         "LogSoftmax",
         "Softmax",
         "__version__",
         "cross_entropy",
+        "linear_cross_entropy",
         "log_softmax",
         "softmax",
     }
