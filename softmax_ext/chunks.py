@@ -297,14 +297,15 @@ def gradients(
     sums = _GradientSums(chunks, needs)
     grad_target = problem.target.new_empty(problem.target.shape) if needs_target else None
     one = problem.input.new_ones((), dtype=torch.float64)
-    stats = upstream.entropy is not None
+    # Without statistics nothing is computed of an ignored row, whose lse and entropy have gradients all the same.
+    stats = upstream.lse is not None or upstream.entropy is not None
     for rows, x, target, logits in chunks:
         operands = _operands(problem, target)
         options = (problem.z_loss, problem.softcap, problem.logit_scale)
         wide = torch.promote_types(problem.input.dtype, torch.float32)
         _, state, _, *of_rows = ops.cross_entropy(logits, *operands, wide, *options, stats, False)
         of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
-        entropy = of_rows[2] if stats else None
+        entropy = of_rows[2] if upstream.entropy is not None else None
         gradient = logits
         call = (*of_chunk, logits, target, problem.weight, state, one, entropy, *operands[2:], *options)
         if grad_target is None:

@@ -156,6 +156,17 @@ def test_statistics(target, extra, batch):
     assert_close(_gradients(ours, total(loss, stats)), _gradients(theirs, total(expected_loss, expected)))
 
 
+@pytest.mark.parametrize("name", ["lse", "nll", "entropy"])
+def test_one_statistic_of_long_rows(name):
+    """Of ignored rows too, which forward passes over where nobody asks for their statistics."""
+    x = torch.randn(9, FEATURES, dtype=torch.float64, requires_grad=True)
+    w, y = torch.randn(300, FEATURES, dtype=torch.float64), torch.randint(0, 300, (9,))
+    y[::2] = -100
+    _, ours = linear_cross_entropy(x, w, y, return_stats=True, chunk_rows=4)
+    _, theirs = cross_entropy(F.linear(x, w), y, return_stats=True)
+    assert_close(*(torch.autograd.grad(getattr(stats, name).sin().sum(), x) for stats in (ours, theirs)))
+
+
 def test_a_target_that_requires_grad():
     inputs = Inputs(9, target="probabilities")
     ours, theirs = inputs.to(torch.float64), inputs.to(torch.float64)
