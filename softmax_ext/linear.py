@@ -9,7 +9,6 @@ import math
 from typing import Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, linear_autograd
@@ -151,7 +150,8 @@ def linear_cross_entropy(
     gradient where they lie, and that the gradients of the operands, :math:`dX = dZ\,W` and :math:`dW = dZ^\top X`:
     three matrix products in all for "mean" and "sum", computed in the forward pass. Where the upstream gradients
     differ from row to row (reduction "none", ``return_stats``), for a target that requires grad, and for a second
-    backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU.
+    backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU where no
+    statistics are asked for.
 
     Double backward, forward mode and gradients within ``torch.func`` transforms hold the logits.
 
@@ -239,8 +239,7 @@ def _through_logits(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, call: Call
 ) -> list[Tensor]:
     """For derivatives that no Function has."""
-    bias = None if linear_bias is None else linear_bias.flatten()
-    logits = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
+    logits = linear_autograd.logits_of(input, linear_weight, linear_bias)
     reduction = next(name for name, code in _REDUCTIONS.items() if code == call.reduction)
     result = cross_entropy(
         logits,

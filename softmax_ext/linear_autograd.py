@@ -30,9 +30,10 @@ from .autograd import (
     _nested_forward_mode,
     _one_by_one,
     _plain_backward,
+    _spread,
 )
 from .chunks import Problem, Upstream
-from .ops import MEAN, NONE
+from .ops import MEAN, NONE, _arithmetic_dtype
 from .reference import Options, Rows, total_weight
 
 
@@ -71,14 +72,6 @@ def _problem(tensors: Sequence[Any], call: Call) -> Problem:
     return Problem(*(*tensors, *options))
 
 
-def _wide_dtype(*dtypes: torch.dtype | None) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _loss_dtype(input: Tensor, call: Call) -> torch.dtype:
-    return call.dtype or input.dtype
-
-
 # ---- operators ----
 
 
@@ -100,15 +93,15 @@ def _forward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows)
-    wide = _wide_dtype(input.dtype, target.dtype, dtype)
+    wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     problem = _problem((input, linear_weight, linear_bias, target, weight), call)
     (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, chunk_rows)
-    total = total_weight(target, weight, 1 if linear_weight.dim() > 1 else 0, ignore_index)
+    total = total_weight(target, weight, 1, ignore_index)
     if reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if reduction == MEAN:
         loss = loss / total
-    return [loss.to(_loss_dtype(input, call)), total, *of_rows, *gradients]
+    return [loss.to(dtype or input.dtype), total, *of_rows, *gradients]
 
 
 def _fake_forward(
@@ -117,7 +110,7 @@ def _fake_forward(
     _, *call, needs = arguments
     reduction, dtype, stats = call[0], call[6], call[7]
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
-    wide = _wide_dtype(input.dtype, target.dtype, dtype)
+    wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     results = [
         input.new_empty(rows if reduction == NONE else [], dtype=dtype or input.dtype),
         input.new_empty([], dtype=torch.float64),
@@ -157,7 +150,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, None, False, chunk_rows)
-    wide = _wide_dtype(input.dtype, target.dtype)
+    wide = _arithmetic_dtype(input.dtype, target.dtype)
     if grad_loss is not None:
         grad_loss = grad_loss.to(wide)
         if reduction == MEAN:
@@ -204,13 +197,7 @@ _backward_op.register_fake(_fake_backward)
 # ---- gradients ----
 
 
-def _spread(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """One for each of ``needs``; ``grads`` holds those that are needed."""
-    remaining = iter(grads)
-    return tuple(next(remaining) if needed else None for needed in needs)
-
-
-def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """[N, C, *K]."""
     bias = None if linear_bias is None else linear_bias.flatten()
     logits: Tensor = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
@@ -220,9 +207,9 @@ def _logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) ->
 def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upstream, needs: Sequence[bool]) -> Any:
     """The gradients by operations that can all be differentiated and batched again."""
     input, linear_weight, linear_bias, target, weight = tensors
-    logits = _logits(input, linear_weight, linear_bias)
+    logits = logits_of(input, linear_weight, linear_bias)
     options = call.options()
-    wide = _wide_dtype(input.dtype, target.dtype)
+    wide = _arithmetic_dtype(input.dtype, target.dtype)
     _, state, total, _, _, entropy, _ = CrossEntropy.apply(logits, target, weight, *options, wide, True)
     of_logits, *of_target = CrossEntropyBackward.apply(
         *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
@@ -255,7 +242,7 @@ def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tens
     if not torch.compiler.is_compiling() and not _is_plain(upstream):
         return _gradients_through_logits(tensors, call, upstream, needs)  # type: ignore[no-any-return]
     options = call[:6]
-    return _spread(_backward_op(*upstream, total, *tensors, *options, call.chunk_rows, needs), needs)
+    return _spread(tuple(_backward_op(*upstream, total, *tensors, *options, call.chunk_rows, needs)), tuple(needs))
 
 
 def _upstream(grads: Sequence[Tensor | None], stats: bool) -> Upstream:
@@ -309,12 +296,12 @@ class LinearCrossEntropy(Function):
         input, linear_weight, linear_bias, target, weight, total = saved
         if tangents[4] is not None:
             raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
-        logits = _logits(input, linear_weight, linear_bias)
+        logits = logits_of(input, linear_weight, linear_bias)
         along = torch.zeros_like(logits)
         if tangents[0] is not None:
-            along = along + _logits(tangents[0], linear_weight, None)
+            along = along + logits_of(tangents[0], linear_weight, None)
         if tangents[1] is not None:
-            along = along + _logits(input, tangents[1], None)
+            along = along + logits_of(input, tangents[1], None)
         if tangents[2] is not None:
             along = along + tangents[2]
         rows = Rows(logits, target, weight, ctx.call.options())
@@ -338,7 +325,7 @@ class EagerLinearCrossEntropy(Function):
         loss, total, *gradients = _forward_op(*tensors, *ctx.call, needs)
         # No saved tensors: nobody sees them, and backward hands on the only reference. In a list, since compiled
         # autograd calls backward with another ctx, which shares what this one refers to.
-        ctx.gradients = [_spread(gradients, needs)]
+        ctx.gradients = [_spread(tuple(gradients), tuple(needs))]
         ctx.save_for_backward(*tensors, total)
         return loss  # type: ignore[no-any-return]
 
@@ -382,7 +369,7 @@ def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
     if grads[0] is None:
         return *[None] * _TENSORS, *nothing
     scale = _scale(ctx.call, grads[0], total)
-    computed = _spread(ctx.saved_tensors[_TENSORS + 1 :], ctx.needs)
+    computed = _spread(tuple(ctx.saved_tensors[_TENSORS + 1 :]), tuple(ctx.needs))
     scaled = (None if g is None else _scaled(g, scale, like, False) for g, like in zip(computed, tensors, strict=False))
     return *scaled, None, None, *nothing
 
