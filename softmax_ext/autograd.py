@@ -25,6 +25,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import ops
+from ._version import __version__
 from .ops import MEAN, NONE
 from .reference import Options, Rows, class_index, is_live, total_weight
 
@@ -308,8 +309,9 @@ class OverwritingCrossEntropy(Function):
             input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
         else:
             results = ops.cross_entropy(*operands, precompute_grad)
-        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on.
-        ctx.gradient = results[-1] if precompute_grad and not inplace else None
+        # Nobody sees this one, so it is no saved tensor: backward must hold the only reference, to hand it on. In a
+        # list, since compiled autograd calls backward with another ctx, which shares what this one refers to.
+        ctx.gradient = [results[-1]] if precompute_grad and not inplace else []
         loss, state, total = results[:_LSE]
         if not stats:
             ctx.save_for_backward(input, target, weight, state, total, None)
@@ -328,7 +330,7 @@ class OverwritingCrossEntropy(Function):
         plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
         if ctx.inplace:
             return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), None, None, None
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient = ctx.gradient.pop() if ctx.gradient else None
         if plain and gradient is not None and len(given) == 1 and grad_loss is not None:
             OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
             return gradient, None, None, None
@@ -504,6 +506,9 @@ def _trace_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, dim, log, dtype = inputs
     Softmax.setup_context(ctx, (input, dim, log, dtype), output)
 
+
+# What torch.compile keeps on disk has our derivatives in it, of the version that made them.
+torch.compiler.config.cache_key_tag += f";softmax_ext {__version__}"
 
 if ops.load_error is None:
     torch.library.register_autograd(

@@ -8,7 +8,9 @@ logits into their gradient where they lie, and the two matrix products of the gr
 Shapes: ``input`` X [N, D], ``linear_weight`` [C, *K, D], ``linear_bias`` [C, *K]; the logits of a chunk are
 [rows, C, *K], with class indices [N, *K] or probabilities [N, C, *K] as the target.
 
-Gradients of half dtypes in the weight and the bias are summed over the chunks in float32.
+Gradients of half dtypes in the weight and the bias are summed over the chunks in float32. The mean's denominator
+divides dZ, in the kernel, so that nothing else is rounded by it; but in float16, where small gradients would be lost to
+underflow before a loss scale can lift them, all gradients are those of the sum, in float32.
 """
 
 from __future__ import annotations
@@ -95,6 +97,17 @@ def _project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Non
         torch.addmm(bias, x, matrix.t(), out=out)
 
 
+def _multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Out = dz matrix; ``out`` may be wider than the factors."""
+    if out.dtype == dz.dtype:
+        torch.mm(dz, matrix, out=out)
+    elif dz.is_cuda:
+        torch.ops.aten.addmm.dtype_out(out, dz, matrix, out.dtype, beta=0, out=out)
+    else:
+        for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
+            out.addmm_(dz[:, s].to(out.dtype), matrix[s].to(out.dtype), beta=1 if s.start else 0)
+
+
 def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors."""
     beta = 0 if first else 1
@@ -144,17 +157,22 @@ def _checks_targets(target: Tensor) -> bool:
     )
 
 
-def _check_classes(problem: Problem) -> None:
-    """IndexError for a class out of range, before anything is computed; the operator would see one chunk of them."""
-    target, classes = problem.target, problem.linear_weight.shape[0]
+def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for a class out of range, before anything is computed; the kernels would see one chunk of them."""
     if not _checks_targets(target):
         return
-    bad = is_live(target, problem.ignore_index) & ((target < 0) | (target >= classes))
+    bad = is_live(target, ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():
         position = [int(i) for i in bad.nonzero()[0]]
-        need = f"hold classes in [0, {classes}) or ignore_index ({problem.ignore_index})"
+        need = f"hold classes in [0, {classes}) or ignore_index ({ignore_index})"
         got = f"{int(target[tuple(position)])} at position {position}"
         checks.refuse(IndexError, "linear_cross_entropy", "target", need, got)
+
+
+def live_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """Which of the N rows of class indices [N, *K] hold any that is not ignored."""
+    live = is_live(target, ignore_index)
+    return live.flatten(1).any(1) if live.dim() > 1 else live
 
 
 class _Chunks:
@@ -174,8 +192,7 @@ class _Chunks:
         target = self.problem.target
         if target.is_floating_point() or target.device.type != "cpu":
             return None
-        live = is_live(target, self.problem.ignore_index)
-        live = live.flatten(1).any(1) if live.dim() > 1 else live
+        live = live_rows(target, self.problem.ignore_index)
         return None if live.all() else live.nonzero().squeeze(1)
 
     def class_index(self, target: Tensor) -> Tensor:
@@ -209,6 +226,11 @@ class _Chunks:
             )
 
 
+def input_sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradient in the input before it is scaled."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class _GradientSums:
     """The gradients of input, linear_weight and linear_bias, as far as they are needed, summed over the chunks."""
 
@@ -219,7 +241,7 @@ class _GradientSums:
         wide = torch.float32 if dtype.itemsize == 2 else dtype
         needs_input, needs_weight, needs_bias = needs
         new = problem.input.new_empty if chunks.count else problem.input.new_zeros  # the first chunk fills it
-        self.input = problem.input.new_zeros(problem.input.shape) if needs_input else None
+        self.input = problem.input.new_zeros(problem.input.shape, dtype=input_sum_dtype(dtype)) if needs_input else None
         self.weight = new(chunks.matrix.shape, dtype=wide) if needs_weight else None
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
@@ -227,8 +249,8 @@ class _GradientSums:
         """The chunk's part, from its input and the gradient of its logits, which is not to be used afterwards."""
         dz = gradient.flatten(1)
         if self.input is not None:
-            part = self.input[rows] if self.chunks.live is None else torch.empty_like(x)
-            torch.mm(dz, self.chunks.matrix, out=part)
+            part = self.input[rows] if self.chunks.live is None else self.input.new_empty(x.shape)
+            _multiply(dz, self.chunks.matrix, part)
             if self.chunks.live is not None:
                 self.chunks.put(rows, part, self.input)
         if self.bias is not None:
@@ -256,21 +278,27 @@ def _operands(problem: Problem, target: Tensor) -> tuple[object, ...]:
 
 
 def forward(
-    problem: Problem, wide: torch.dtype, stats: bool, needs: Sequence[bool], chunk_rows: int | None
+    problem: Problem,
+    wide: torch.dtype,
+    stats: bool,
+    needs: Sequence[bool],
+    grad_divisor: Tensor | None,
+    chunk_rows: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of every position, and the gradients of the sum of the losses.
+    """The results of every position, and the gradients of the sum of the losses, or of that over ``grad_divisor``.
 
     Args:
         problem: the operands.
         wide: the dtype of the losses and of the statistics.
         stats: also lse, nll, entropy and prediction.
         needs: which of the gradients of input, linear_weight and linear_bias are wanted.
+        grad_divisor: [] float64, what they are divided by, or None.
         chunk_rows: rows at once; None: :func:`default_chunk_rows`.
 
     Returns:
         ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; the gradients that are needed.
     """
-    _check_classes(problem)
+    check_classes(problem.target, problem.linear_weight.shape[0], problem.ignore_index)
     chunks = _Chunks(problem, chunk_rows, not stats)
     sums = _GradientSums(chunks, needs)
     shape = (problem.input.shape[0], *problem.linear_weight.shape[1:-1])
@@ -280,7 +308,7 @@ def forward(
     for rows, x, target, logits in chunks:
         options = (*_operands(problem, target), wide, problem.z_loss, problem.softcap, problem.logit_scale, stats)
         if any(needs):
-            loss, _, _, *of_rows = ops.cross_entropy_(logits, *options)
+            loss, _, _, *of_rows = ops.cross_entropy_(logits, *options, grad_divisor)
             sums.add(rows, x, target, logits)
         else:
             loss, _, _, *of_rows = ops.cross_entropy(logits, *options, False)
@@ -290,9 +318,17 @@ def forward(
 
 
 def gradients(
-    problem: Problem, upstream: Upstream, needs: Sequence[bool], needs_target: bool, chunk_rows: int | None
+    problem: Problem,
+    wide: torch.dtype,
+    upstream: Upstream,
+    needs: Sequence[bool],
+    needs_target: bool,
+    chunk_rows: int | None,
 ) -> list[Tensor]:
-    """The gradients of input, linear_weight, linear_bias and target that are needed, the logits computed again."""
+    """The gradients of input, linear_weight, linear_bias and target that are needed, the logits computed again.
+
+    ``wide`` is the dtype of the arithmetic on each logit.
+    """
     chunks = _Chunks(problem, chunk_rows, upstream.lse is None and upstream.entropy is None)
     sums = _GradientSums(chunks, needs)
     grad_target = problem.target.new_empty(problem.target.shape) if needs_target else None
@@ -302,7 +338,6 @@ def gradients(
     for rows, x, target, logits in chunks:
         operands = _operands(problem, target)
         options = (problem.z_loss, problem.softcap, problem.logit_scale)
-        wide = torch.promote_types(problem.input.dtype, torch.float32)
         _, state, _, *of_rows = ops.cross_entropy(logits, *operands, wide, *options, stats, False)
         of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
         entropy = of_rows[2] if upstream.entropy is not None else None

@@ -11,7 +11,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, linear_autograd
+from . import checks, chunks, linear_autograd
 from .functional import (
     _REDUCTIONS,
     CrossEntropyStats,
@@ -97,6 +97,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object = None,
     dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -117,6 +118,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object = None,
     dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -136,6 +138,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object = None,
     dtype: torch.dtype | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -153,7 +156,7 @@ def linear_cross_entropy(
     backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU where no
     statistics are asked for.
 
-    Double backward, forward mode and gradients within ``torch.func`` transforms hold the logits.
+    Second derivatives and forward mode hold the logits.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
@@ -167,6 +170,8 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none".
         ignore_index: rows of this class do not count; None: -100 for classes, nothing for probabilities.
         label_smoothing: in [0, 1].
+        options: torch's chunking options, taken so that a call of its function needs no change, and not used:
+            ``chunk_rows`` is what there is to choose here.
         dtype: of the loss, and of the arithmetic on each logit. The products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
@@ -197,7 +202,7 @@ def linear_cross_entropy(
             checks.refuse(ValueError, _OP, "chunk_rows", "be at least 1, or None", f"{chunk_rows}")
     ignore_index = None if ignore_index is None else checks.integer(_OP, "ignore_index", ignore_index)
     batch = input.shape[:-1]
-    target = _check_target(input, linear_weight, target, ignore_index)
+    given_target, target = target, _check_target(input, linear_weight, target, ignore_index)
     probabilities = target.dtype.is_floating_point
     if weight is not None:
         checks.check_weight(_OP, input, weight, linear_weight.shape[0], not probabilities)
@@ -219,7 +224,12 @@ def linear_cross_entropy(
         chunk_rows,
     )
     x = x.reshape(math.prod(batch), x.shape[-1])
-    results = _run(x, matrix, bias, target, weight, call)
+    try:
+        results = _run(x, matrix, bias, target, weight, call)
+    except IndexError:
+        if not _in_transform():  # says the position in the caller's shape
+            chunks.check_classes(given_target, linear_weight.shape[0], call.ignore_index)
+        raise
     shape = (*batch, *linear_weight.shape[1:-1])
     loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss

@@ -5,7 +5,8 @@
     LinearCrossEntropy        forward computes the loss; backward computes the logits again, chunk by chunk, which
                               serves any upstream gradient, any number of times, and transforms
 
-A gradient that is itself differentiated or batched (double backward, ``torch.func``, forward mode) comes from
+The gradient in chunks is a Function of its own, LinearCrossEntropyBackward, so that ``torch.func`` and
+``create_graph`` hold no logits either. A derivative of it (double backward), and any in forward mode, comes from
 ``linear`` and the cross entropy of whole logits, whose Functions have all derivatives. torch.compile and torch.export
 see the operators.
 
@@ -21,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from . import chunks
+from . import chunks, ops
 from .autograd import (
     CrossEntropy,
     CrossEntropyBackward,
@@ -72,6 +73,11 @@ def _problem(tensors: Sequence[Any], call: Call) -> Problem:
     return Problem(*(*tensors, *options))
 
 
+def _divides(call: Call, input: Tensor) -> bool:
+    """Whether gradients computed in forward are divided by the mean's denominator (see chunks.py)."""
+    return call.reduction == MEAN and input.dtype != torch.float16
+
+
 # ---- operators ----
 
 
@@ -95,8 +101,9 @@ def _forward(
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows)
     wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     problem = _problem((input, linear_weight, linear_bias, target, weight), call)
-    (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, chunk_rows)
     total = total_weight(target, weight, 1, ignore_index)
+    grad_divisor = total if _divides(call, input) else None
+    (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, grad_divisor, chunk_rows)
     if reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if reduction == MEAN:
@@ -120,7 +127,7 @@ def _fake_forward(
         results.append(input.new_empty(rows, dtype=torch.int64))
     sums = torch.float32 if input.dtype.itemsize == 2 else input.dtype
     if needs[0]:
-        results.append(torch.empty_like(input, memory_format=torch.contiguous_format))
+        results.append(input.new_empty(input.shape, dtype=chunks.input_sum_dtype(input.dtype)))
     results += [
         input.new_empty(linear_weight.shape[: linear_weight.dim() - i], dtype=sums)
         for i, needed in enumerate(needs[1:])
@@ -150,7 +157,9 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, None, False, chunk_rows)
-    wide = _arithmetic_dtype(input.dtype, target.dtype)
+    # The loss and the statistics are float64 where forward computed in it.
+    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy) if t is not None]
+    wide = _arithmetic_dtype(input.dtype, target.dtype, *given)
     if grad_loss is not None:
         grad_loss = grad_loss.to(wide)
         if reduction == MEAN:
@@ -159,7 +168,8 @@ def _backward(
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = (input, linear_weight, linear_bias, target)
     *parameters, needs_target = needs
-    results = chunks.gradients(_problem((*operands, weight), call), upstream, parameters, needs_target, chunk_rows)
+    problem = _problem((*operands, weight), call)
+    results = chunks.gradients(problem, wide, upstream, parameters, needs_target, chunk_rows)
     likes = [t for t, needed in zip(operands, needs, strict=True) if needed and t is not None]
     return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
 
@@ -174,8 +184,8 @@ _OPTIONS = "int reduction, int ignore_index, float label_smoothing, float z_loss
 _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 
 # -> [loss, total_weight] + [lse, nll, entropy, prediction] if stats + the gradients of input, linear_weight and
-#    linear_bias that ``needs`` names: of the sum of the losses, not yet divided by total_weight; half types' sums are
-#    float32
+#    linear_bias that ``needs`` names, for an upstream gradient of 1 (float16 with the mean: of total_weight); the sums
+#    of half types are float32
 _forward_op = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
@@ -209,7 +219,7 @@ def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upst
     input, linear_weight, linear_bias, target, weight = tensors
     logits = logits_of(input, linear_weight, linear_bias)
     options = call.options()
-    wide = _arithmetic_dtype(input.dtype, target.dtype)
+    wide = _arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
     _, state, total, _, _, entropy, _ = CrossEntropy.apply(logits, target, weight, *options, wide, True)
     of_logits, *of_target = CrossEntropyBackward.apply(
         *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
@@ -227,10 +237,56 @@ def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upst
     return gradients
 
 
+class LinearCrossEntropyBackward(Function):
+    """(*upstream, total, input, linear_weight, linear_bias, target, weight, *call, *needs) -> the gradients needed."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        tensors, call, needs = LinearCrossEntropyBackward._parts(args)
+        return tuple(_backward_op(*tensors, *call[:6], call.chunk_rows, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors, ctx.call, ctx.needs = LinearCrossEntropyBackward._parts(inputs)
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _parts(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Call, list[bool]]:
+        return args[:10], Call(*args[10:-4]), list(args[-4:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        saved, given = ctx.saved_tensors, _spread(grads, ctx.needs)
+        which = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def gradients(*values: Tensor) -> list[Tensor]:
+            tensors = list(saved)
+            for i, value in zip(which, values, strict=True):
+                tensors[i] = value
+            found = _gradients_through_logits(tensors[5:], ctx.call, Upstream(*tensors[:4]), ctx.needs)
+            return [g for g, grad in zip(found, given, strict=True) if grad is not None]
+
+        pull_back = torch.func.vjp(gradients, *(saved[i] for i in which))[1]
+        slopes = pull_back([grad for grad in grads if grad is not None])
+        return tuple(_spread(slopes, ctx.needs_input_grad))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _one_by_one(LinearCrossEntropyBackward, info.batch_size, in_dims, args)
+
+
+def _is_batched(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether autograd batches the gradient (``is_grads_batched``)."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and is_batched(g) for g in upstream)
+
+
 def _is_plain(upstream: Sequence[Tensor | None]) -> bool:
     """Whether nothing differentiates or batches the gradient."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return _plain_backward() and not any(g is not None and is_batched(g) for g in upstream)
+    return _plain_backward() and not _is_batched(upstream)
 
 
 def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tensor) -> Sequence[Tensor | None]:
@@ -239,10 +295,13 @@ def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tens
     if all(g is None for g in upstream) or not any(needs):
         return [None] * 4
     call: Call = ctx.call
-    if not torch.compiler.is_compiling() and not _is_plain(upstream):
+    if torch.compiler.is_compiling() or _is_plain(upstream):
+        results = _backward_op(*upstream, total, *tensors, *call[:6], call.chunk_rows, needs)
+    elif forward_ad._current_level >= 0 or _is_batched(upstream):
         return _gradients_through_logits(tensors, call, upstream, needs)  # type: ignore[no-any-return]
-    options = call[:6]
-    return _spread(tuple(_backward_op(*upstream, total, *tensors, *options, call.chunk_rows, needs)), tuple(needs))
+    else:
+        results = LinearCrossEntropyBackward.apply(*upstream, total, *tensors, *call, *needs)
+    return _spread(tuple(results), tuple(needs))
 
 
 def _upstream(grads: Sequence[Tensor | None], stats: bool) -> Upstream:
@@ -250,19 +309,39 @@ def _upstream(grads: Sequence[Tensor | None], stats: bool) -> Upstream:
     return Upstream(grads[0], *(grads[2:5] if stats else (None, None, None)))
 
 
-def _scaled(gradient: Tensor, scale: Tensor, like: Tensor, consumes: bool) -> Tensor:
-    if gradient.dtype.itemsize == 2:  # one rounding, of the result
-        return (gradient.float() * scale.float()).to(like.dtype)
-    scale = scale.to(gradient.dtype)
-    return (gradient.mul_(scale) if consumes else gradient * scale).to(like.dtype)
+def _scaled(gradient: Tensor, scale: Tensor, consumes: bool) -> Tensor:
+    """Scale: [], or [N] for the rows of the gradient."""
+    if consumes:
+        ops.scale_rows_(gradient, scale, 1 if scale.dim() else 0)
+        return gradient
+    wide = torch.float32 if gradient.dtype.itemsize == 2 else gradient.dtype
+    return gradient.to(wide) * scale.to(wide).reshape(-1, *[1] * (gradient.dim() - 1))
 
 
-def _scale(call: Call, grad_loss: Tensor, total: Tensor) -> Tensor:
-    """What a gradient of the sum of the losses is to be multiplied by; where no row counts that gradient is 0."""
-    wide = grad_loss.to(total.dtype)
-    if call.reduction == MEAN:
-        wide = torch.where(total == 0, torch.zeros_like(wide), wide / total)
-    return wide
+def _handed_on(
+    computed: Sequence[Tensor | None],
+    tensors: Sequence[Any],
+    call: Call,
+    grad_loss: Tensor,
+    total: Tensor,
+    consumes: bool,
+) -> list[Tensor | None]:
+    """The gradients that forward computed, multiplied by the upstream gradient, in place if ``consumes``.
+
+    What comes of ignored rows alone is 0 whatever that is, inf and NaN too.
+    """
+    input, target = tensors[0], tensors[3]
+    scale = grad_loss.to(total.dtype)
+    if call.reduction == MEAN and not _divides(call, input):
+        scale = scale / total
+    of_input = scale
+    if not target.is_floating_point():
+        live, one = chunks.live_rows(target, call.ignore_index), torch.ones_like(scale)
+        scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
+    return [
+        None if gradient is None else _scaled(gradient, factor, consumes).to(like.dtype)
+        for gradient, factor, like in zip(computed, (of_input, scale, scale), tensors, strict=False)
+    ]
 
 
 # ---- Functions ----
@@ -339,11 +418,7 @@ class EagerLinearCrossEntropy(Function):
         computed = ctx.gradients.pop() if ctx.gradients else None
         if computed is None or not _is_plain(upstream):
             return *_gradients(ctx, tensors, upstream, total), None, None
-        scale = _scale(ctx.call, grad_loss, total)
-        scaled = (
-            None if g is None else _scaled(g, scale, like, True) for g, like in zip(computed, tensors, strict=False)
-        )
-        return *scaled, *nothing
+        return *_handed_on(computed, tensors, ctx.call, grad_loss, total, True), *nothing
 
 
 # ---- torch.compile and torch.export ----
@@ -368,10 +443,8 @@ def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
         return *_gradients(ctx, tensors, upstream, total), None, *nothing
     if grads[0] is None:
         return *[None] * _TENSORS, *nothing
-    scale = _scale(ctx.call, grads[0], total)
     computed = _spread(tuple(ctx.saved_tensors[_TENSORS + 1 :]), tuple(ctx.needs))
-    scaled = (None if g is None else _scaled(g, scale, like, False) for g, like in zip(computed, tensors, strict=False))
-    return *scaled, None, None, *nothing
+    return *_handed_on(computed, tensors, ctx.call, grads[0], total, False), None, None, *nothing
 
 
 _forward_op.register_autograd(_traced_backward, setup_context=_trace)

@@ -127,6 +127,7 @@ class LinearCrossEntropyLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         ignore_index: the class of rows that do not count; None: -100 for classes, nothing for probabilities.
         label_smoothing: in [0, 1].
+        options: torch's chunking options, taken and not used.
         loss_dtype: compute and return the loss in this dtype.
         z_loss: factor of the squared log-sum-exp.
         softcap: caps the logits smoothly; None: no cap.
@@ -153,6 +154,7 @@ class LinearCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        options: object = None,
         loss_dtype: torch.dtype | None = None,
         z_loss: float = 0.0,
         softcap: float | None = None,

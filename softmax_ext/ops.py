@@ -93,7 +93,7 @@ def _fake_cross_entropy(
 
 
 def _fake_cross_entropy_(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results = _fake_cross_entropy(input, *arguments)
+    results = _fake_cross_entropy(input, *arguments[:11])  # all but grad_divisor
     results[1] = results[1].new_empty([0])  # the state, which nothing can use any more
     return (*results, *(input.new_empty([0]) for _ in range(7 - len(results))))
 

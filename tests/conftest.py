@@ -8,6 +8,7 @@ pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ r
 """
 
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 
@@ -24,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Compiled graphs that an earlier run kept on disk may have other derivatives in them.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     # Every worker of xdist has the machine's whole pool of threads otherwise.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

@@ -195,3 +195,23 @@ def test_compiled_autograd():
         with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager", fullgraph=True)):
             f().backward()
         assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_second_backward_of_compiled_autograd(linear):
+    """A gradient that was computed ahead is scaled and handed over once, and computed again after that."""
+    torch._dynamo.reset()
+    x, target = _logits(8, 10), _target("classes")
+
+    def loss() -> Tensor:
+        if linear:
+            return softmax_ext.linear_cross_entropy(x, torch.eye(10), target)
+        return cross_entropy(x, target, precompute_grad=True)
+
+    expected = torch.autograd.grad(loss(), x)[0]
+    retained = 3 * loss()
+    for _ in range(2):
+        x.grad = None
+        with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+            retained.backward(retain_graph=True)
+        assert_close(x.grad, 3 * expected)

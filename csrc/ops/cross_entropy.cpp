@@ -59,7 +59,7 @@ std::vector<int64_t> state_sizes(const Call& call) {
 
 // The gradient goes to `grad` if given. Where that is the input itself no backward can follow, and the state is empty.
 Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, const std::optional<Tensor>& grad,
-                bool overwrites) {
+                const std::optional<Tensor>& grad_divisor, bool overwrites) {
   const ScalarType loss_scalar = dtype.value_or(call.input.scalar_type());
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
   const ScalarType arithmetic =
@@ -73,6 +73,7 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
               empty(total_sizes, ScalarType::Double, call.input),
               {},
               grad,
+              grad_divisor,
               !overwrites};
   if (stats) {
     for (int i = 0; i < 3; i++) out.stats.push_back(empty(call.batch, arithmetic, call.input));
@@ -90,7 +91,7 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
                                  z_loss, softcap, logit_scale);
   std::optional<Tensor> grad;
   if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
-  const Forward out = forward(call, dtype, stats, grad, false);
+  const Forward out = forward(call, dtype, stats, grad, std::nullopt, false);
   std::vector<Tensor> outputs{out.loss, out.state, out.total_weight};
   outputs.insert(outputs.end(), out.stats.begin(), out.stats.end());
   if (grad) outputs.push_back(*grad);
@@ -100,10 +101,15 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
     Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-    double logit_scale, bool stats) {
+    double logit_scale, bool stats, std::optional<Tensor> grad_divisor) {
   const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
-  const Forward out = forward(call, dtype, stats, input, true);
+  if (grad_divisor) {
+    check_device(*grad_divisor, input, call.op, "grad_divisor");
+    STD_TORCH_CHECK(grad_divisor->numel() == 1 && grad_divisor->scalar_type() == ScalarType::Double, call.op,
+                    ": grad_divisor must be one float64 value.");
+  }
+  const Forward out = forward(call, dtype, stats, input, grad_divisor, true);
   const auto stat = [&](size_t i) { return stats ? out.stats[i] : empty({0}, input.scalar_type(), input); };
   return {out.loss, out.state, out.total_weight, stat(0), stat(1), stat(2), stat(3)};
 }

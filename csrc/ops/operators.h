@@ -43,11 +43,12 @@ struct Call {
 struct Forward {
   ScalarType arithmetic;
   DType loss_type;
-  Tensor loss;                 // [*batch] or []
-  Tensor state;                // [2 or 4, *batch], or [0]: no backward follows
-  Tensor total_weight;         // [] float64: the mean's denominator; or [0]: there is no mean
-  std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
-  std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input
+  Tensor loss;                         // [*batch] or []
+  Tensor state;                        // [2 or 4, *batch], or [0]: no backward follows
+  Tensor total_weight;                 // [] float64: the mean's denominator; or [0]: there is no mean
+  std::vector<Tensor> stats;           // none, or lse, nll, entropy, prediction: [*batch]
+  std::optional<Tensor> grad;          // of the input's shape, for an upstream gradient of 1; may be the input
+  std::optional<Tensor> grad_divisor;  // [] float64: what the gradient is divided by instead of total_weight
   bool keeps_state;
 };
 
@@ -72,8 +73,8 @@ struct Backward {
 
 // Whether a gradient that is written before its upstream gradient is known is divided by the mean's denominator. Not in
 // float16, where small gradients would be lost to underflow before a loss scale can lift them.
-inline bool divides_precomputed(const Call& call) {
-  return call.reduction == kMean && call.input_type != DType::kFloat16;
+inline bool divides_by_total(const Call& call, const Forward& out) {
+  return out.grad && !out.grad_divisor && call.reduction == kMean && call.input_type != DType::kFloat16;
 }
 
 // IndexError for the class y in the given row.

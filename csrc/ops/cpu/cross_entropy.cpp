@@ -103,6 +103,11 @@ void add_weights(CrossEntropy<T>& k, const Weights<T>& weights) {
   k.weight_sum = static_cast<T>(weights.sum);
 }
 
+double grad_divisor(const Call& call, const Forward& out, double total_weight) {
+  if (out.grad_divisor) return *static_cast<const double*>(out.grad_divisor->const_data_ptr());
+  return divides_by_total(call, out) ? total_weight : 1.0;
+}
+
 template <typename T>
 void forward(const Call& call, const Forward& out) {
   const Weights<T> weights(call);
@@ -114,7 +119,7 @@ void forward(const Call& call, const Forward& out) {
   k.streams = out.grad && streams(*out.grad, call.input);
   if (call.reduction == kNone) k.loss = out.loss.data_ptr();
   const double one = 1;
-  if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, divides_precomputed(call) ? 1 / total_weight : 1.0};
+  if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, 1 / grad_divisor(call, out, total_weight)};
   const double sum = run(k);
   if (call.reduction == kMean) *static_cast<double*>(out.total_weight.data_ptr()) = total_weight;
   if (call.reduction != kNone)

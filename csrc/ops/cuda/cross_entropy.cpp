@@ -91,10 +91,11 @@ void device::cross_entropy(const Call& call, const Forward& out) {
   workspace.add_to(k, out.arithmetic);
   check_classes(call, k, stream);
 
-  const bool is_mean = call.reduction == kMean, divides = out.grad && divides_precomputed(call);
+  const bool is_mean = call.reduction == kMean, divides = divides_by_total(call, out);
   double* total = is_mean ? doubles(out.total_weight) : nullptr;
   if (divides) sum_targets(call, k, out.total_weight, workspace, stream);
-  if (out.grad) k.grad_loss = {true, nullptr, DType::kFloat64, 0, divides ? total : nullptr};
+  const double* divisor = out.grad_divisor ? doubles(*out.grad_divisor) : divides ? total : nullptr;
+  if (out.grad) k.grad_loss = {true, nullptr, DType::kFloat64, 0, divisor};
   const Tensor losses = call.reduction == kNone ? out.loss : empty(call.batch, out.arithmetic, call.input);
   k.loss = losses.data_ptr();
   k.loss_type = dtype_of(losses, call.op, "dtype");
