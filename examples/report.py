@@ -100,11 +100,11 @@ class Agreement:
 def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -> Table:
     """The figures of each run in columns, and how many times less each of OTHERS takes."""
     table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in gpt.LOSSES:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for name in OTHERS:
-        table.add_column(f"{BASELINE} / {name}", justify="right")
+        table.add_column(f"{BASELINE} / {name}", justify="right", overflow="fold")
 
     table.add_row("loss at the last step", *(f"{steps[-1].loss:.6f}" for steps in runs.values()))
     for label, attribute, unit in [
@@ -146,17 +146,20 @@ def draw_curves(axes: Axes, runs: dict[str, list[gpt.Step]]) -> None:
 
 
 def draw_difference(axes: Axes, agreements: dict[str, Agreement]) -> None:
-    """The difference of the losses, counted in the least differences that float32 can express."""
-    for name, agreement in agreements.items():
+    """The difference of the losses, counted in the least differences that float32 can express.
+
+    Each run's points are smaller than those of the one before, so that they do not hide them.
+    """
+    for size, (name, agreement) in zip((7, 3), agreements.items(), strict=True):
         steps = np.arange(1, len(agreement.difference) + 1)
         axes.vlines(steps, 0, agreement.spacings, color=COLOURS[name])
         axes.plot(
             steps,
             agreement.spacings,
             "o",
-            markersize=4,
+            markersize=size,
             color=COLOURS[name],
-            label=f"{name}: at most {np.abs(agreement.difference).max():.2g}, relative {agreement.relative.max():.2g}",
+            label=f"{name}: at most {np.abs(agreement.difference).max():.2g}",
         )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.margins(y=0.3)
