@@ -30,6 +30,8 @@ from .reference import class_index, is_live
 
 # A product that passes through a buffer of its own does so a slice at a time, which stays in cache.
 _SLICE_BYTES = 2 << 20
+# Logits that are not worth saving memory on.
+_SMALL_BUFFER_BYTES = 32 << 20
 
 
 class Problem(NamedTuple):
@@ -73,7 +75,8 @@ def prefers_onednn(x: Tensor) -> bool:
     A rule and not a measurement, so that the same bits come out every time. For the other two products it is not asked:
     there MKL is nearly as fast, and the errors of its dZ W are a third smaller.
     """
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and _amd()
+    is_float = x.device.type == "cpu" and x.dtype == torch.float32
+    return is_float and x.shape[-1] > 0 and torch.backends.mkldnn.is_available() and _amd()
 
 
 def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,14 +144,15 @@ def _add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, firs
 # ---- chunks ----
 
 
-def default_chunk_rows(rows: int, device: torch.device) -> int:
-    """A ninth of the rows, within the bounds where matrix products run at full speed and a chunk is small.
+def default_chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
+    """A ninth of the rows, or as many as fit into 32 MiB, within the bounds where matrix products run at full speed.
 
     On a CPU 128 to 512 rows: below, the weight is read too often for too little arithmetic; above, nothing is gained.
-    On a GPU 1024 to 4096.
+    On a GPU 1024 to 4096. ``row_bytes`` is the size of a row of logits.
     """
     least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
-    return min(max(rows // 144 * 16, least), most)
+    fitting = _SMALL_BUFFER_BYTES // max(row_bytes, 1)
+    return min(max(rows // 144 * 16, fitting // 16 * 16, least), most)
 
 
 def _checks_targets(target: Tensor) -> bool:
@@ -184,7 +188,9 @@ class _Chunks:
         self.bias = None if problem.linear_bias is None else problem.linear_bias.flatten().contiguous()  # for oneDNN
         self.live = self._live_rows() if drops_ignored else None
         self.count = problem.input.shape[0] if self.live is None else self.live.numel()
-        self.rows = min(chunk_rows or default_chunk_rows(self.count, problem.input.device), max(self.count, 1))
+        row_bytes = self.matrix.shape[0] * problem.input.element_size()
+        default = default_chunk_rows(self.count, row_bytes, problem.input.device)
+        self.rows = min(chunk_rows or default, max(self.count, 1))
         self.buffer = problem.input.new_empty(self.rows, self.matrix.shape[0])
 
     def _live_rows(self) -> Tensor | None:

@@ -177,8 +177,8 @@ def linear_cross_entropy(
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
-        chunk_rows: rows whose logits exist at once; None: a ninth of them, at least 128 and at most 512 on the CPU, at
-            least 1024 and at most 4096 on a GPU.
+        chunk_rows: rows whose logits exist at once; None: a ninth of them, or as many as fit into 32 MiB if
+            those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
 
     Returns:
         The loss, a scalar or for "none" of the target's (index) shape; with ``return_stats`` (loss, stats).

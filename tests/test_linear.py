@@ -134,7 +134,7 @@ def test_chunks(chunk_rows):
 
 
 def test_more_rows_than_a_default_chunk():
-    _equal_to_logits(Inputs(300), None, label_smoothing=0.1)
+    _equal_to_logits(Inputs(600), None, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("batch", [(9,), (3, 5), (6,)])
@@ -214,6 +214,15 @@ def test_no_rows(target, reduction):
     assert_close(loss, inputs.loss_of_logits(reduction=reduction), equal_nan=True)
     for gradient in torch.autograd.grad(loss.sum(), inputs.parameters()):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_features(bias, dtype):
+    x, w = torch.zeros(3, 0, dtype=dtype), torch.zeros(4, 0, dtype=dtype)
+    b = torch.randn(4, dtype=dtype) if bias else None
+    expected = F.cross_entropy(F.linear(x, w, b), Y[:3])
+    assert_close(linear_cross_entropy(x, w, Y[:3], linear_bias=b), expected)
 
 
 def test_all_rows_ignored():
@@ -636,8 +645,10 @@ def test_ignored_rows_are_not_multiplied():
 
 def test_default_chunks():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [chunks.default_chunk_rows(n, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 224, 448, 512]
-    assert [chunks.default_chunk_rows(n, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3632, 4096]
+    row = 4 * 128256
+    assert [chunks.default_chunk_rows(n, row, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 224, 448, 512]
+    assert [chunks.default_chunk_rows(n, row, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3632, 4096]
+    assert [chunks.default_chunk_rows(1024, 4 * n, cpu) for n in (1, 8192, 32000, 64000)] == [512, 512, 256, 128]
 
 
 @pytest.mark.parametrize("amd", [True, False])
