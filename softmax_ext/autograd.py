@@ -25,7 +25,6 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function, forward_ad
 
 from . import ops
-from ._version import __version__
 from .ops import MEAN, NONE
 from .reference import Options, Rows, class_index, is_live, total_weight
 
@@ -90,6 +89,32 @@ def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[T
     return [next(remaining) if needed else None for needed in needs]
 
 
+def _is_batched(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether autograd batches the gradient (``is_grads_batched``)."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and is_batched(g) for g in upstream)
+
+
+def _formula_gradients(
+    upstream: Sequence[Tensor | None],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """(grad_input, grad_target) by torch's operations, where a batched gradient is to be differentiated again.
+
+    Autograd's batching keeps the graph of those, and silently none of a Function.
+    """
+    rows = Rows(input, target, weight, options)
+    of_rows = rows.row_gradients(upstream, total)
+    needs_input, needs_target = needs
+    grad_target = rows.target_gradient(of_rows).to(target.dtype) if needs_target else None
+    return [rows.gradient(of_rows) if needs_input else None, grad_target]
+
+
 def _gradients(
     ctx: Any, loss: Tensor | None, lse: Tensor | None, nll: Tensor | None, entropy: Tensor | None
 ) -> Sequence[Tensor | None]:
@@ -98,6 +123,9 @@ def _gradients(
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
+    if torch.is_grad_enabled() and _is_batched(call[:4]):
+        input, target, weight, _, total, _ = ctx.saved_tensors
+        return _formula_gradients(call[:4], input, target, weight, total, Options(*ctx.options), needs)
     if not _plain_backward():
         return _spread(CrossEntropyBackward.apply(*call), needs)
     grad_input, grad_target = ops.cross_entropy_backward(*call)
@@ -327,7 +355,7 @@ class OverwritingCrossEntropy(Function):
         given = [g for g in (grad_loss, *stats) if g is not None]
         if not given:
             return (None,) * 4
-        plain = _plain_backward() and not any(torch._C._functorch.is_legacy_batchedtensor(g) for g in given)
+        plain = _plain_backward() and not _is_batched(given)
         if ctx.inplace:
             return OverwritingCrossEntropy._backward_inplace(ctx, plain, grad_loss, stats), None, None, None
         gradient = ctx.gradient.pop() if ctx.gradient else None
@@ -493,25 +521,27 @@ def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None)
 
 
 def _trace_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, _ = inputs
+    input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, _, _ = inputs
     options = (dim, reduction, ignore, smoothing, z_loss, softcap, scale)
     CrossEntropy.setup_context(ctx, (input, target, weight, *options, dtype, stats), output)
 
 
 def _traced_cross_entropy_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return (*CrossEntropy.backward(ctx, *grads)[:2], *[None] * 11)
+    return (*CrossEntropy.backward(ctx, *grads)[:2], *[None] * 12)
 
 
 def _trace_softmax(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, dim, log, dtype = inputs
-    Softmax.setup_context(ctx, (input, dim, log, dtype), output)
+    Softmax.setup_context(ctx, inputs[:4], output)
 
 
-# What torch.compile keeps on disk has our derivatives in it, of the version that made them.
-torch.compiler.config.cache_key_tag += f";softmax_ext {__version__}"
+def _traced_softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *Softmax.backward(ctx, grad), None
+
 
 if ops.load_error is None:
     torch.library.register_autograd(
         "softmax_ext::cross_entropy_traced", _traced_cross_entropy_backward, setup_context=_trace_cross_entropy
     )
-    torch.library.register_autograd("softmax_ext::softmax_traced", Softmax.backward, setup_context=_trace_softmax)
+    torch.library.register_autograd(
+        "softmax_ext::softmax_traced", _traced_softmax_backward, setup_context=_trace_softmax
+    )

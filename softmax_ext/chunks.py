@@ -165,7 +165,8 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for a class out of range, before anything is computed; the kernels would see one chunk of them."""
     if not _checks_targets(target):
         return
-    bad = is_live(target, ignore_index) & ((target < 0) | (target >= classes))
+    given = target.long()  # as uint8, 256 classes would be none
+    bad = is_live(target, ignore_index) & ((given < 0) | (given >= classes))
     if bad.any():
         position = [int(i) for i in bad.nonzero()[0]]
         need = f"hold classes in [0, {classes}) or ignore_index ({ignore_index})"

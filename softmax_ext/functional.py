@@ -100,7 +100,7 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if torch.compiler.is_compiling():
         if in_transform:  # as in _needs_plain_formulas
             return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-        result = ops.softmax_traced(input, dim, log, dtype)
+        result = ops.softmax_traced(input, dim, log, dtype, ops.VERSION)
     elif in_transform:
         result = Softmax.apply(input, dim, log, dtype)
     elif input.requires_grad and torch.is_grad_enabled():
@@ -323,9 +323,8 @@ def _run(
         results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
     elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        results = (ops.cross_entropy_traced if compiling else ops.cross_entropy)(
-            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
-        )
+        call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
+        results = ops.cross_entropy_traced(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
     elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
         results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
     else:

@@ -28,6 +28,8 @@ from . import chunks, ops
 from .autograd import (
     CrossEntropy,
     CrossEntropyBackward,
+    _formula_gradients,
+    _is_batched,
     _nested_forward_mode,
     _one_by_one,
     _plain_backward,
@@ -97,13 +99,15 @@ def _forward(
     stats: bool,
     chunk_rows: int | None,
     needs: Sequence[bool],
+    version: int,
 ) -> list[Tensor]:
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows)
     wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     problem = _problem((input, linear_weight, linear_bias, target, weight), call)
     total = total_weight(target, weight, 1, ignore_index)
     grad_divisor = total if _divides(call, input) else None
-    (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, grad_divisor, chunk_rows)
+    with torch.autocast(input.device.type, enabled=False):  # which would undo float32 products of float16
+        (loss, *of_rows), gradients = chunks.forward(problem, wide, stats, needs, grad_divisor, chunk_rows)
     if reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if reduction == MEAN:
@@ -114,7 +118,7 @@ def _forward(
 def _fake_forward(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *arguments: Any
 ) -> list[Tensor]:
-    _, *call, needs = arguments
+    _, *call, needs, _ = arguments
     reduction, dtype, stats = call[0], call[6], call[7]
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
     wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
@@ -169,7 +173,8 @@ def _backward(
     operands = (input, linear_weight, linear_bias, target)
     *parameters, needs_target = needs
     problem = _problem((*operands, weight), call)
-    results = chunks.gradients(problem, wide, upstream, parameters, needs_target, chunk_rows)
+    with torch.autocast(input.device.type, enabled=False):
+        results = chunks.gradients(problem, wide, upstream, parameters, needs_target, chunk_rows)
     likes = [t for t, needed in zip(operands, needs, strict=True) if needed and t is not None]
     return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
 
@@ -190,7 +195,8 @@ _forward_op = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
-    schema=f"({_OPERANDS}, {_OPTIONS}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+    schema=f"({_OPERANDS}, {_OPTIONS}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs, "
+    "int version) -> Tensor[]",
 )
 _forward_op.register_fake(_fake_forward)
 
@@ -209,9 +215,10 @@ _backward_op.register_fake(_fake_backward)
 
 def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """[N, C, *K]."""
-    bias = None if linear_bias is None else linear_bias.flatten()
-    logits: Tensor = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(1, linear_weight.shape[:-1])
-    return logits
+    *classes, features = linear_weight.shape  # reshaped: autograd's own vmap knows no flatten
+    bias = None if linear_bias is None else linear_bias.reshape(math.prod(classes))
+    logits = F.linear(input, linear_weight.reshape(math.prod(classes), features), bias)
+    return logits.reshape(input.shape[0], *classes)
 
 
 def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upstream, needs: Sequence[bool]) -> Any:
@@ -220,14 +227,19 @@ def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upst
     logits = logits_of(input, linear_weight, linear_bias)
     options = call.options()
     wide = _arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
-    _, state, total, _, _, entropy, _ = CrossEntropy.apply(logits, target, weight, *options, wide, True)
-    of_logits, *of_target = CrossEntropyBackward.apply(
-        *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
-    )
+    of_logits: Any
+    if torch.is_grad_enabled() and _is_batched(upstream):
+        total = total_weight(target, weight, 1, call.ignore_index)
+        of_logits, *of_target = _formula_gradients(upstream, logits, target, weight, total, options, (True, needs[3]))
+    else:
+        _, state, total, _, _, entropy, _ = CrossEntropy.apply(logits, target, weight, *options, wide, True)
+        of_logits, *of_target = CrossEntropyBackward.apply(
+            *upstream, logits, target, weight, state, total, entropy, *options, True, needs[3]
+        )
     dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1]))
     gradients: list[Tensor | None] = [None] * 4
     if needs[0]:
-        gradients[0] = dz @ linear_weight.flatten(0, -2)
+        gradients[0] = dz @ linear_weight.reshape(dz.shape[1], input.shape[1])
     if needs[1]:
         gradients[1] = (dz.mT @ input).view(linear_weight.shape)
     if needs[2]:
@@ -276,12 +288,6 @@ class LinearCrossEntropyBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _one_by_one(LinearCrossEntropyBackward, info.batch_size, in_dims, args)
-
-
-def _is_batched(upstream: Sequence[Tensor | None]) -> bool:
-    """Whether autograd batches the gradient (``is_grads_batched``)."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and is_batched(g) for g in upstream)
 
 
 def _is_plain(upstream: Sequence[Tensor | None]) -> bool:
@@ -352,7 +358,7 @@ class LinearCrossEntropy(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward_op(*args, _NOTHING))
+        return tuple(_forward_op(*args, _NOTHING, ops.VERSION))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -401,7 +407,7 @@ class EagerLinearCrossEntropy(Function):
         *tensors, ctx.call = args
         ctx.set_materialize_grads(False)
         needs = list(ctx.needs_input_grad[:3])
-        loss, total, *gradients = _forward_op(*tensors, *ctx.call, needs)
+        loss, total, *gradients = _forward_op(*tensors, *ctx.call, needs, ops.VERSION)
         # No saved tensors: nobody sees them, and backward hands on the only reference. In a list, since compiled
         # autograd calls backward with another ctx, which shares what this one refers to.
         ctx.gradients = [_spread(tuple(gradients), tuple(needs))]
@@ -425,8 +431,8 @@ class EagerLinearCrossEntropy(Function):
 
 
 def _trace(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *_, needs = inputs
-    ctx.call = Call(*inputs[_TENSORS:-1])
+    *_, needs, _ = inputs
+    ctx.call = Call(*inputs[_TENSORS:-2])
     ctx.needs = needs
     computed = output[2:] if any(needs) else []
     ctx.save_for_backward(*inputs[:_TENSORS], output[1], *computed)
@@ -435,7 +441,7 @@ def _trace(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, total = ctx.saved_tensors[: _TENSORS + 1]
-    nothing = [None] * (len(Call._fields) + 1)
+    nothing = [None] * (len(Call._fields) + 2)
     upstream = _upstream(grads, ctx.call.stats)
     is_constant = torch.compiler.is_compiling() or _is_plain(upstream)
     has_all = all(has or not needed for has, needed in zip(ctx.needs, ctx.needs_input_grad[:3], strict=True))
@@ -470,7 +476,7 @@ def linear_cross_entropy(tensors: Sequence[Any], call: Call, transformed: bool) 
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors[:4]]
     precomputes = any(needs) and _precomputes(tensors, call)
     if torch.compiler.is_compiling() or not (any(needs) or transformed):
-        results = _forward_op(*tensors, *call, needs[:3] if precomputes else _NOTHING)
+        results = _forward_op(*tensors, *call, needs[:3] if precomputes else _NOTHING, ops.VERSION)
     elif precomputes and not transformed and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return [EagerLinearCrossEntropy.apply(*tensors, call)]
     else:

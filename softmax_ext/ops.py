@@ -18,9 +18,17 @@ import torch
 from torch import Tensor
 
 from . import cuda
+from ._version import __version__
 
 NONE, MEAN, SUM = 0, 1, 2
 """The operators' codes for ``reduction``."""
+
+VERSION = sum(int(part) * 10000 ** (2 - i) for i, part in enumerate(__version__.split(".")))
+"""An argument of every operator that torch.compile sees the derivative of, which computes nothing.
+
+What it compiled is kept on disk, with the derivative in it, under a key made from the graph before: so that another
+version of this package does not take it.
+"""
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -139,12 +147,12 @@ def _fake_writes_in_place(*args: object) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fake_cross_entropy,
-    "cross_entropy_traced": _fake_cross_entropy,
+    "cross_entropy_traced": lambda *arguments: _fake_cross_entropy(*arguments[:-1]),
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_backward_": _fake_writes_in_place,
     "softmax": _fake_softmax,
-    "softmax_traced": _fake_softmax,
+    "softmax_traced": lambda *arguments: _fake_softmax(*arguments[:-1]),
     "softmax_backward": _fake_softmax_backward,
     "scale_rows_": _fake_writes_in_place,
 }

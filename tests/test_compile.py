@@ -634,7 +634,9 @@ def requiring_grad(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_opcheck_cross_entropy_traced(name, with_grad):
     """It has a derivative, which is checked where an input requires grad."""
     arguments = {**INPUTS, **EXPANDED}[name]()
-    check_operator(OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False))
+    check_operator(
+        OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False, 1)
+    )
 
 
 @pytest.mark.parametrize("name", ["classes", "weight", "image", "transposed", "probabilities", "bfloat16 to float32"])
@@ -666,7 +668,7 @@ def test_opcheck_softmax(name):
 @pytest.mark.parametrize("name", SOFTMAX_INPUTS)
 def test_opcheck_softmax_traced(name, with_grad):
     arguments = SOFTMAX_INPUTS[name]()
-    check_operator(OPS.softmax_traced.default, requiring_grad(arguments) if with_grad else arguments)
+    check_operator(OPS.softmax_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), 1))
 
 
 def test_opcheck_scale_rows():

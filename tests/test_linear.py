@@ -234,6 +234,12 @@ def test_all_rows_ignored():
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("classes", [256, 300, 512])
+def test_bytes_of_many_classes(classes):
+    x, w, y = torch.randn(3, 4), torch.randn(classes, 4), torch.tensor([0, 50, 255], dtype=torch.uint8)
+    assert_close(linear_cross_entropy(x, w, y), F.cross_entropy(F.linear(x, w), y.long()))
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
 @pytest.mark.parametrize(("batch", "extra"), [((), ()), ((9,), ()), ((9,), (2, 3))])
 @pytest.mark.parametrize("target", ["classes", "probabilities"])
@@ -411,6 +417,39 @@ def test_batched_gradients(small):
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
+@pytest.mark.parametrize("target", ["classes", "probabilities"])
+@pytest.mark.parametrize("outer", ["reverse-mode", "forward-mode"])
+def test_vectorized_hessian(target, outer, linear):
+    """Autograd's own batching, of a gradient that is differentiated again."""
+    x, w = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    y = torch.tensor([0, 3, 1]) if target == "classes" else torch.rand(3, 4, dtype=torch.float64).softmax(1)
+
+    def ours(x: Tensor, w: Tensor) -> Tensor:
+        if linear:
+            return linear_cross_entropy(x, w, y, label_smoothing=0.1)
+        return cross_entropy(x @ w.mT, y, label_smoothing=0.1)
+
+    def theirs(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(x @ w.mT, y, label_smoothing=0.1)
+
+    def hessian(function: Any, **options: Any) -> Any:
+        return torch.autograd.functional.hessian(function, (x, w), **options)
+
+    assert_close(hessian(ours, vectorize=True, outer_jacobian_strategy=outer), hessian(theirs))
+    jacobians = [
+        torch.autograd.functional.jacobian(f, (x, w), create_graph=True, vectorize=v)[0]
+        for f, v in ((ours, True), (theirs, False))
+    ]
+    x.requires_grad_()
+    seconds = []
+    for f, v in ((ours, True), (theirs, False)):
+        (first,) = torch.autograd.functional.jacobian(lambda t, f=f: f(t, w), (x,), create_graph=True, vectorize=v)
+        seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
+    assert_close(*jacobians)
+    assert_close(*seconds)
+
+
 def test_forward_mode_of_part(small):
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(small.linear_weight.detach(), small.linear_weight.detach().cos())
@@ -516,7 +555,7 @@ def test_compile_under_transforms(small, options):
 def test_operator(needs, target):
     inputs = Inputs(9, extra=(2,), target=target).to(torch.bfloat16)
     operands = (inputs.input, inputs.linear_weight, inputs.linear_bias, inputs.target, None)
-    options = (1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs)
+    options = (1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
@@ -698,12 +737,14 @@ def test_half_products_of_further_dimensions():
         assert (mine.double() - right).abs().max() <= 0.03 * right.abs().max()
 
 
-def test_float16_does_not_overflow():
-    """A gradient of the sum beyond 65504, whose mean is small."""
-    x = torch.full((512, 4), 300.0, dtype=torch.float16)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_does_not_overflow(autocast):
+    """A gradient of the sum beyond 65504 in every chunk, whose mean is small."""
+    x = torch.full((512, 4), 6000.0, dtype=torch.float16)
     w, y = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True), torch.zeros(512, dtype=torch.long)
-    linear_cross_entropy(x, w, y).backward()
-    assert_close(w.grad[1:].float(), torch.full((2, 4), 100.0), rtol=1e-2, atol=0)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        linear_cross_entropy(x, w, y).backward()
+    assert_close(w.grad[1:].float(), torch.full((2, 4), 2000.0), rtol=1e-2, atol=0)
 
 
 def test_second_derivative_of_the_operator():
