@@ -747,6 +747,79 @@ def test_float16_does_not_overflow(autocast):
     assert_close(w.grad[1:].float(), torch.full((2, 4), 2000.0), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_products_do_not_overflow(autocast):
+    """As above, in one chunk and for the classes that are no target, whose part is a matrix product."""
+    x, y = torch.full((1024, 4), 300.0), torch.zeros(1024, dtype=torch.long)
+    w = torch.zeros(3, 4, requires_grad=True)
+    if autocast:
+        with torch.autocast("cpu", torch.float16):
+            loss = linear_cross_entropy(x, w, y, chunk_rows=1024)
+    else:
+        loss = linear_cross_entropy(x.half(), w.half(), y, chunk_rows=1024)
+    (gradient,) = torch.autograd.grad(loss, w)
+    assert_close(gradient[1:].float(), torch.full((2, 4), 100.0), rtol=1e-2, atol=0)
+
+
+def test_float16_does_not_underflow():
+    """A gradient of the mean that float16 can't hold before the loss scale lifts it."""
+    x, y = torch.zeros(4000, 1, dtype=torch.float16), torch.zeros(4000, dtype=torch.long)
+    x[0] = 1
+    w = torch.zeros(5000, 1, dtype=torch.float16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(x, w, y), w, torch.tensor(2.0**15, dtype=torch.float16))
+    assert_close(gradient[1:].float(), torch.full((4999, 1), 2.0**15 / 5000 / 4000), rtol=1e-2, atol=0)
+
+
+def test_a_second_backward_leaves_the_first_gradients():
+    inputs = Inputs(9).to(torch.float64)
+    loss = inputs.loss()
+    first = torch.autograd.grad(3 * loss, inputs.parameters(), retain_graph=True)
+    copies = [t.clone() for t in first]
+    second = torch.autograd.grad(3 * loss, inputs.parameters())
+    assert_close(list(first), copies)
+    assert_close(list(second), copies)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_second_derivative_of_batched_gradients(linear, reduction):
+    inputs = Inputs(3).to(torch.float64)
+    operands, y = (inputs.input, inputs.linear_weight), torch.tensor([1, 0, 2])
+    results = []
+    for function in (
+        linear_cross_entropy if linear else lambda x, w, y, **o: cross_entropy(F.linear(x, w), y, **o),
+        lambda x, w, y, **o: F.cross_entropy(F.linear(x, w), y, **o),
+    ):
+        loss = function(*operands, y, reduction=reduction).reshape(-1)
+        upstream = torch.eye(loss.numel(), dtype=torch.float64)
+        first = torch.autograd.grad(loss, operands, upstream, is_grads_batched=True, create_graph=True)
+        results.append(torch.autograd.grad(sum((g**3).sum() for g in first), operands))
+    assert_close(*results)
+
+
+def test_vectorized_hessian_in_forward_mode():
+    inputs = Inputs(5)
+    results = [
+        torch.autograd.functional.hessian(
+            lambda x, w: f(x, w),  # noqa: B023
+            (inputs.input, inputs.linear_weight),
+            vectorize=True,
+            outer_jacobian_strategy="forward-mode",
+        )
+        for f in (
+            lambda x, w: linear_cross_entropy(x, w, inputs.target),
+            lambda x, w: F.cross_entropy(F.linear(x, w), inputs.target),
+        )
+    ]
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_features(dtype):
+    loss = linear_cross_entropy(torch.ones(3, 0, dtype=dtype), torch.ones(4, 0, dtype=dtype), torch.tensor([0, 1, 2]))
+    assert_close(loss, torch.tensor(math.log(4), dtype=dtype))
+
+
 def test_second_derivative_of_the_operator():
     """As an exported program or a graph of the "eager" backend calls it."""
     inputs = Inputs(9).to(torch.float64)
