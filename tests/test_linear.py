@@ -258,6 +258,7 @@ def test_torchs_own(target, batch, extra):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_less_exact_than_whole_logits(dtype):
     """Errors against float64, root mean square, of the loss and of each gradient; torch's whole logits beside ours."""
+    scale = 4096 if dtype == torch.float16 else 1  # the usual one of a loss in float16
     torch.manual_seed(0)
     rows, features, classes = 300, 64, 1000
     exact = [torch.randn(rows, features), 0.1 * torch.randn(classes, features), torch.randn(classes)]
@@ -267,7 +268,7 @@ def test_no_less_exact_than_whole_logits(dtype):
     def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in given]
         loss = function(*leaves)
-        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+        return [loss.detach(), *torch.autograd.grad(scale * loss, leaves)]
 
     def whole(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w, b), target)
@@ -437,17 +438,6 @@ def test_vectorized_hessian(target, outer, linear):
         return torch.autograd.functional.hessian(function, (x, w), **options)
 
     assert_close(hessian(ours, vectorize=True, outer_jacobian_strategy=outer), hessian(theirs))
-    jacobians = [
-        torch.autograd.functional.jacobian(f, (x, w), create_graph=True, vectorize=v)[0]
-        for f, v in ((ours, True), (theirs, False))
-    ]
-    x.requires_grad_()
-    seconds = []
-    for f, v in ((ours, True), (theirs, False)):
-        (first,) = torch.autograd.functional.jacobian(lambda t, f=f: f(t, w), (x,), create_graph=True, vectorize=v)
-        seconds.append(torch.autograd.grad(first.square().sum(), x)[0])
-    assert_close(*jacobians)
-    assert_close(*seconds)
 
 
 def test_forward_mode_of_part(small):
@@ -528,6 +518,24 @@ def test_compile(options, dynamic):
             loss = function(*operands, inputs.target[:rows])
             results.append((loss.detach(), torch.autograd.grad(loss, operands)))
         assert_close(*results)
+
+
+@pytest.mark.parametrize("upstream", [1.7, math.inf])
+def test_compile_of_halves(upstream):
+    """Gradients computed ahead and scaled in the graph: rounded once, and 0 for ignored rows."""
+    inputs = Inputs(20).to(torch.bfloat16)
+    operands = (inputs.input, inputs.linear_weight)
+    compiled = torch.compile(
+        lambda x, w: linear_cross_entropy(x, w, inputs.target), fullgraph=True, backend="aot_eager"
+    )
+    up = torch.tensor(upstream, dtype=torch.bfloat16)
+    ours, eager = (
+        torch.autograd.grad(f(*operands), operands, up)
+        for f in (compiled, lambda x, w: linear_cross_entropy(x, w, inputs.target))
+    )
+    assert not ours[0][inputs.target == -100].any()
+    if upstream < math.inf:
+        assert_close(ours, eager, rtol=0, atol=0)
 
 
 def test_compile_by_inductor():
@@ -738,18 +746,8 @@ def test_half_products_of_further_dimensions():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_float16_does_not_overflow(autocast):
-    """A gradient of the sum beyond 65504 in every chunk, whose mean is small."""
-    x = torch.full((512, 4), 6000.0, dtype=torch.float16)
-    w, y = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True), torch.zeros(512, dtype=torch.long)
-    with torch.autocast("cpu", torch.float16, enabled=autocast):
-        linear_cross_entropy(x, w, y).backward()
-    assert_close(w.grad[1:].float(), torch.full((2, 4), 2000.0), rtol=1e-2, atol=0)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
 def test_float16_products_do_not_overflow(autocast):
-    """As above, in one chunk and for the classes that are no target, whose part is a matrix product."""
+    """A gradient of the sum beyond 65504, whose mean is small, of classes that are no target: a matrix product."""
     x, y = torch.full((1024, 4), 300.0), torch.zeros(1024, dtype=torch.long)
     w = torch.zeros(3, 4, requires_grad=True)
     if autocast:
@@ -795,29 +793,6 @@ def test_second_derivative_of_batched_gradients(linear, reduction):
         first = torch.autograd.grad(loss, operands, upstream, is_grads_batched=True, create_graph=True)
         results.append(torch.autograd.grad(sum((g**3).sum() for g in first), operands))
     assert_close(*results)
-
-
-def test_vectorized_hessian_in_forward_mode():
-    inputs = Inputs(5)
-    results = [
-        torch.autograd.functional.hessian(
-            lambda x, w: f(x, w),  # noqa: B023
-            (inputs.input, inputs.linear_weight),
-            vectorize=True,
-            outer_jacobian_strategy="forward-mode",
-        )
-        for f in (
-            lambda x, w: linear_cross_entropy(x, w, inputs.target),
-            lambda x, w: F.cross_entropy(F.linear(x, w), inputs.target),
-        )
-    ]
-    assert_close(*results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_no_features(dtype):
-    loss = linear_cross_entropy(torch.ones(3, 0, dtype=dtype), torch.ones(4, 0, dtype=dtype), torch.tensor([0, 1, 2]))
-    assert_close(loss, torch.tensor(math.log(4), dtype=dtype))
 
 
 def test_second_derivative_of_the_operator():
