@@ -156,7 +156,8 @@ def linear_cross_entropy(
     backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU where no
     statistics are asked for.
 
-    Second derivatives and forward mode hold the logits.
+    Second derivatives, forward mode, batched gradients (``is_grads_batched``), ``torch.func`` within torch.compile, and
+    class weights with probabilities where either is differentiated or transformed hold the logits.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,

@@ -6,7 +6,7 @@
                               serves any upstream gradient, any number of times, and transforms
 
 The gradient in chunks is a Function of its own, LinearCrossEntropyBackward, so that ``torch.func`` and
-``create_graph`` hold no logits either. A derivative of it (double backward), and any in forward mode, comes from
+``create_graph`` hold no logits either (compiled, ``torch.func`` does). A derivative of it (double backward), and any in forward mode, comes from
 ``linear`` and the cross entropy of whole logits, whose Functions have all derivatives. torch.compile and torch.export
 see the operators.
 
