@@ -166,7 +166,7 @@ class CrossEntropyBackward(Function):
             if like is None or not ctx.needs_input_grad[i]:
                 upstream.append(None)
             else:
-                upstream.append((rows.reduce(slope, total) if i == 0 else slope).to(like.dtype))
+                upstream.append((rows.reduce_slope(slope, total) if i == 0 else slope).to(like.dtype))
         grad_input = rows.gradient_derivative(g, v, t) if ctx.needs_input_grad[4] else None
         grad_target = rows.target_gradient_derivative(g, v) if ctx.needs_input_grad[5] else None
         if grad_target is not None:

@@ -29,7 +29,8 @@ class CrossEntropyStats(NamedTuple):
     ``lse``, ``nll`` and ``entropy`` are differentiable, of dtype float32 (float64 if any operand is).
 
     Attributes:
-        lse: log sum exp of the (scaled, capped) logits.
+        lse: log sum exp of the (scaled, capped) logits; NaN where they make no distribution, with an inf among them or
+            all of them -inf.
         nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 where ignored.
         entropy: of the predicted distribution, in nats.
         prediction: the first class of largest logit, int64.
@@ -256,8 +257,9 @@ def cross_entropy(
         inplace: the gradient is written over the input's own storage, in the backward, or in the forward with
             ``precompute_grad``. The input's values are then lost, and its version counter is raised, so that
             autograd refuses a graph that still needs them. Under torch.compile, ``torch.func``, forward-mode AD and
-            saved-tensor hooks (checkpoint, save_on_cpu) both strategies give way to the default one: the same
-            numbers, the input left as it is; so without grad mode, where there is no gradient.
+            saved-tensor hooks (checkpoint, save_on_cpu), and with class weights that require grad, both strategies
+            give way to the default one: the same numbers, the input left as it is; so without grad mode, where there is
+            no gradient.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:

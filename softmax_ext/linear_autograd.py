@@ -6,9 +6,9 @@
                               serves any upstream gradient, any number of times, and transforms
 
 The gradient in chunks is a Function of its own, LinearCrossEntropyBackward, so that ``torch.func`` and
-``create_graph`` hold no logits either (compiled, ``torch.func`` does). A derivative of it (double backward), and any in forward mode, comes from
-``linear`` and the cross entropy of whole logits, whose Functions have all derivatives. torch.compile and torch.export
-see the operators.
+``create_graph`` hold no logits either (compiled, ``torch.func`` does). A derivative of it (double backward), and any in
+forward mode, comes from ``linear`` and the cross entropy of whole logits, whose Functions have all derivatives.
+torch.compile and torch.export see the operators.
 
 ``call`` stands for (reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows).
 """

@@ -225,6 +225,11 @@ class Rows:
         reduced = rows.sum()
         return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
 
+    def reduce_slope(self, rows: Tensor, total_weight: Tensor) -> Tensor:
+        """The derivative in an upstream gradient of the reduced loss; 0 where no row counts, as the gradients are."""
+        reduced = self.reduce(rows, total_weight)
+        return torch.where(self.live.any(), reduced, 0.0) if self.options.reduction == MEAN else reduced
+
 
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options, dtype: torch.dtype | None, stats: bool

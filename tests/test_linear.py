@@ -225,6 +225,17 @@ def test_no_features(bias, dtype):
     assert_close(linear_cross_entropy(x, w, Y[:3], linear_bias=b), expected)
 
 
+@pytest.mark.parametrize("linear", [True, False])
+def test_slope_in_the_upstream_gradient_where_no_row_counts(linear):
+    """The gradients are 0 whatever it is."""
+    x, w, y = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4), torch.full((3,), -100)
+    up = torch.ones((), requires_grad=True)
+    loss = linear_cross_entropy(x, w, y) if linear else cross_entropy(F.linear(x, w), y)
+    (first,) = torch.autograd.grad(loss, x, up, create_graph=True)
+    (slope,) = torch.autograd.grad(first.sum(), up)
+    assert slope == 0
+
+
 def test_all_rows_ignored():
     inputs = Inputs(8).to(torch.float64)
     inputs.target.fill_(-100)
