@@ -15,16 +15,19 @@ BENCH_ARGS ?=
 
 VENV := .venv
 VENV_PEERS := .venv-peers
+VENV_AUDIT := .venv-audit
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The version of every tool; torch's is TORCH.
+CONSTRAINTS := --constraint constraints.txt
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
-EDITABLE := $(PIP) install --no-build-isolation --config-settings editable_mode=compat --editable
+EDITABLE := $(PIP) install $(CONSTRAINTS) --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu lint format dist clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +69,9 @@ bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and o
 	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py --gpu)
 
+accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
+	$(BIN)/python benchmarks/accuracy.py
+
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -77,9 +83,12 @@ format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
-dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/
+dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/; the sdist is of the same bytes every time
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+
+audit: $(VENV_AUDIT)/.installed $(VENV)/torch.txt ## ask for known vulnerabilities of torch and all of constraints.txt
+	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --requirement $(VENV)/torch.txt
 
 clean: ## remove everything built; keep .venv
 	rm -rf build dist demo *.egg-info softmax_ext/*.so $(VENV)/.built
@@ -87,7 +96,7 @@ clean: ## remove everything built; keep .venv
 	find softmax_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV) $(VENV_PEERS)
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_AUDIT)
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("softmax_ext needs Python" \
@@ -98,8 +107,8 @@ $(VENV)/pyvenv.cfg:
 $(VENV)/torch.txt: FORCE | $(VENV)/pyvenv.cfg
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-$(VENV)/.tools: $(VENV)/torch.txt
-	$(PIP) install --upgrade $(TORCH) setuptools ninja pybind11
+$(VENV)/.tools: $(VENV)/torch.txt constraints.txt
+	$(PIP) install $(CONSTRAINTS) --upgrade $(TORCH) setuptools ninja pybind11
 	touch $@
 
 # By setup.py itself, since pip hides the plan and the progress.
@@ -117,4 +126,10 @@ $(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
 $(VENV_PEERS)/.installed: benchmarks/requirements-peers.txt
 	test -d $(VENV_PEERS) || $(PYTHON) -m venv $(VENV_PEERS)
 	$(VENV_PEERS)/bin/python -m pip --disable-pip-version-check install --requirement $<
+	touch $@
+
+# The auditor, apart from what it audits.
+$(VENV_AUDIT)/.installed: Makefile
+	test -d $(VENV_AUDIT) || $(PYTHON) -m venv $(VENV_AUDIT)
+	$(VENV_AUDIT)/bin/python -m pip --disable-pip-version-check install pip-audit==2.10.1
 	touch $@

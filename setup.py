@@ -30,6 +30,7 @@ Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at onc
 
 from __future__ import annotations
 
+import gzip
 import importlib.metadata
 import os
 import platform
@@ -39,11 +40,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 BUILD = {"_C": Path("build/ninja"), "_cuda": Path("build/ninja-cuda")}
@@ -77,6 +80,9 @@ CUDA = "softmax_ext._cuda"
 
 # What one nvcc takes at most.
 NVCC_BYTES = 3 << 30
+
+# The time of the files in an sdist, unless SOURCE_DATE_EPOCH says another: 1980, the earliest that a wheel can hold.
+SDIST_TIME = 315532800
 
 
 class Unit(NamedTuple):
@@ -416,9 +422,39 @@ class NinjaBuild(build_ext):
         self.copy_file(str(output), str(installed))
 
 
+class SameBytesSdist(sdist):
+    """setuptools' sdist, of the same bytes for the same files: no order, time, owner or umask is in it."""
+
+    def make_archive(self, base_name: str, format: str, *arguments: object, base_dir: str, **options: object) -> str:
+        if format != "gztar":
+            stop(f"makes an sdist as .tar.gz only; {format} was asked for.")
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", SDIST_TIME))
+
+        def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mtime = seconds
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            return member
+
+        path = Path(f"{base_name}.tar.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            path.open("wb") as file,
+            gzip.GzipFile("", "wb", 9, file, mtime=seconds) as zipped,
+            tarfile.open(None, "w", zipped, format=tarfile.PAX_FORMAT) as archive,
+        ):
+            # In order of the names, folders before what is in them.
+            archive.add(base_dir, filter=anonymous)
+        return str(path)
+
+
 if __name__ == "__main__":
     if sys.platform != "linux":
         stop(f"builds on Linux only (x86-64 and ARM); this is {sys.platform}.")
     check_build_tools()
     # NinjaBuild adds the one for CUDA.
-    setup(ext_modules=[Extension("softmax_ext._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+    setup(
+        ext_modules=[Extension("softmax_ext._C", sources=[])],
+        cmdclass={"build_ext": NinjaBuild, "sdist": SameBytesSdist},
+    )

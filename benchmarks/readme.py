@@ -104,12 +104,12 @@ class Part(NamedTuple):
 PARTS = {"table": Part(CSV_NAME, table_block), "linear": Part("linear.csv", linear_block)}
 
 
-def with_block(text: str, part: Part, new: str) -> str:
-    """The text with what is between the part's comments replaced."""
-    before, begin, rest = text.partition(part.begin)
-    _, end, after = rest.partition(part.end)
-    if not (begin and end):
-        raise ValueError(f"README.md has no lines {part.begin!r} and {part.end!r}.")
+def between(text: str, begin: str, end: str, new: str) -> str:
+    """The text with what is between the two comments replaced."""
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"there are no lines {begin!r} and {end!r} to write between.")
     return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         directory = os.path.relpath(options.results, options.readme.parent)
         for name in [options.part] if options.part else PARTS:
             records, environment = read_csv(options.results / PARTS[name].csv)
-            new = with_block(new, PARTS[name], PARTS[name].write(records, environment, directory))
+            part = PARTS[name]
+            new = between(new, part.begin, part.end, part.write(records, environment, directory))
     except (OSError, ValueError) as error:
         print(f"readme.py: {error}", file=sys.stderr)
         return 2

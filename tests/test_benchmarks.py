@@ -341,7 +341,7 @@ def test_readme(csv, tmp_path, capsys):
     assert readme.main([*arguments, "--check"]) == 0
     page.write_text("no comments")
     assert readme.main(arguments) == 2
-    assert "has no lines" in capsys.readouterr().err
+    assert "there are no lines" in capsys.readouterr().err
 
 
 def test_readme_says_what_the_results_say():

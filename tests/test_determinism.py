@@ -1,0 +1,154 @@
+"""The same bits: run after run, for any number of threads, wherever a row stands in its batch and in memory.
+
+tests/test_kernels.py has each dtype and layout for 1, 2, 3 and 7 threads, tests/test_large_results.py what is stored
+past the caches. Here are a hundred runs, in-place gradients, and places within a vector; and linear cross entropy,
+whose matrix products are torch's: docs/trust.md says what of that is promised.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+
+import softmax_ext
+from softmax_ext import cross_entropy, linear_cross_entropy
+
+RUNS = {1: 5, 2: 5, 7: 100}  # with so many threads
+FUNCTIONS = [softmax_ext.softmax, softmax_ext.log_softmax]
+of_the_cpu = pytest.mark.devices("cpu")
+
+Results = list[Tensor]
+
+
+def assert_same_bits(actual: Results, expected: Results, what: object) -> None:
+    """0 and -0 are different ones."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        word = words[one.element_size()]
+        assert torch.equal(one.contiguous().view(word), other.contiguous().view(word)), (i, what)
+
+
+def losses_and_gradients(values: Tensor, target: Tensor, reductions: Sequence[str] = ("none", "mean")) -> Results:
+    """By both strategies, one of them in place, with a gradient of the loss that is not 1."""
+    results = []
+    for reduction, fused in itertools.product(reductions, [False, True]):
+        x = values.clone().requires_grad_()
+        logits = x * 1  # a leaf cannot be written over
+        loss = cross_entropy(logits, target, reduction=reduction, precompute_grad=fused, inplace=fused)
+        (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, 0.7))
+        results += [loss.detach(), gradient]
+    return results
+
+
+def softmaxes(values: Tensor) -> Results:
+    results = []
+    for function in FUNCTIONS:
+        x = values.clone().requires_grad_()
+        y = function(x, 1)
+        y.backward(values)
+        results += [y.detach(), x.grad]
+    return results
+
+
+def linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Results:
+    results = []
+    for reduction in ("none", "mean"):
+        parameters = [t.clone().requires_grad_() for t in (hidden, weight)]
+        loss = linear_cross_entropy(*parameters, target, reduction=reduction)
+        results += [loss.detach(), *torch.autograd.grad(loss, parameters, torch.full_like(loss, 0.7))]
+    return results
+
+
+# ---- runs and threads ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(200, 300), (4000, 10), (2, 60, 300)], ids=str)
+def test_every_run_with_any_threads(shape, dtype, device):
+    values = (3 * torch.randn(shape)).to(dtype)
+    target = oracle.make_target("int64", shape, dtype).to(device)
+    values, first = values.to(device), None
+    for threads, runs in RUNS.items():
+        torch.set_num_threads(threads)
+        for run in range(runs):
+            results = [*losses_and_gradients(values, target), *softmaxes(values)]
+            first = first or results
+            assert_same_bits(results, first, (threads, run))
+
+
+@of_the_cpu
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_every_run_of_linear_cross_entropy(dtype):
+    """With one number of threads; whether another gives the same bits is up to the matrix products."""
+    hidden, weight = torch.randn(200, 32).to(dtype), torch.randn(300, 32).to(dtype)
+    target = torch.randint(300, (200,))
+    for threads, runs in RUNS.items():
+        torch.set_num_threads(threads)
+        first = linear(hidden, weight, target)
+        for run in range(1, runs):
+            assert_same_bits(linear(hidden, weight, target), first, (threads, run))
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def by_itself(values: Tensor, target: Tensor) -> Results:
+    """Of one row, or of several."""
+    return [*losses_and_gradients(values, target, ["none"]), *softmaxes(values)]
+
+
+@of_the_cpu
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 131, 1025, 5000])
+def test_a_row_anywhere_in_a_batch(classes, dtype):
+    """As the first of 1, the last of 7, and in the middle of as many as fill a tile and more."""
+    row = (3 * torch.randn(1, classes)).to(dtype)
+    expected = by_itself(row, torch.tensor([7]))
+    for rows, place in [(2, 1), (7, 6), (17, 8), (150, 129)]:
+        values = (3 * torch.randn(rows, classes)).to(dtype)
+        target = torch.randint(classes, (rows,))
+        values[place], target[place] = row[0], 7
+        results = by_itself(values, target)
+        assert_same_bits([t[place : place + 1] for t in results], expected, (rows, place))
+
+
+@of_the_cpu
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 131, 1025])
+def test_a_pixel_anywhere_in_an_image(classes, dtype):
+    """Classes apart in memory, as a single pixel's are not: a row is a lane, or one of what is left at the end."""
+    column = (3 * torch.randn(1, classes, 1)).to(dtype)
+    two = by_itself(column.expand(1, classes, 2).contiguous(), torch.tensor([[7, 7]]))
+    expected = [t[..., :1] for t in two]
+    for pixels, place in [(2, 1), (7, 6), (17, 8), (150, 129)]:
+        values = (3 * torch.randn(1, classes, pixels)).to(dtype)
+        target = torch.randint(classes, (1, pixels))
+        values[0, :, place], target[0, place] = column[0, :, 0], 7
+        results = by_itself(values, target)
+        assert_same_bits([t[..., place : place + 1] for t in results], expected, (pixels, place))
+
+
+@of_the_cpu
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [10, 131, 1025, 5000])
+def test_rows_anywhere_in_memory(classes, dtype):
+    """At every alignment that an element can have, the rows apart by any number of elements."""
+    values = (3 * torch.randn(3, classes)).to(dtype)
+    target = torch.tensor([0, 7, classes - 1])
+    expected = [cross_entropy(values, target, reduction="none"), *(f(values, 1) for f in FUNCTIONS)]
+    memory = torch.zeros(3 * (classes + 70) + 70, dtype=dtype)
+    for offset, gap in itertools.product([0, 1, 3, 15, 31, 64], [0, 1, 64]):
+        moved = memory.as_strided(values.shape, (classes + gap, 1), offset).copy_(values)
+        results = [cross_entropy(moved, target, reduction="none"), *(f(moved, 1) for f in FUNCTIONS)]
+        assert_same_bits(results, expected, (offset, gap))
+        assert_same_bits(gradient_over(moved, target), gradient_over(values.clone(), target), ("in place", offset, gap))
+
+
+def gradient_over(logits: Tensor, target: Tensor) -> Results:
+    """The gradient that takes the place of the logits, wherever they lie."""
+    x = oracle.as_computed(logits)
+    cross_entropy(x, target, reduction="sum", precompute_grad=True, inplace=True).backward()
+    return [x.detach()]

@@ -1,0 +1,226 @@
+"""Pinned tools, an sdist of the same bytes, and nothing that is fetched, started or written at run time."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from test_binary import library, run
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+__all__ = ["library"]  # a fixture
+
+pytestmark = pytest.mark.devices("cpu")
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORED = [".git", ".venv*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis"]
+
+
+def needs_the_checkout() -> None:
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("tests without the sources")
+
+
+# ---- pinned tools ----------------------------------------------------------------------------------------------------
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pinned() -> dict[str, list[str]]:
+    """The versions of each name in constraints.txt: one, or one for each of several Pythons."""
+    needs_the_checkout()
+    pins: dict[str, list[str]] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if requirement := line.partition("#")[0].strip():
+            match = re.fullmatch(r"([\w.-]+)==([\w.!+]+)(\s*;.+)?", requirement)
+            assert match, f"not one exact version: {line!r}"
+            pins.setdefault(canonical(match[1]), []).append(match[2])
+    return pins
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_every_requirement_is_pinned():
+    """Those of the build, of every group, and those that they need in turn; torch is the user's choice, by TORCH."""
+    pins = pinned()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["project"]["optional-dependencies"]
+    wanted = [*project["build-system"]["requires"], *(one for group in groups.values() for one in group)]
+    names = {canonical(re.match(r"[\w.-]+", one)[0]) for one in wanted}
+    seen = set()
+    while names - seen:
+        name = (names - seen).pop()
+        seen.add(name)
+        assert name in pins, f"{name} is not in constraints.txt"
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # of a group that is not installed here
+        names |= {canonical(re.match(r"[\w.-]+", one)[0]) for one in requirements if ";" not in one}
+    assert "torch" not in pins
+
+
+def test_make_and_ci_install_by_the_constraints():
+    """Every pip install but that of the benchmarks' peers, which have a file of exact versions themselves."""
+    needs_the_checkout()
+    text = (ROOT / "Makefile").read_text() + (ROOT / ".ci" / "run").read_text()
+    installs = re.findall(r"^.*(?:PIP\)|pip-version-check) install (?!--requirement).*$", text, re.MULTILINE)
+    assert len(installs) >= 4
+    for line in installs:
+        assert "constraint" in line.lower() or "==" in line, line
+
+
+# ---- sdist -----------------------------------------------------------------------------------------------------------
+
+
+def sdist(source: Path, where: Path, umask: int) -> Path:
+    """Of a copy of the sources, whose files are as new as the copy."""
+    copy = where / "another name"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(*IGNORED), copy_function=shutil.copy)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", where],
+        cwd=copy,
+        check=True,
+        timeout=120,
+        umask=umask,
+        env={k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"},
+    )
+    (archive,) = where.glob("*.tar.gz")
+    return archive
+
+
+def test_sdist_is_the_same_bytes_twice(tmp_path):
+    """At another time, in another place, by someone whose new files nobody else may read."""
+    needs_the_checkout()
+    one = sdist(ROOT, tmp_path / "one", 0o022)
+    os.utime(tmp_path / "one" / "another name" / "setup.py", (0, 0))
+    (tmp_path / "one" / "another name" / "README.md").chmod(0o600)
+    two = sdist(tmp_path / "one" / "another name", tmp_path / "elsewhere" / "two", 0o077)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_sdist_holds_the_sources(tmp_path):
+    """What git has, and nothing of this machine."""
+    needs_the_checkout()
+    with tarfile.open(sdist(ROOT, tmp_path, 0o022)) as archive:
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members if member.isfile()}
+    assert {"LICENSE", "SECURITY.md", "CHANGELOG.md", "constraints.txt", "Makefile", ".ci/run"} <= names
+    assert {(m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, "", "")}
+    assert {m.mode for m in members if m.isfile()} == {0o644, 0o755}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode == 0:
+        assert set(tracked.stdout.split()) <= names
+
+
+def test_license():
+    needs_the_checkout()
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith("BSD 3-Clause License")
+    assert len(re.findall(r"^\d\. ", text, re.MULTILINE)) == 3
+    assert 'license = "BSD-3-Clause"' in (ROOT / "pyproject.toml").read_text()
+
+
+# ---- run time --------------------------------------------------------------------------------------------------------
+
+# Started after torch, which may do as it likes: what comes then is softmax_ext's.
+WATCH = """
+import os, sys, torch
+
+def refuse(event, arguments):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and arguments[0] != os.devnull
+    started = event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty")
+    if writes or started or event.startswith(("socket.", "urllib.", "http.", "ftplib.", "smtplib.")):
+        os.write(2, f"refused: {event} {arguments}\\n".encode())
+        os._exit(7)  # not an exception, which could be caught
+
+sys.addaudithook(refuse)
+"""
+
+EVERYTHING = """
+import itertools, runpy
+import softmax_ext as s
+torch.manual_seed(0)
+dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+for dtype, precompute in itertools.product(dtypes, (False, True)):
+    for shape in ((5, 7), (3, 300), (2, 200, 3)):
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        y = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+        for target in (y, torch.rand(shape).to(dtype)):
+            loss, _ = s.cross_entropy(x, target, label_smoothing=0.1, precompute_grad=precompute, return_stats=True)
+            loss.backward()
+        s.cross_entropy(x * 1, y, precompute_grad=precompute, inplace=True).backward()
+        for function in (s.softmax, s.log_softmax):
+            function(x, 1).sum().backward()
+    head = s.LinearCrossEntropyLoss(8, 30).to(dtype)
+    head(torch.randn(9, 8).to(dtype).requires_grad_(), torch.arange(9)).backward()
+for module in (s.Softmax(1), s.LogSoftmax(1)):
+    module(torch.randn(2, 3))
+s.CrossEntropyLoss()(torch.randn(2, 3), torch.tensor([0, 1]))
+x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+(g,) = torch.autograd.grad(s.cross_entropy(x, torch.tensor([0, 1, 2])), x, create_graph=True)
+g.square().sum().backward()
+torch.func.vmap(torch.func.grad(lambda row: s.cross_entropy(row, torch.tensor(1))))(x)
+try:
+    runpy.run_module("softmax_ext", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print("all of it ran")
+"""
+
+
+def watched(script: str) -> subprocess.CompletedProcess[str]:
+    import softmax_ext
+
+    return subprocess.run(
+        [sys.executable, "-B", "-W", "ignore", "-c", WATCH + textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": str(Path(softmax_ext.__file__).parents[1])},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_nothing_is_fetched_started_or_written():
+    result = watched(EVERYTHING)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("all of it ran\n")
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "import socket; socket.create_connection(('localhost', 9))",
+        "import urllib.request; urllib.request.urlopen('http://localhost:9')",
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.system('true')",
+        "open('/dev/full', 'w')",
+    ],
+)
+def test_the_watch_notices(deed):
+    result = watched(deed)
+    assert result.returncode == 7, result.stderr
+    assert "refused: " in result.stderr
+
+
+FORBIDDEN = re.compile(
+    r"socket|connect|send\w*|getaddrinfo|f?open(at)?(64)?|creat|dlopen|popen|system|v?fork|exec\w+|posix_spawnp?|syscall"
+)
+
+
+def test_the_library_cannot_connect_open_or_start(library):
+    """Of the C library it names nothing that could."""
+    names = {line.split()[-1].partition("@")[0] for line in run("nm", "-D", "--undefined-only", library).splitlines()}
+    assert {"mmap", "free"} <= names, "nm's format is another"
+    assert not {name for name in names if FORBIDDEN.fullmatch(name)}
