@@ -27,7 +27,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 	$(BIN)/python tests/emulated.py -n 2
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
+
+large: $(VENV)/.test $(VENV)/.built ## run the tests of more than 2^31 logits; takes 15 GiB of memory
+	$(BIN)/python -m pytest --large $(PYTEST_ARGS) tests/test_size.py
 
 test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, without a GPU; part of make test
 	$(BIN)/python tests/emulated.py -n 2

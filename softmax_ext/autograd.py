@@ -332,8 +332,15 @@ class OverwritingCrossEntropy(Function):
         dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
         operands = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
         if ctx.overwritten:
-            results = ops.cross_entropy_(*operands)
-            torch.autograd.graph.increment_version(input)
+            written = True
+            try:
+                results = ops.cross_entropy_(*operands)
+            except Exception:
+                written = False
+                raise
+            finally:  # also where Ctrl-C, which has waited for the operator, comes before the next line
+                if written:
+                    torch.autograd.graph.increment_version(input)
             input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
         else:
             results = ops.cross_entropy(*operands, precompute_grad)
@@ -380,13 +387,20 @@ class OverwritingCrossEntropy(Function):
             )
         input, target, weight, state, total, entropy = ctx.saved_tensors
         gradient: Tensor = input.detach()
-        if ctx.precomputed:
-            OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
-        else:
-            upstream = (grad_loss, *stats)
-            ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
-        torch.autograd.graph.increment_version(input)
-        ctx.overwritten, ctx.precomputed = True, False
+        written = True
+        try:
+            if ctx.precomputed:
+                OverwritingCrossEntropy._scale(ctx, gradient, grad_loss)
+            else:
+                upstream = (grad_loss, *stats)
+                ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
+        except Exception:
+            written = False
+            raise
+        finally:  # as in forward
+            if written:
+                torch.autograd.graph.increment_version(input)
+                ctx.overwritten, ctx.precomputed = True, False
         return gradient
 
     @staticmethod

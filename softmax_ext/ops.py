@@ -8,7 +8,7 @@ operators are missing.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import cuda, library_file
 from ._version import __version__
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -32,19 +32,27 @@ version of this package does not take it.
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        return importlib.import_module("softmax_ext._C"), None
-    except ModuleNotFoundError:
+    found = importlib.util.find_spec("softmax_ext._C")
+    path = None if found is None else found.origin
+    if path is None:
         return None, (
             "the extension softmax_ext._C is not built for this Python; in the project's folder type: "
             "pip install --no-build-isolation ."
         )
-    except ImportError as error:
+    try:
+        if library_file.is_cut_short(path):
+            raise ImportError(f"{path} is cut short")
+        module = importlib.import_module("softmax_ext._C")
+        if module.version != __version__:
+            raise ImportError(f"the rest of the package is softmax_ext {__version__}")
+    except (ImportError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         return None, (
-            f"the extension softmax_ext._C was found but does not load with torch {torch.__version__} ({first_line}); "
+            f"the extension softmax_ext._C was found but does not load with torch {torch.__version__}: "
+            f"it was built as {library_file.built_as(path)} ({first_line}); "
             "build it again with this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
+    return module, None
 
 
 def _choose_isa(module: ModuleType) -> str | None:

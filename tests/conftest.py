@@ -5,6 +5,7 @@ pytest --device cuda        the CUDA kernels: every tensor that a test makes is 
                             `device`: then it puts there what belongs there, and computes on the CPU what is right
 pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
                             --sanitized under AddressSanitizer and UBSan
+pytest --large              the tests marked so, which take minutes and up to 15 GiB of memory, too
 """
 
 import os
@@ -21,6 +22,7 @@ from softmax_ext import cuda
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="which kernels are tested")
     parser.addoption("--sanitized", action="store_true", help="with --device emulated: under AddressSanitizer")
+    parser.addoption("--large", action="store_true", help="tests that take much memory too")
     parser.addoption("--sample", action="append", default=[], metavar="FILE=N", help="of a file, one in N tests")
 
 
@@ -44,6 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         devices = item.get_closest_marker("devices")
         if devices and config.getoption("--device") not in devices.args:
             item.add_marker(pytest.mark.skip(reason=f"is for --device {' or '.join(devices.args)}"))
+        if item.get_closest_marker("large") and not config.getoption("--large"):
+            item.add_marker(pytest.mark.skip(reason="takes much memory: --large"))
     samples = dict(sample.split("=") for sample in config.getoption("--sample"))
 
     def chosen(item: pytest.Item) -> bool:

@@ -2,7 +2,8 @@
 
 One row of a table for each misuse: the call, the type, and fragments of the text that name the operation, the argument,
 what is needed and what came. The same call is made to torch's own function: its type must be ours, or a base of ours.
-Where torch accepts the call, or raises something else, the row says why we do not follow.
+Where torch accepts the call, or raises something else, the row says why we do not follow. Whatever is refused, the
+memory and the version of every operand are compared with what they were.
 """
 
 import re
@@ -293,6 +294,56 @@ OPTIONS = {
     "no target": Misuse(loss(X), TypeError, ("target",)),
 }
 
+
+def computed() -> Tensor:
+    """Logits that may be written over: neither a leaf nor a view."""
+    return X.clone().requires_grad_() * 1
+
+
+LEAF = X.clone().requires_grad_()
+
+INPLACE = {
+    "leaf": Misuse(
+        loss(LEAF, Y, inplace=True), ValueError, ("input must not be a leaf that requires grad", "inplace=False"), OURS
+    ),
+    "leaf, precomputed": Misuse(
+        loss(LEAF, Y, inplace=True, precompute_grad=True),
+        ValueError,
+        ("input must not be a leaf", "inplace=False"),
+        OURS,
+    ),
+    "view of a leaf": Misuse(
+        loss(LEAF[:2], Y[:2], inplace=True), ValueError, ("input must not be a leaf", "a view of one"), OURS
+    ),
+    "expanded": Misuse(
+        lambda f: f(computed()[:1].expand(3, 4), Y, inplace=True),
+        ValueError,
+        ("input must not have overlapping elements", "shape [3, 4] with strides [0, 1]", "input.contiguous()"),
+        OURS,
+    ),
+    "overlapping windows": Misuse(
+        lambda f: f(computed().flatten().unfold(0, 4, 2)[:3], Y, inplace=True),
+        ValueError,
+        ("input must not have overlapping elements", "with strides [2, 1]"),
+        OURS,
+    ),
+    "negated view": Misuse(
+        lambda f: f(torch._neg_view(computed()), Y, inplace=True), ValueError, ("lazily negated", "resolve_neg()"), OURS
+    ),
+    "target that requires grad": Misuse(
+        lambda f: f(computed(), Q.clone().requires_grad_(), inplace=True),
+        ValueError,
+        ("target must not require grad if inplace=True", "target.detach()"),
+        OURS,
+    ),
+    "class": Misuse(
+        lambda f: f(computed(), Y + 2, inplace=True, precompute_grad=True), IndexError, ("got 5 at position [1]",), OURS
+    ),
+    "weight": Misuse(
+        lambda f: f(computed(), Y, torch.ones(5), inplace=True), RuntimeError, ("weight must have shape [4]",), OURS
+    ),
+}
+
 SOFTMAX = {
     "list": Misuse(loss(X.tolist(), 1), TypeError, ("input must be a Tensor", "got list"), "AttributeError there"),
     "dim None": Misuse(
@@ -337,8 +388,167 @@ SOFTMAX = {
     "unknown": Misuse(loss(X, 1, axis=1), TypeError, ("unexpected keyword argument 'axis'",)),
 }
 
-TABLES = {"input": INPUT, "target": TARGET, "class": CLASSES, "weight": WEIGHT, "option": OPTIONS}
+TABLES = {
+    "input": INPUT,
+    "target": TARGET,
+    "class": CLASSES,
+    "weight": WEIGHT,
+    "option": OPTIONS,
+    "inplace": INPLACE,
+}
 CROSS_ENTROPY = {f"{argument}: {name}": row for argument, table in TABLES.items() for name, row in table.items()}
+
+# Of linear_cross_entropy: logits X M^T [3, 5].
+M = randn(5, 4)
+P = randn(3, 5).softmax(1)
+B5, W5 = torch.ones(5), torch.ones(5)
+INDICES5 = "int64 or uint8 of shape [3], or floating of the input's shape [3, 5]"
+BATCHES = "torch takes no further dimensions of the input"
+
+LINEAR = {
+    "input list": Misuse(loss(X.tolist(), M, Y), TypeError, ("input must be a Tensor", "got list"), "AttributeError"),
+    "input 0-d": Misuse(
+        loss(torch.tensor(1.0), M, Y), RuntimeError, ("input must have shape (..., in_features)", "got float32 []")
+    ),
+    "input int64": Misuse(loss(X.long(), M, Y), NotImplementedError, (f"input must be {FLOATING}", "got int64 [3, 4]")),
+    "input complex": Misuse(loss(X.cfloat(), M, Y), NotImplementedError, ("input must be", "got complex64 [3, 4]")),
+    "input float8": Misuse(loss(X.to(F8), M, Y), NotImplementedError, ("input must be", "got float8_e4m3fn [3, 4]")),
+    "input quantised": Misuse(
+        lambda f: f(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), M, Y),
+        NotImplementedError,
+        ("input must be", "qint8"),
+    ),
+    "input sparse": Misuse(
+        loss(X.to_sparse(), M, Y), NotImplementedError, ("input must be a dense", "got sparse_coo"), "torch multiplies"
+    ),
+    "input nested": Misuse(
+        lambda f: f(nested(), M, Y[:2]), NotImplementedError, ("input must be a dense", "got nested")
+    ),
+    "input meta": Misuse(
+        loss(X.to("meta"), M, Y), RuntimeError, ("linear_weight must be on the input's device, meta", f"got {X.device}")
+    ),
+    "linear_weight list": Misuse(
+        loss(X, M.tolist(), Y), TypeError, ("linear_weight must be a Tensor", "got list"), "AttributeError"
+    ),
+    "linear_weight None": Misuse(
+        loss(X, None, Y), TypeError, ("linear_weight must be a Tensor", "got NoneType"), "AttributeError"
+    ),
+    "linear_weight 1-d": Misuse(
+        loss(X, M[0], Y), RuntimeError, ("linear_weight must have shape (num_classes, in_features)", "got float32 [4]")
+    ),
+    "linear_weight's features": Misuse(
+        loss(X, M[:, :3], Y), RuntimeError, ("linear_weight must have the input's last size, 4", "got float32 [5, 3]")
+    ),
+    "linear_weight transposed": Misuse(
+        loss(X, M.T, Y), RuntimeError, ("linear_weight must have the input's last size, 4", "got float32 [4, 5]")
+    ),
+    "linear_weight float64": Misuse(
+        loss(X, M.double(), Y),
+        RuntimeError,
+        ("linear_weight must have the input's dtype, float32", "got float64 [5, 4]", "autocast"),
+    ),
+    "linear_weight int64": Misuse(
+        loss(X, M.long(), Y), NotImplementedError, ("linear_weight must be", "got int64 [5, 4]")
+    ),
+    "linear_weight sparse": Misuse(
+        loss(X, M.to_sparse(), Y),
+        NotImplementedError,
+        ("linear_weight must be a dense", "got sparse_coo"),
+        "torch multiplies",
+    ),
+    "linear_weight meta": Misuse(
+        loss(X, M.to("meta"), Y),
+        RuntimeError,
+        (f"linear_weight must be on the input's device, {X.device}", "got meta"),
+        "torch returns a loss without a value",
+    ),
+    "linear_weight 3-d, one input": Misuse(
+        loss(X[0], randn(5, 2, 4), Y[0]), RuntimeError, ("input must have shape (N, 4)", "got float32 [4]")
+    ),
+    "linear_bias list": Misuse(
+        loss(X, M, Y, linear_bias=[1.0] * 5), TypeError, ("linear_bias must be a Tensor", "got list"), "AttributeError"
+    ),
+    "linear_bias too short": Misuse(
+        loss(X, M, Y, linear_bias=B5[:4]), RuntimeError, ("linear_bias must have shape [5]", "got float32 [4]")
+    ),
+    "linear_bias 2-d": Misuse(
+        loss(X, M, Y, linear_bias=B5[None]), RuntimeError, ("linear_bias must have shape [5]", "got float32 [1, 5]")
+    ),
+    "linear_bias float64": Misuse(
+        loss(X, M, Y, linear_bias=B5.double()),
+        RuntimeError,
+        ("linear_bias must have the input's dtype, float32", "got float64 [5]"),
+    ),
+    "linear_bias meta": Misuse(
+        loss(X, M, Y, linear_bias=B5.to("meta")),
+        RuntimeError,
+        ("linear_bias must be on the input's device", "got meta"),
+    ),
+    "target list": Misuse(loss(X, M, [0, 3, 2]), TypeError, ("target must be a Tensor", "got list"), "AttributeError"),
+    "target too short": Misuse(loss(X, M, Y[:2]), ValueError, (f"target must be {INDICES5}", "got int64 [2]")),
+    "target int32": Misuse(
+        loss(X, M, Y.int()), RuntimeError, (f"target must be {INDICES5}", "got int32 [3]", "target.long()")
+    ),
+    "target floating classes": Misuse(
+        loss(X, M, Y.float()), RuntimeError, (f"target must be {INDICES5}", "got float32 [3]", "target.long()")
+    ),
+    "target one-hot": Misuse(
+        loss(X, M, F.one_hot(Y, 5)), RuntimeError, ("target must be floating (class prob", "got int64 [3, 5]")
+    ),
+    "target's classes": Misuse(
+        loss(X, M, P[:, :4]), RuntimeError, (f"target must be {INDICES5}", "got float32 [3, 4]")
+    ),
+    "target meta": Misuse(loss(X, M, Y.to("meta")), RuntimeError, ("target must be on the input's device", "got meta")),
+    "target sparse": Misuse(loss(X, M, Y.to_sparse()), NotImplementedError, ("target must be a dense", "sparse_coo")),
+    "target of another batch": Misuse(
+        loss(X.expand(2, 3, 4), M, Y), ValueError, ("target must have shape [2, 3]", "got int64 [3]"), BATCHES
+    ),
+    "class negative": Misuse(loss(X, M, Y - 1), IndexError, ("classes in [0, 5)", "got -1 at position [0]")),
+    "class equal to C": Misuse(loss(X, M, Y + 2), IndexError, ("classes in [0, 5)", "got 5 at position [1]")),
+    "class -100 when another is ignored": Misuse(
+        loss(X, M, torch.tensor([0, -100, 2]), ignore_index=1),
+        IndexError,
+        ("ignore_index (1)", "got -100 at position [1]"),
+    ),
+    "weight list": Misuse(loss(X, M, Y, weight=[1.0] * 5), TypeError, ("weight must be a Tensor", "got list")),
+    "weight too short": Misuse(
+        loss(X, M, Y, weight=W5[:4]), RuntimeError, ("weight must have shape [5]", "got float32 [4]")
+    ),
+    "weight int64": Misuse(loss(X, M, Y, weight=W5.long()), RuntimeError, ("weight must be floating", "got int64 [5]")),
+    "weight meta": Misuse(
+        loss(X, M, Y, weight=W5.to("meta")), RuntimeError, ("weight must be on the input's device", "got meta")
+    ),
+    "weight requires grad": Misuse(
+        lambda f: f(X, M, Y, weight=W5.clone().requires_grad_()), RuntimeError, ("weight must not require grad",)
+    ),
+    "reduction": Misuse(loss(X, M, Y, reduction="avg"), ValueError, ("reduction must be", "got 'avg'")),
+    "reduction None": Misuse(loss(X, M, Y, reduction=None), ValueError, ("reduction must be", "got None")),
+    "ignore_index float": Misuse(
+        loss(X, M, Y, ignore_index=1.5), TypeError, ("ignore_index must be an int", "got 1.5 (float)")
+    ),
+    "ignore_index with probabilities": Misuse(
+        loss(X, M, P, ignore_index=2), RuntimeError, ("ignore_index must be None with a target of prob", "got 2")
+    ),
+    "smoothing > 1": Misuse(
+        loss(X, M, Y, label_smoothing=1.5), RuntimeError, ("label_smoothing must lie in [0, 1]", "got 1.5")
+    ),
+    "smoothing NaN": Misuse(
+        loss(X, M, Y, label_smoothing=NAN), RuntimeError, ("label_smoothing must lie", "got nan"), SILENT
+    ),
+    "dtype int32": Misuse(
+        loss(X, M, Y, dtype=torch.int32), NotImplementedError, ("dtype must be float64", "got torch.int32"), OURS
+    ),
+    "z_loss < 0": Misuse(loss(X, M, Y, z_loss=-1.0), ValueError, ("z_loss must be finite", "got -1.0"), OURS),
+    "softcap 0": Misuse(loss(X, M, Y, softcap=0.0), ValueError, ("softcap must be finite", "got 0.0"), OURS),
+    "logit_scale NaN": Misuse(loss(X, M, Y, logit_scale=NAN), ValueError, ("logit_scale must be", "got nan"), OURS),
+    "chunk_rows 0": Misuse(loss(X, M, Y, chunk_rows=0), ValueError, ("chunk_rows must be at least 1", "got 0"), OURS),
+    "chunk_rows < 0": Misuse(loss(X, M, Y, chunk_rows=-8), ValueError, ("chunk_rows must be", "got -8"), OURS),
+    "chunk_rows float": Misuse(loss(X, M, Y, chunk_rows=0.5), TypeError, ("chunk_rows must be an int", "0.5"), OURS),
+    "chunk_rows bool": Misuse(loss(X, M, Y, chunk_rows=True), TypeError, ("chunk_rows must be an int", "True"), OURS),
+    "positional option": Misuse(loss(X, M, Y, B5), TypeError, ("positional argument",)),
+    "unknown": Misuse(loss(X, M, Y, inplace=True), TypeError, ("unexpected keyword argument 'inplace'",)),
+    "no target": Misuse(loss(X, M), TypeError, ("target",)),
+}
 
 
 # Where a class is wrong, torch's CUDA kernels end the process's use of the GPU, and their types are not the CPU's.
@@ -353,15 +563,54 @@ def raised(call: Call, function: Callable[..., Any]) -> Exception | None:
     return None
 
 
-def check(row: Misuse, ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that hold what a tensor of any layout holds."""
+    if tensor.is_meta:
+        return []
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout == torch.sparse_csr:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor]
+
+
+def memory(tensors: list[Tensor]) -> list[tuple[int, list[Tensor]]]:
+    """The version of each and a copy of all its memory, also of what lies between its elements."""
+
+    def storage(part: Tensor) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8).set_(part.untyped_storage()).clone()
+
+    return [(tensor._version, [storage(part) for part in parts(tensor)]) for tensor in tensors]
+
+
+def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function; it also asserts that no tensor among its arguments was touched."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        before = memory(tensors)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for (old_version, old), (version, new) in zip(before, memory(tensors), strict=True):
+                assert version == old_version
+                assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+    return call
+
+
+def check(row: Misuse, ours: Any, theirs: Any, prefix: str) -> None:
+    """Ours and torch's functions, or packages of modules; ``prefix``: what a text may begin with, as a pattern."""
     error = raised(row.call, ours)
     assert type(error) is row.error, repr(error)
     text = str(error)
-    if "argument" not in text:  # Python's own word on signatures
-        assert text.startswith(f"{ours.__name__}: "), text
+    if "argument" not in text and "cannot assign" not in text:  # Python's and torch's word on signatures and buffers
+        assert re.match(rf"({prefix}): ", text), text
     for fragment in row.fragments:
         assert fragment in text, text
-    if not TORCH_IS_ASKED:
+    if not TORCH_IS_ASKED or theirs is None:
         return
     reference = raised(row.call, theirs)
     if row.torch_accepts is OURS:
@@ -376,14 +625,22 @@ def check(row: Misuse, ours: Callable[..., Any], theirs: Callable[..., Any]) -> 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", CROSS_ENTROPY.values(), ids=CROSS_ENTROPY)
 def test_cross_entropy(row):
-    check(row, cross_entropy, F.cross_entropy)
+    check(row, watched(cross_entropy), F.cross_entropy, "cross_entropy")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", LINEAR.values(), ids=LINEAR)
+def test_linear_cross_entropy(row):
+    """Torch's own is new in 2.13."""
+    theirs = getattr(F, "linear_cross_entropy", None)
+    check(row, watched(softmax_ext.linear_cross_entropy), theirs, "linear_cross_entropy")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("row", SOFTMAX.values(), ids=SOFTMAX)
 def test_softmax(row, name):
-    check(row, getattr(softmax_ext, name), getattr(F, name))
+    check(row, watched(getattr(softmax_ext, name)), getattr(F, name), name)
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
@@ -394,26 +651,111 @@ def test_softmax_of_nested_tensors(name, layout):
         getattr(softmax_ext, name)(nested(layout=layout), 1)
 
 
+class Watched:
+    """The package, as far as it makes modules: their calls are watched."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: watched(getattr(softmax_ext, name)(*args, **kwargs))
+
+
+# The call takes the package: ours, or torch.nn.
 MODULES = {
-    "reduction": (lambda m: m.CrossEntropyLoss(reduction="max")(X, Y), ValueError, "reduction must be"),
-    "smoothing": (lambda m: m.CrossEntropyLoss(label_smoothing=2)(X, Y), RuntimeError, "label_smoothing must lie"),
-    "weight list": (lambda m: m.CrossEntropyLoss(weight=[1.0] * 4), TypeError, "weight"),
-    "weight length": (lambda m: m.CrossEntropyLoss(torch.ones(5))(X, Y), RuntimeError, r"weight must have shape \[4\]"),
-    "class": (lambda m: m.CrossEntropyLoss()(X, Y + 2), IndexError, r"got 5 at position \[1\]"),
-    "unknown": (lambda m: m.CrossEntropyLoss(smoothing=0.1), TypeError, "unexpected keyword argument 'smoothing'"),
-    "dim": (lambda m: m.Softmax(2)(X), IndexError, r"dim must lie in \[-2, 1\]"),
-    "log dim": (lambda m: m.LogSoftmax(-3)(X), IndexError, r"dim must lie in \[-2, 1\]"),
+    "CrossEntropyLoss reduction": Misuse(
+        lambda m: m.CrossEntropyLoss(reduction="max")(X, Y), ValueError, ("reduction must be", "got 'max'")
+    ),
+    "CrossEntropyLoss smoothing": Misuse(
+        lambda m: m.CrossEntropyLoss(label_smoothing=2)(X, Y), RuntimeError, ("label_smoothing must lie", "got 2")
+    ),
+    "CrossEntropyLoss weight list": Misuse(
+        lambda m: m.CrossEntropyLoss(weight=[1.0] * 4), TypeError, ("weight", "cannot assign")
+    ),
+    "CrossEntropyLoss weight length": Misuse(
+        lambda m: m.CrossEntropyLoss(torch.ones(5))(X, Y), RuntimeError, ("weight must have shape [4]", "float32 [5]")
+    ),
+    "CrossEntropyLoss weight meta": Misuse(
+        lambda m: m.CrossEntropyLoss(W.to("meta"))(X, Y), RuntimeError, ("weight must be on the input's", "got meta")
+    ),
+    "CrossEntropyLoss class": Misuse(
+        lambda m: m.CrossEntropyLoss()(X, Y + 2), IndexError, ("classes in [0, 4)", "got 5 at position [1]")
+    ),
+    "CrossEntropyLoss target": Misuse(
+        lambda m: m.CrossEntropyLoss()(X, Y.int()), RuntimeError, ("target must be", "int32 [3]", "target.long()")
+    ),
+    "CrossEntropyLoss input": Misuse(
+        lambda m: m.CrossEntropyLoss()(X.long(), Y), NotImplementedError, ("input must be", "int64 [3, 4]")
+    ),
+    "CrossEntropyLoss inplace": Misuse(
+        lambda m: m.CrossEntropyLoss(inplace=True)(LEAF, Y), ValueError, ("must not be a leaf", "inplace=False"), OURS
+    ),
+    "CrossEntropyLoss softcap": Misuse(
+        lambda m: m.CrossEntropyLoss(softcap=-1.0)(X, Y), ValueError, ("softcap must be", "got -1.0"), OURS
+    ),
+    "CrossEntropyLoss unknown": Misuse(
+        lambda m: m.CrossEntropyLoss(smoothing=0.1), TypeError, ("unexpected keyword argument 'smoothing'",)
+    ),
+    "Softmax dim": Misuse(lambda m: m.Softmax(2)(X), IndexError, ("dim must lie in [-2, 1]", "got 2")),
+    "Softmax dim str": Misuse(lambda m: m.Softmax("C")(X), TypeError, ("dim must be an int", "'C' (str)")),
+    "Softmax input": Misuse(lambda m: m.Softmax(1)(X.long()), NotImplementedError, ("input must be", "int64 [3, 4]")),
+    "LogSoftmax dim": Misuse(lambda m: m.LogSoftmax(-3)(X), IndexError, ("dim must lie in [-2, 1]", "got -3")),
+    "LogSoftmax input": Misuse(lambda m: m.LogSoftmax(1)(X.bool()), NotImplementedError, ("input must be", "bool")),
 }
 
+LINEAR_MODULES = {
+    "features": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(3, 5)(X, Y), RuntimeError, ("the input's last size, 4", "got float32 [5, 3]")
+    ),
+    "features not an int": Misuse(
+        lambda m: m.LinearCrossEntropyLoss("3", 5), TypeError, ("argument", "must be tuple of ints")
+    ),
+    "input 0-d": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5)(torch.tensor(1.0), Y), RuntimeError, ("input must have shape", "[]")
+    ),
+    "dtype": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, dtype=torch.float64)(X, Y),
+        RuntimeError,
+        ("linear_weight must have the input's dtype, float32", "got float64 [5, 4]"),
+    ),
+    "device": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, device="meta")(X, Y),
+        RuntimeError,
+        ("linear_weight must be on the input's device", "got meta"),
+        "torch returns a loss without a value",
+    ),
+    "class": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5)(X, Y + 2), IndexError, ("classes in [0, 5)", "got 5 at position [1]")
+    ),
+    "weight length": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, weight=W)(X, Y), RuntimeError, ("weight must have shape [5]", "[4]")
+    ),
+    "smoothing": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, label_smoothing=2.0)(X, Y),
+        RuntimeError,
+        ("label_smoothing must lie", "got 2.0"),
+    ),
+    "reduction": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, reduction="max")(X, Y), ValueError, ("reduction must be", "got 'max'")
+    ),
+    "chunk_rows": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, chunk_rows=0)(X, Y), ValueError, ("chunk_rows must be", "got 0"), OURS
+    ),
+    "unknown": Misuse(
+        lambda m: m.LinearCrossEntropyLoss(4, 5, smoothing=0.1), TypeError, ("unexpected keyword argument 'smoothing'",)
+    ),
+}
 
-@pytest.mark.parametrize(("call", "error", "text"), MODULES.values(), ids=MODULES)
-def test_modules(call, error, text):
-    with pytest.raises(error, match=text) as ours:
-        call(softmax_ext)
-    if not TORCH_IS_ASKED:
-        return
-    theirs = raised(call, nn)
-    assert isinstance(ours.value, type(theirs)), repr(theirs)
+OPERATIONS = "cross_entropy|linear_cross_entropy|softmax|log_softmax"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", MODULES.values(), ids=MODULES)
+def test_modules(row):
+    check(row, Watched(), nn, OPERATIONS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", LINEAR_MODULES.values(), ids=LINEAR_MODULES)
+def test_linear_module(row):
+    check(row, Watched(), nn if hasattr(nn, "LinearCrossEntropyLoss") else None, "linear_cross_entropy")
 
 
 @pytest.mark.parametrize("module", [softmax_ext.Softmax, softmax_ext.LogSoftmax])

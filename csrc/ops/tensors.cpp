@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace softmax_ext {
@@ -51,9 +53,29 @@ int64_t size_of(ScalarType type) {
     case ScalarType::Double:
     case ScalarType::Long: return 8;
     case ScalarType::Float: return 4;
+    case ScalarType::Byte: return 1;
     default: return 2;
   }
 }
+
+namespace {
+
+std::string join(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return text;
+}
+
+// Torch's own text on it does not pass the stable ABI. "out of memory." is what training loops look for that try again
+// with less.
+[[noreturn]] void out_of_memory(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+  const std::string bytes = std::to_string(product(sizes) * size_of(type)), shape = join(sizes);
+  throw std::runtime_error(
+      "softmax_ext: can't allocate " + bytes + " bytes for a tensor of shape [" + shape + "]: " +
+      (like.is_cuda() ? "CUDA out of memory. (Or the device has failed before.)" : "the CPU is out of memory."));
+}
+
+}  // namespace
 
 Tensor torch_empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like) {
@@ -61,8 +83,9 @@ Tensor torch_empty_strided(const std::vector<int64_t>& sizes, const std::vector<
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  dtype, device_type, like.get_device_index(), &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, device_type,
+                               like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS)
+    out_of_memory(sizes, type, like);
   return Tensor(handle);
 }
 
@@ -112,12 +135,18 @@ Tensor empty_like(const Tensor& tensor, ScalarType type) {
                                     none,
                                     none,
                                     none};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS)
+    out_of_memory(sizes_of(tensor), type, tensor);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (tensor.is_contiguous()) return tensor;
+  try {
+    return torch::stable::contiguous(tensor);
+  } catch (const std::runtime_error&) {
+    out_of_memory(sizes_of(tensor), tensor.scalar_type(), tensor);
+  }
 }
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) {

@@ -33,7 +33,7 @@ Tensor empty_like(const Tensor& tensor, ScalarType type);
 Tensor torch_empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type,
                            const Tensor& like);
 
-// Bytes of an element of the types that results have.
+// Bytes of an element of the types that results and class indices have.
 int64_t size_of(ScalarType type);
 
 namespace device {

@@ -1,0 +1,143 @@
+"""When something breaks: memory that can't be had, an extension file that is damaged or of another build.
+
+Each case is a process of its own. test_diagnostics.py has the extension that is missing or no library at all.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import starved
+import torch
+from test_diagnostics import COMMAND, PACKAGE, copy_of_the_package, python, report, the_extension
+
+import softmax_ext
+from softmax_ext import ops
+
+pytestmark = pytest.mark.devices("cpu")
+
+linux = pytest.mark.skipif(platform.system() != "Linux", reason="of Linux: RLIMIT_AS, /proc, ELF files")
+
+
+# ---- memory ----
+
+# From 64 KiB on every allocation is the system's own, and its failure depends on nothing that was freed before.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TOP_PAD_": "0"}
+OURS = re.compile(
+    r"softmax_ext: can't allocate \d+ bytes for a tensor of shape \[[\d, ]*\]: the CPU is out of memory\."
+)
+TORCHS = re.compile(r"allocate memory|could not create a memory object|bad allocation|std::bad_alloc")
+
+
+@linux
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends a process at such a limit"
+)
+def test_no_memory():
+    """It raises, says so in a sentence, leaves every operand as it was, and works when there is memory again."""
+    environment = {**os.environ, **MALLOC, "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, starved.__file__, *starved.CASES]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert result.returncode == 0, result.stderr
+    for name, said in json.loads(result.stdout).items():
+        assert said, f"{name}: the limit was never too low"
+        for error, text in said:
+            assert error == "MemoryError" or OURS.fullmatch(text) or TORCHS.search(text), f"{name}: {text}"
+        if "linear" not in name:  # whose large tensors are torch's
+            assert any(OURS.fullmatch(text) for _, text in said), (name, said)
+
+
+# ---- the extension's file ----
+
+
+def assert_refused(where: Path, built: str, running: str = torch.__version__) -> None:
+    """The import gives one sentence with both versions and the command; the report runs and says the same."""
+    imported = python("-c", "import softmax_ext", path=where)
+    assert imported.returncode == 1, imported
+    sentence = imported.stderr.strip().splitlines()[-1]
+    assert sentence.startswith(
+        "ImportError: softmax_ext: the extension softmax_ext._C was found but does not load with "
+    )
+    assert f"torch {running}: it was built as {built} (" in sentence
+    assert COMMAND in sentence
+    assert len(sentence) < 600
+    result = python("-m", "softmax_ext", path=where)
+    assert result.returncode == 1, result
+    assert not result.stderr
+    lines = report(result)
+    assert lines["torch running"] == running
+    assert lines["extension"].startswith("NOT LOADED: ")
+    assert f"it was built as {built} (" in lines["extension"]
+
+
+def replace(file: Path, old: bytes, new: bytes) -> None:
+    """Once or more, at the same length, so that nothing else moves."""
+    content = file.read_bytes()
+    assert len(old) == len(new)
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+
+
+BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.extension.built_torch}"
+
+
+@linux
+def test_built_for_another_torch(tmp_path):
+    """One that had a function which this torch has not."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    replace(library, b"\0aoti_torch_empty_strided\0", b"\0aoti_torch_empty_stridex\0")
+    other = re.sub(r"torch \d", "torch 9", BUILT)
+    replace(library, BUILT.encode(), other.encode())
+    assert_refused(tmp_path, other)
+    assert "aoti_torch_empty_stridex" in python("-m", "softmax_ext", path=tmp_path).stdout
+
+
+def test_of_another_version_of_the_package(tmp_path):
+    """As when the Python files alone were updated."""
+    copy_of_the_package(tmp_path)
+    version = tmp_path / "softmax_ext" / "_version.py"
+    version.write_text(version.read_text().replace(softmax_ext.__version__, "99.0"))
+    assert_refused(tmp_path, BUILT)
+    assert "the rest of the package is softmax_ext 99.0" in python("-m", "softmax_ext", path=tmp_path).stdout
+
+
+@linux
+@pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.1])
+def test_cut_short(share, tmp_path):
+    """By a full disk or a broken copy. The system's loader would end the process with SIGBUS."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    content = library.read_bytes()
+    content = content[: int(share * len(content))]
+    library.write_bytes(content)
+    intact = BUILT.encode() in content
+    assert_refused(tmp_path, BUILT if intact else "unknown versions (it is damaged, or another library)")
+
+
+@linux
+@pytest.mark.parametrize("size", [0, 1, 40, 63])
+def test_less_than_a_header(size, tmp_path):
+    library = the_extension(copy_of_the_package(tmp_path))
+    library.write_bytes(library.read_bytes()[:size])
+    assert_refused(tmp_path, "unknown versions (it is damaged, or another library)")
+
+
+@linux
+def test_no_file(tmp_path):
+    """Something of that name that can't be read as a file."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    library.unlink()
+    library.symlink_to("nowhere.so")
+    result = python("-m", "softmax_ext", path=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert COMMAND in report(result)["extension"]
+
+
+def test_the_record_is_in_the_built_file():
+    """What the sentences above are read from."""
+    assert Path(ops.extension.__file__).read_bytes().count(f"build record: {BUILT}\0".encode()) == 1
