@@ -109,7 +109,7 @@ def with_block(text: str, part: Part, new: str) -> str:
     before, begin, rest = text.partition(part.begin)
     _, end, after = rest.partition(part.end)
     if not (begin and end):
-        raise ValueError(f"README.md has no lines {part.begin!r} and {part.end!r}.")
+        raise ValueError(f"the page has no lines {part.begin!r} and {part.end!r}.")
     return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
