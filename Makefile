@@ -66,7 +66,7 @@ bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and o
 	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
 	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py --gpu)
 
-training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, half an hour; fills docs/training.md
+training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, ten minutes; fills docs/training.md
 	$(BIN)/python benchmarks/training.py
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing

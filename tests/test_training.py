@@ -3,6 +3,8 @@
 The optimiser is SGD, since AdamW hides a gradient of a wrong scale.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,13 +14,15 @@ from torch.testing import assert_close
 pytestmark = pytest.mark.devices("cpu")
 
 STEPS, VOCABULARY, CONTEXT, WIDTH, SEQUENCES = 20, 1000, 32, 32, 4
-# Some thousands of roundings; test_a_wrong_gradient_is_seen holds a wrong gradient against it.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+# Ten times what was measured; a gradient a thousandth too large moves the losses a hundred times as far.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
+@cache
 def train(loss: training.gpt.Loss, dtype: torch.dtype) -> torch.Tensor:
     """[2, STEPS], losses and norms of the gradients."""
+    torch.set_num_threads(1)  # more only wait for each other over so little
     torch.manual_seed(0)
     model = training.gpt.GPT(VOCABULARY, CONTEXT, WIDTH).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
@@ -32,7 +36,7 @@ def train(loss: training.gpt.Loss, dtype: torch.dtype) -> torch.Tensor:
 def test_follows_torch(name, dtype):
     ours, theirs = (train(training.LOSSES[loss], dtype) for loss in (name, training.TORCH))
     assert_close(ours, theirs, rtol=TOLERANCE[dtype], atol=0)
-    assert ours[0, -1] < 0.6 * ours[0, 0]
+    assert ours[0, -1] < ours[0, 0] - 1
 
 
 def scaled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -46,15 +50,15 @@ def scaled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> 
 def test_a_wrong_gradient_is_seen(wrong, dtype):
     losses, norms = (train(wrong, dtype) / train(training.LOSSES[training.TORCH], dtype) - 1).abs()
     assert losses[0] <= TOLERANCE[dtype]  # the loss itself is right
-    assert losses[1:].max() > 5 * TOLERANCE[dtype]
-    assert norms[0] > 5 * TOLERANCE[dtype]
+    assert losses[1:].max() > 50 * TOLERANCE[dtype]
+    assert norms[0] > 50 * TOLERANCE[dtype]
 
 
 # ---- what the script makes of its runs -------------------------------------------------------------------------------
 
 
 def run(loss: str, held_out: float, norm: float = 3.0, order: int = 0) -> training.Run:
-    return training.Run(loss, order, [10.0] * 30, [norm] * 30, held_out, 1.0, 1)
+    return training.Run(loss, order, [10.0] * 30, [norm] * 30, held_out, 1)
 
 
 TORCHS = [run(training.TORCH, held_out, order=order) for order, held_out in enumerate([5.0, 5.1, 5.2])]
