@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 pytestmark = pytest.mark.devices("cpu")
 
-STEPS, VOCABULARY, CONTEXT, WIDTH, SEQUENCES = 20, 1000, 32, 32, 4
-# Ten times what was measured; a gradient a thousandth too large moves the losses a hundred times as far.
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6}
+STEPS, VOCABULARY, CONTEXT, WIDTH, SEQUENCES = 20, 1000, 32, 32, 10  # three chunks of linear_cross_entropy
+# Ten times what was measured; a gradient a thousandth too large moves the losses more than twenty times as far.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -50,8 +50,8 @@ def scaled(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> 
 def test_a_wrong_gradient_is_seen(wrong, dtype):
     losses, norms = (train(wrong, dtype) / train(training.LOSSES[training.TORCH], dtype) - 1).abs()
     assert losses[0] <= TOLERANCE[dtype]  # the loss itself is right
-    assert losses[1:].max() > 50 * TOLERANCE[dtype]
-    assert norms[0] > 50 * TOLERANCE[dtype]
+    assert losses[1:].max() > 20 * TOLERANCE[dtype]
+    assert norms[0] > 20 * TOLERANCE[dtype]
 
 
 # ---- what the script makes of its runs -------------------------------------------------------------------------------
