@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -67,11 +68,20 @@ _OF_LOGITS = {
     "inplace": {"inplace": True},
     "inplace, precompute_grad": {"inplace": True, "precompute_grad": True},
 }
-TORCH, LINEAR, CONTROL = "torch", "linear_cross_entropy", "control: a wrong gradient"
+
+
+def in_float64(logits: Tensor, target: Tensor) -> Tensor:
+    """The loss by torch in float64, so that its gradient is rounded once: what rounding alone does to a run."""
+    return F.cross_entropy(logits.double(), target)
+
+
+TORCH, FLOAT64 = "torch", "torch in float64"
+LINEAR, CONTROL = "linear_cross_entropy", "control: a wrong gradient"
 LOSSES: dict[str, gpt.Loss] = {
     TORCH: gpt.of_logits(F.cross_entropy),
+    FLOAT64: gpt.of_logits(in_float64),
     **{name: gpt.of_logits(softmax_ext.CrossEntropyLoss(**options)) for name, options in _OF_LOGITS.items()},
-    LINEAR: softmax_ext.linear_cross_entropy,
+    LINEAR: partial(softmax_ext.linear_cross_entropy, chunk_rows=96),  # by itself it would take so few at once
     CONTROL: wrong_gradient,
 }
 
@@ -99,7 +109,7 @@ class Part(NamedTuple):
 PARTS = {
     part.name: part
     for part in (
-        Part("float32", "float32 weights", torch.float32, False, (*_OF_LOGITS, LINEAR, CONTROL)),
+        Part("float32", "float32 weights", torch.float32, False, (FLOAT64, *_OF_LOGITS, LINEAR, CONTROL)),
         Part("bfloat16", "bfloat16 weights", torch.bfloat16, False, ("default", LINEAR, CONTROL)),
         Part(
             "autocast",
