@@ -27,7 +27,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and o
 
 accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py
+
+training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, ten minutes; fills docs/training.md
+	$(BIN)/python benchmarks/training.py
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check

@@ -140,12 +140,14 @@ def read_tokens(console: Console) -> Tensor:  # [tokens]
     return torch.tensor(ids)
 
 
-def batches(tokens: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random places of the text: inputs and, one token later, target; [SEQUENCES, CONTEXT] each."""
-    generator = torch.Generator().manual_seed(SEED)
+def batches(
+    tokens: Tensor, steps: int, sequences: int = SEQUENCES, context: int = CONTEXT, seed: int = SEED
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random places of the text: inputs and, one token later, target; [sequences, context] each."""
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        starts = torch.randint(len(tokens) - CONTEXT, (SEQUENCES, 1), generator=generator)
-        places = starts + torch.arange(CONTEXT)
+        starts = torch.randint(len(tokens) - context, (sequences, 1), generator=generator)
+        places = starts + torch.arange(context)
         yield tokens[places], tokens[places + 1]
 
 
@@ -155,18 +157,18 @@ def batches(tokens: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 class Block(nn.Module):
     """Causal self-attention and a two-layer perceptron, each added to what it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
-        self.attention_output = nn.Linear(WIDTH, WIDTH)
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_output = nn.Linear(width, width)
         self.perceptron = nn.Sequential(
-            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def attention(self, x: Tensor) -> Tensor:  # [sequences, positions, width], returns the same
-        sequences, positions, _ = x.shape
-        heads = self.query_key_value(x).view(sequences, positions, 3, HEADS, WIDTH // HEADS)
+        sequences, positions, width = x.shape
+        heads = self.query_key_value(x).view(sequences, positions, 3, HEADS, width // HEADS)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # [sequences, heads, positions, features]
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.attention_output(mixed.transpose(1, 2).reshape(x.shape))
@@ -179,19 +181,19 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids to the hidden states from which the output layer, ``head``, predicts the next token."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY, context: int = CONTEXT, width: int = WIDTH) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.position_embedding = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(BLOCKS)))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(BLOCKS)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         self.head.weight = self.token_embedding.weight  # tied: one matrix reads and writes tokens
 
-    def forward(self, ids: Tensor) -> Tensor:  # [sequences, positions], returns [..., WIDTH]
+    def forward(self, ids: Tensor) -> Tensor:  # [sequences, positions], returns [..., width]
         positions = torch.arange(ids.shape[1])
         x = self.token_embedding(ids) + self.position_embedding(positions)
         return self.norm(self.blocks(x))
@@ -264,24 +266,31 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
+def adamw(model: GPT) -> torch.optim.Optimizer:
+    """The optimiser of all runs."""
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+
+
 def train_step(
     model: GPT,
     loss_fn: Loss,
     optimizer: torch.optim.Optimizer,
     inputs: Tensor,
     target: Tensor,
+    autocast: bool = False,
 ) -> tuple[float, dict[str, float]]:
     """One step; returns its loss and the milliseconds it took, named as in Step."""
     hidden_gradient_ready: list[float] = []
 
     start = time.perf_counter()
-    hidden = model(inputs)
-    # Backward begins with the loss and the output layer, which end in the gradient of the hidden
-    # states: when it arrives they are done, and nothing else has begun.
-    hidden.register_hook(lambda _: hidden_gradient_ready.append(time.perf_counter()))
-    loss_start = time.perf_counter()
-    loss = loss_fn(hidden.flatten(0, 1), model.head.weight, target.flatten())
-    loss_end = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model(inputs)
+        # Backward begins with the loss and the output layer, which end in the gradient of the hidden
+        # states: when it arrives they are done, and nothing else has begun.
+        hidden.register_hook(lambda _: hidden_gradient_ready.append(time.perf_counter()))
+        loss_start = time.perf_counter()
+        loss = loss_fn(hidden.flatten(0, 1), model.head.weight, target.flatten())
+        loss_end = time.perf_counter()
     optimizer.zero_grad()
     backward_start = time.perf_counter()
     loss.backward()
@@ -299,7 +308,7 @@ def train(loss_name: str, tokens: Tensor, steps: int) -> Iterator[Step]:
     """Trains a new GPT with one of LOSSES and yields each step as it is done."""
     torch.manual_seed(SEED)
     model = GPT()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    optimizer = adamw(model)
 
     restart_peak_memory()
     initial_memory_mib = peak_memory_mib()

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from common import explain_missing, positive_int
@@ -26,6 +25,7 @@ try:
     import digits
     import gpt
     import numpy as np
+    from agreement import Agreement
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.ticker import MaxNLocator
@@ -63,38 +63,6 @@ def run_gpts(steps: int, console: Console) -> dict[str, list[gpt.Step]]:
 
 
 # ------------------------------------------------------------------------------- what they amount to
-
-
-@dataclass
-class Agreement:
-    """How close the losses of two runs are, step by step."""
-
-    difference: np.ndarray  # [steps], the other's loss minus the baseline's
-    spacing: np.ndarray  # [steps], between the baseline's loss and the next larger float32
-    relative: np.ndarray  # [steps]
-
-    @classmethod
-    def of(cls, baseline: list[gpt.Step], other: list[gpt.Step]) -> "Agreement":
-        expected = np.array([step.loss for step in baseline])
-        difference = np.array([step.loss for step in other]) - expected
-        spacing = np.spacing(expected.astype(np.float32)).astype(float)
-        return cls(difference, spacing, np.abs(difference) / expected)
-
-    @property
-    def spacings(self) -> np.ndarray:
-        """The differences counted in float32 spacings: 1 is the least that there can be."""
-        return self.difference / self.spacing
-
-    def in_words(self) -> str:
-        steps = len(self.difference)
-        equal = int((self.difference == 0).sum())
-        if equal == steps:
-            return f"the same loss to the last bit at each of {steps} steps"
-        return (
-            f"the same loss to the last bit at {equal} of {steps} steps; at the others apart by"
-            f" at most {np.abs(self.difference).max():.2g} (relative: {self.relative.max():.2g}; in"
-            f" float32 spacings: {np.abs(self.spacings).max():.0f})"
-        )
 
 
 def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -> Table:
@@ -283,7 +251,8 @@ def main() -> None:
 
     runs = run_gpts(options.steps, console)
     totals = {name: gpt.Totals.of(steps) for name, steps in runs.items()}
-    agreements = {name: Agreement.of(runs[BASELINE], runs[name]) for name in OTHERS}
+    losses = {name: [step.loss for step in steps] for name, steps in runs.items()}
+    agreements = {name: Agreement.of(losses[BASELINE], losses[name]) for name in OTHERS}
     console.print(comparison(totals, runs))
     for name, agreement in agreements.items():
         console.print(f"{name} and {BASELINE}: {agreement.in_words()}", highlight=False)
