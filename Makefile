@@ -27,7 +27,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,21 @@ cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every a
 test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
 	$(BIN)/python tests/sanitize_gpu.py
+
+sanitize: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels under AddressSanitizer and UBSan
+	$(BIN)/python tests/kernel_suite.py sanitized -n 2 $(PYTEST_ARGS)
+
+native: $(VENV)/.built ## run the kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer
+	$(BIN)/python tests/native/run.py
+
+test-isas: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels with each kernel set that this processor has
+	$(BIN)/python tests/kernel_suite.py isas -n 2 $(PYTEST_ARGS)
+
+old-cpu: $(VENV)/.built ## run a wheel and the kernels on emulated CPUs: Nehalem, Haswell, ARM (needs qemu-user, g++-aarch64-linux-gnu)
+	$(BIN)/python tests/old_cpu.py
+	$(BIN)/python tests/native/run.py Nehalem Haswell aarch64
+
+trust: sanitize native test-isas old-cpu ## everything that takes longer than CI has
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)

@@ -26,6 +26,10 @@ Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at onc
     CUDA_HOME, CUDA_PATH     where bin/nvcc is; else PATH and /usr/local/cuda are searched
     TORCH_CUDA_ARCH_LIST     for which GPUs: "8.0;9.0+PTX"
     NVCC_FLAGS               for nvcc besides
+
+For tests/kernel_suite.py:
+
+    SANITIZE=1               the CPU library under AddressSanitizer and UBSan, in build/ninja-sanitized
 """
 
 from __future__ import annotations
@@ -49,7 +53,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-BUILD = {"_C": Path("build/ninja"), "_cuda": Path("build/ninja-cuda")}
+SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
+BUILD = {"_C": Path("build/ninja-sanitized" if SANITIZE else "build/ninja"), "_cuda": Path("build/ninja-cuda")}
 
 # What a build needs, and the least version of each.
 # setuptools 77 is the first that reads pyproject.toml's license.
@@ -70,6 +75,12 @@ OTHER_ISAS: dict[str, list[str]] = {"DEFAULT": []}
 COMMON_FLAGS = [
     *("-std=c++17", "-O3", "-Wall", "-Wextra"),
     *("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+]
+
+# Whatever they find ends the process. Without float-divide-by-zero, which is no error in IEEE arithmetic.
+SANITIZERS = [
+    *("-O1", "-g1", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address", "-fsanitize=undefined", "-fno-sanitize-recover=all"),
 ]
 
 # Compute capabilities from Turing on, which is what CUDA 13 compiles for; the last one's PTX, from
@@ -236,7 +247,11 @@ def torch_headers() -> list[str]:
 
 
 def common_flags() -> list[str]:
-    return [*COMMON_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc"]
+    return [*COMMON_FLAGS, *sanitizers(), *shlex.split(os.environ.get("CXXFLAGS", "")), "-Icsrc"]
+
+
+def sanitizers() -> list[str]:
+    return SANITIZERS if SANITIZE else []
 
 
 def link_flags(libraries: list[str]) -> list[str]:
@@ -247,6 +262,7 @@ def link_flags(libraries: list[str]) -> list[str]:
     import torch
 
     return [
+        *sanitizers(),
         *shlex.split(os.environ.get("LDFLAGS", "")),
         *("-shared", "-Wl,--as-needed", "-lstdc++"),
         *(f"-L{Path(torch.__file__).parent / 'lib'}", *libraries),
@@ -273,7 +289,6 @@ def cpu_library(version: str, compiler: str) -> Library:
         stop(f"no Python.h in {python_headers}: install python3-dev (python3-devel).")
 
     isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
-    with_isas = [f"-DSOFTMAX_EXT_WITH_{isa}" for isa in isas if isa != "DEFAULT"]
     module = [
         f'-DSOFTMAX_EXT_VERSION="{version}"',
         f'-DSOFTMAX_EXT_BUILT_TORCH="{torch.__version__}"',
@@ -281,14 +296,26 @@ def cpu_library(version: str, compiler: str) -> Library:
         *("-isystem", pybind11.get_include()),
         *("-isystem", python_headers),
     ]
+    source = Path("csrc/module.cpp")
+    units = [Unit(str(source), object_of("_C", source), [*common_flags(), *with_isas(isas), *module])]
+    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
+    return Library([*units, *operator_units("_C", "cpu"), *kernel_units(isas, compiler)], link_flags(["-ltorch_cpu"]))
+
+
+def with_isas(isas: dict[str, list[str]]) -> list[str]:
+    return [f"-DSOFTMAX_EXT_WITH_{isa}" for isa in isas if isa != "DEFAULT"]
+
+
+def kernel_units(isas: dict[str, list[str]], compiler: str) -> list[Unit]:
+    """The kernels for each of the ISAs, and the choice among them."""
 
     def unit(source: Path, *flags: str, suffix: str = ".o") -> Unit:
         return Unit(str(source), object_of("_C", source, suffix), [*common_flags(), *flags])
 
-    units = [unit(Path("csrc/module.cpp"), *with_isas, *module), *operator_units("_C", "cpu")]
+    units = []
     for source in sources("cpu/*.cpp"):
         if not source.stem.endswith("_kernel"):
-            units.append(unit(source, *with_isas))
+            units.append(unit(source, *with_isas(isas)))
             continue
         for isa, isa_flags in isas.items():
             # at::vec's own switch.
@@ -298,8 +325,7 @@ def cpu_library(version: str, compiler: str) -> Library:
             if isa == "AVX512" and "clang" not in compiler:
                 flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
             units.append(unit(source, *flags, suffix=f".{isa}.o"))
-    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
-    return Library(units, link_flags(["-ltorch_cpu"]))
+    return units
 
 
 def nvcc_jobs() -> int:

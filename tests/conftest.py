@@ -1,6 +1,6 @@
 """What all tests share: the device, fixed seeds, and the number of threads, which a test may change.
 
-pytest --device cpu         the CPU kernels (the default)
+pytest --device cpu         the CPU kernels (the default); with --sanitized those of kernel_suite.py's build
 pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU, unless the test asks for
                             `device`: then it puts there what belongs there, and computes on the CPU what is right
 pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
@@ -12,16 +12,17 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from softmax_ext import cuda
+from softmax_ext import cuda, ops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="which kernels are tested")
-    parser.addoption("--sanitized", action="store_true", help="with --device emulated: under AddressSanitizer")
+    parser.addoption("--sanitized", action="store_true", help="the kernels under AddressSanitizer")
     parser.addoption("--large", action="store_true", help="tests that take much memory too")
     parser.addoption("--sample", action="append", default=[], metavar="FILE=N", help="of a file, one in N tests")
 
@@ -33,8 +34,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     device, sanitized = config.getoption("--device"), config.getoption("--sanitized")
-    if sanitized and device != "emulated":
-        raise pytest.UsageError("--sanitized needs --device emulated")
+    if sanitized and device == "cuda":
+        raise pytest.UsageError("--sanitized needs --device cpu or emulated")
+    if sanitized and device == "cpu":
+        _check_sanitized()
     if device == "cuda":
         _use_cuda()
     if device == "emulated":
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not chosen(item)])
     items[:] = [item for item in items if chosen(item)]
+
+
+def _check_sanitized() -> None:
+    library = Path(ops.extension.__file__)
+    if b"__asan_" not in library.read_bytes():
+        raise pytest.UsageError(f"--sanitized: start it by tests/kernel_suite.py; {library} is not sanitized")
 
 
 def _use_cuda() -> None:

@@ -1,0 +1,97 @@
+"""Runs the tests that call the CPU kernels, on an extension built with sanitizers or once for each instruction set.
+
+    python tests/kernel_suite.py sanitized [arguments of pytest]    AddressSanitizer and UBSan
+    python tests/kernel_suite.py isas [arguments of pytest]         each kernel set that this processor has
+
+The sanitized extension is built in build/sanitized/, with a copy of the package; that in softmax_ext/ stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+from cuda_on_cpu.build import sanitizer_environment  # noqa: E402  from this folder
+
+SANITIZED = ROOT / "build" / "sanitized"
+
+# Files without a test of the CPU kernels, or which test the same calls of them as another does.
+NOT_OF_THE_KERNELS = {
+    "test_bench_gpu.py": "the benchmarks",
+    "test_bench_linear.py": "the benchmarks",
+    "test_benchmarks.py": "the benchmarks",
+    "test_binary.py": "the symbols of the extension in softmax_ext/",
+    "test_compile.py": "what torch.compile makes of the operators' schemas",
+    "test_cuda.py": "CUDA",
+    "test_cuda_kernels.py": "CUDA",
+    "test_cuda_on_cpu.py": "the emulator of CUDA, which has a sanitized build of its own",
+    "test_diagnostics.py": "processes of their own, which choose the kernel set themselves",
+    "test_setup.py": "setup.py",
+}
+
+# What cannot be under AddressSanitizer.
+NOT_SANITIZED: dict[str, str] = {}
+
+
+def selection(left_out: dict[str, str]) -> list[str]:
+    return [f"--ignore={HERE / name}" for name in left_out]
+
+
+def build_sanitized() -> None:
+    environment = {**os.environ, "SANITIZE": "1", "FORCE_CPU": "1"}
+    # What an earlier build copied may be gone from the package.
+    shutil.rmtree(SANITIZED, ignore_errors=True)
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(SANITIZED)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    (library,) = (SANITIZED / "softmax_ext").glob("_C*.so")
+    code = library.read_bytes()
+    for function in (b"__asan_report_load", b"__ubsan_handle"):
+        if function not in code:
+            raise SystemExit(f"{library} is not sanitized: it never calls {function.decode()}*")
+
+
+def pytest(arguments: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Runs the tests on the softmax_ext in ``folder``."""
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command += [*selection(NOT_OF_THE_KERNELS), *arguments, str(HERE)]
+    # `-m` finds the package in the folder that it is started from.
+    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, check=False).returncode
+
+
+def run_sanitized(arguments: list[str]) -> int:
+    build_sanitized()
+    environment = sanitizer_environment()
+    # A failed allocation is to raise in torch, as without a sanitizer.
+    environment["ASAN_OPTIONS"] += ":allocator_may_return_null=1"
+    skipped = selection(NOT_SANITIZED)
+    return pytest([*skipped, "--sanitized", "-o", "timeout=1200", *arguments], SANITIZED, environment)
+
+
+def run_isas(arguments: list[str]) -> int:
+    command = [sys.executable, "-c", "from softmax_ext import _C; print(*_C.available_isas())"]
+    isas = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for isa in isas:
+        print(f"kernel set {isa}", flush=True)
+        status = pytest(arguments, ROOT, {"SOFTMAX_EXT_CPU_CAPABILITY": isa})
+        if status != 0:
+            return status
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["sanitized", "isas"])
+    arguments, pytest_arguments = parser.parse_known_args()
+    return run_sanitized(pytest_arguments) if arguments.what == "sanitized" else run_isas(pytest_arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

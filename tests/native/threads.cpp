@@ -1,0 +1,28 @@
+// torch's parallel_for, by which the operators split their work (csrc/ops/cpu/parallel.h), with std::thread: a program
+// without libtorch, all of which the sanitizers see.
+#include "threads.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <thread>
+#include <vector>
+
+namespace softmax_ext::native {
+
+thread_local int threads_of_caller = 1;
+
+}  // namespace softmax_ext::native
+
+extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function,
+                                             void* context) {
+  const int64_t most = (end - begin + grain - 1) / grain;
+  const int64_t count = std::min<int64_t>(softmax_ext::native::threads_of_caller, std::max<int64_t>(1, most));
+  const int64_t share = (end - begin + count - 1) / count;
+  std::vector<std::thread> threads;
+  for (int64_t at = begin + share; at < end; at += share)
+    threads.emplace_back(function, at, std::min(end, at + share), context);
+  if (begin < end) function(begin, std::min(end, begin + share), context);
+  for (std::thread& thread : threads) thread.join();
+  return 0;
+}
