@@ -5,11 +5,13 @@
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
 #   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
+#   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz.py besides
 #   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 PEERS ?=
 BENCH_ARGS ?=
 
@@ -27,7 +29,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust distclean FORCE
+.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +55,9 @@ test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, 
 
 cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make test
 	$(BIN)/python tests/cuda_check.py
+
+fuzz: $(VENV)/.test $(VENV)/.built ## 20000 drawn calls against torch in float64; make test has 2000 of a fixed seed
+	$(BIN)/python tests/fuzz.py -n 2 $(FUZZ_ARGS)
 
 test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
