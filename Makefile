@@ -76,7 +76,7 @@ old-cpu: $(VENV)/.built ## run a wheel and the kernels on emulated CPUs: Nehalem
 	$(BIN)/python tests/old_cpu.py
 	$(BIN)/python tests/native/run.py Nehalem Haswell aarch64
 
-trust: sanitize native test-isas old-cpu ## everything that takes longer than CI has
+trust: sanitize native test-isas old-cpu fuzz large accuracy training audit ## everything that takes longer than CI has
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)

@@ -9,6 +9,7 @@ pytest --large              the tests marked so, which take minutes and up to 15
 """
 
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Compiled graphs that an earlier run kept on disk may have other derivatives in them.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    cache = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     # Every worker of xdist has the machine's whole pool of threads otherwise.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
