@@ -291,11 +291,13 @@ struct ExactRow {
 };
 
 // The size of what the gradients of a row are rounded at: the largest of them, and more where they are differences of
-// upstream gradients.
+// terms of the loss or of upstream gradients.
 template <typename T>
 double gradient_size(const ExactRow<T>& exact, const std::vector<double>& gradient) {
   double size = 0;
   for (double value : gradient) size = std::max(size, std::abs(value));
+  const double of_terms = exact.o.smoothing * exact.b_sum + 2 * exact.o.z_loss * std::abs(exact.lse);
+  size += of_terms * std::abs(exact.upstream(exact.in.grad_loss, true));
   if (exact.o.grad_lse) size += std::abs(exact.upstream(exact.in.grad_lse, true));
   if (exact.o.grad_nll) size += std::abs(exact.upstream(exact.in.grad_nll, true));
   if (exact.o.grad_entropy) size += exact.size * std::abs(exact.upstream(exact.in.grad_entropy, true));

@@ -3,6 +3,7 @@
 //
 //   native_kernels [TRIALS [SEED]]     runs TRIALS trials of each kind for each instruction set; status 1 if any failed
 //   native_kernels --fault NAME        does what must not be done (faults.cpp); status 0 if nothing stopped it
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -35,6 +36,13 @@ void run_trials(const char* isa, int64_t trials, uint64_t seed) {
     }
 }
 
+// Says in which trial a guarded page was touched, and dies of it.
+void name_trial(int signal) {
+  std::fprintf(stderr, "signal %d in %s\n", signal, native::trial.c_str());
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -42,6 +50,9 @@ int main(int count, char** arguments) {
     native::commit_fault(arguments[2]);
     return 0;
   }
+#ifndef __SANITIZE_ADDRESS__  // which reports it itself
+  std::signal(SIGSEGV, name_trial);
+#endif
   const int64_t trials = count > 1 ? std::atoll(arguments[1]) : 100;
   const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0;
   int isas = 0;

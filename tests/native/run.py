@@ -7,7 +7,8 @@
     thread     with ThreadSanitizer
     aarch64    cross-compiled by aarch64-linux-gnu-g++, on an emulated ARM processor
     Nehalem    plain, on an emulated x86-64 processor without AVX
-    Haswell    plain, on one with AVX2 and without AVX-512
+    Haswell    plain, on one with AVX2 and without AVX-512. Under qemu 7.2 it ends in SIGSEGV at a guarded page that the
+               same kernels do not touch on a processor; not part of make old-cpu until that is understood
 
 Without names the first three. Each then commits faults on purpose (faults.cpp), which must not pass. Where the emulator
 (qemu-user) or the cross compiler (g++-aarch64-linux-gnu) is not installed it says so and goes on.

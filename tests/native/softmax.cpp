@@ -46,10 +46,13 @@ struct Exact {
 
 Exact reduce(const Operand& input, int64_t row) {
   const int64_t classes = input.shape().classes;
-  double max = input.get(row, 0), sum = 0;
-  for (int64_t c = 1; c < classes; c++) max = std::max(max, input.get(row, c));
-  for (int64_t c = 0; c < classes; c++) sum += std::exp(input.get(row, c) - max);
-  return {max, std::log(sum)};
+  int64_t argmax = 0;
+  for (int64_t c = 1; c < classes; c++)
+    if (input.get(row, c) > input.get(row, argmax)) argmax = c;
+  const double max = input.get(row, argmax);
+  double rest = 0;  // without the largest, which is 1
+  for (int64_t c = 0; c < classes; c++) rest += c == argmax ? 0 : std::exp(input.get(row, c) - max);
+  return {max, std::log1p(rest)};
 }
 
 template <typename T>
@@ -66,8 +69,8 @@ void try_softmax_as(Random& random, const Operand& input, DType output_type, int
     for (int64_t c = 0; c < shape.classes; c++) {
       const double d = input.get(row, c) - exact.max, value = log ? d - exact.log_sum : std::exp(d - exact.log_sum);
       // The argument's rounding is relative to the distance from the maximum.
-      expect<T>(output->get(row, c), value, output_type, log ? std::abs(value) : value * (1 + std::abs(d)), "output",
-                row, c);
+      const double size = log ? std::abs(value) : value == 0 ? 0 : value * (1 + std::abs(d));
+      expect<T>(output->get(row, c), value, output_type, size, "output", row, c);
     }
   }
 }
@@ -165,8 +168,8 @@ void try_scale_rows(Random& random) {
   for (int64_t row = 0; row < shape.rows(); row++)
     for (int64_t c = 0; c < shape.classes; c++) {
       const double value = before.get(row, c), scale = 0.5 * factor[one_for_all ? 0 : row];
-      expect<double>(after->get(row, c), value == 0 ? 0 : value * scale, type, std::abs(value * scale), "product", row,
-                     c);
+      const double product = value == 0 ? 0 : value * scale;
+      expect<double>(after->get(row, c), product, type, std::abs(product), "product", row, c);
     }
 }
 

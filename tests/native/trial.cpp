@@ -68,8 +68,9 @@ double roundoff(DType stored) {
 double smallest(DType stored) {
   switch (stored) {
     case DType::kFloat64: return 0x1p-1022;
-    case DType::kFloat32: return 0x1p-126;  // of the normal numbers, below which exponentials are 0
-    case DType::kBFloat16: return 0x1p-126;
+    // Exponentials below the normal numbers, 2^-126, are 0: this is what those of 65536 classes may add up to.
+    case DType::kFloat32:
+    case DType::kBFloat16: return 0x1p-110;
     default: return 0x1p-24;
   }
 }

@@ -60,7 +60,7 @@ template <typename T>
 constexpr double kArithmeticError = sizeof(T) == 8 ? 4e-14 : 4e-6;
 
 double roundoff(DType stored);
-double smallest(DType stored);  // positive number
+double smallest(DType stored);  // an error that is none
 
 // Whether `got`, stored in `type`, is `exact`; `scale` is the size of what it was computed from.
 template <typename T>
