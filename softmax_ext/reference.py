@@ -125,7 +125,9 @@ class Rows:
 
     def loss(self) -> Tensor:
         """Unreduced; 0 for an ignored row."""
-        loss = _product(self.b, -self.log_p).sum(-1) + self.options.z_loss * self.lse.square()
+        loss = _product(self.b, -self.log_p).sum(-1)
+        if self.options.z_loss != 0:  # the square may overflow
+            loss = loss + self.options.z_loss * self.lse.square()
         return torch.where(self.live, loss, 0.0)
 
     def nll(self) -> Tensor:
@@ -242,4 +244,5 @@ def cross_entropy(
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
     if not stats:
         return (loss,)
-    return loss, rows.lse, rows.nll(), rows.entropy(), rows.z.argmax(-1)
+    prediction = rows.z.argmax(-1) if rows.z.shape[-1] else torch.zeros_like(rows.lse, dtype=torch.int64)
+    return loss, rows.lse, rows.nll(), rows.entropy(), prediction

@@ -126,7 +126,7 @@ class Call:
         }
         self.tensors = {name: leaf(p.values, requires[name]) for name, p in self.placed.items()}
         self.leaves = {name: t for name, t in self.tensors.items() if t.requires_grad}
-        if case.inplace and case.mistake != "leaf" and case.requires_grad and not self.overlaps():
+        if case.inplace and case.mistake != "leaf" and "input" in self.leaves and not self.overlaps():
             self.tensors["input"] = self.leaves["input"] = oracle.as_computed(self.tensors["input"])
 
     def overlaps(self) -> bool:
@@ -256,7 +256,8 @@ def _check_results(call: Call, results: Any) -> None:
     layer = Layer(case, wide, work) if case.linear is not None else None
     logits = wide["input"] if layer is None else layer.logits
     target = wide["target"] if layer is None else layer.target
-    rows = Rows(logits, target, wide.get("weight"), case.options(), of_rows, None if layer is None else layer.error)
+    error = None if layer is None else layer.error
+    rows = Rows(logits, target, wide.get("weight"), case.options(), of_rows, error, "weight" in call.leaves)
 
     exact_loss = fuzz_oracle.loss_of(logits, target, wide.get("weight"), rows)
     exact = [exact_loss]
@@ -456,8 +457,9 @@ def _compare_second(
         grads = torch.autograd.grad(outputs, inputs, upstream, create_graph=True, materialize_grads=True)
         along = [random_like(g.detach(), 4 * (seed + i) + 5) for i, g in enumerate(grads)]
         pairs = [(g, a) for g, a in zip(grads, along, strict=True) if g.requires_grad]
+        of_numbers = [u for u, t in zip(upstream, theirs, strict=True) if not t.isnan().any()]  # no mean of no rows
         second = torch.autograd.grad(
-            [g for g, _ in pairs], inputs + upstream, [a for _, a in pairs], materialize_grads=True
+            [g for g, _ in pairs], inputs + of_numbers, [a for _, a in pairs], materialize_grads=True
         )
         seconds.append((grads, second))
     for kind, mine, right in zip(("gradient", "second derivative"), *seconds, strict=True):

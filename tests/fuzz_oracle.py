@@ -56,6 +56,7 @@ class Rows:
         options: of LossCase.options().
         work: the dtype of the arithmetic.
         logit_error: how far off each logit is when the kernel reads it.
+        plain: by reference.py in torch's own operations, which are off by a unit of 1, and in lse's gradient of a logit.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Rows:
         options: dict[str, Any],
         work: torch.dtype,
         logit_error: Tensor | None = None,
+        plain: bool = False,
     ) -> None:
         self.dim, self.work, self.options = oracle.class_dim(logits), work, options
         self.unit = oracle.TOLERANCE["loss"][work] * oracle.roundoff(work)
@@ -95,13 +97,14 @@ class Rows:
         self.p = finite(self.log_p.exp())
         d, self.m = finite(distance), finite(m)
         others = torch.where(first, 0, self.p * (1 + d + 2 * off)).sum(-1, keepdim=True)
-        self.log_sum_error = finite(log_sum) + others  # of log_sum, in units
+        self.log_sum_error = finite(log_sum) + others + (1 if plain else 0)  # of log_sum, in units
         self.lse = m + log_sum
         self.lse_error = self.m.abs() + self.log_sum_error + off
         self.e = (self.log_sum_error + d + 2 * torch.where(d > 0, off, 0)) * self.inflation  # of -log p
-        self.e_p = self.p * (1 + self.log_sum_error + d + 2 * off) * self.inflation  # of p
+        shift = self.m.abs() if plain else 0
+        self.e_p = self.p * (1 + self.log_sum_error + d + 2 * off + shift) * self.inflation  # of p
         self.minus_log_p = finite(-self.log_p)
-        self.sick = ~log_sum.isfinite()  # all -inf, a +inf or a NaN: no distribution
+        self.sick = ~(log_sum + m).isfinite()  # all -inf, a +inf or a NaN: no distribution
 
         weights = torch.ones(classes, dtype=torch.float64) if weight is None else weight
         kept, share = 1 - options["label_smoothing"], options["label_smoothing"] / max(classes, 1)
@@ -124,7 +127,7 @@ class Rows:
         self.shape = x.shape[:-1]
 
         limit = torch.finfo(work).max / 16
-        lse2 = options["z_loss"] * self.lse_error.square()
+        lse2 = options["z_loss"] * self.lse_error.square() if options["z_loss"] else torch.zeros_like(m)
         sizes = [finite(z).abs(), d, self.minus_log_p * self.mass.abs(), lse2.expand_as(d)]
         sizes += [finite(x * self.scale).abs()]
         big = torch.stack(sizes).amax(0) if classes else torch.zeros_like(d)
@@ -141,7 +144,8 @@ class Rows:
         """A bound of results from their magnitude, and from that of what float64 adds up."""
         tiny = torch.finfo(self.work).smallest_normal * 64
         allowed = self.unit * finite(magnitude) + FLOAT64 * finite(float64) + tiny * (1 + finite(float64))
-        return torch.where(self.lost, torch.inf, allowed) if allowed.dim() == self.lost.dim() else allowed
+        nothing = self.sick & (self.mass == 0).all(-1, keepdim=True) & self.live  # 0 or NaN
+        return torch.where(self.lost | nothing, torch.inf, allowed)
 
     # ---- values ----
 
@@ -210,7 +214,8 @@ class Rows:
         g_lse, g_nll, g_entropy = (torch.zeros_like(self.m) if g is None else g.abs().unsqueeze(-1) for g in stats)
         z_pull = 2 * self.options["z_loss"] * f
         q = torch.where(self.one_hot > 0, 0, self.q.abs())
-        pull = f * self.mass.abs().sum(-1, keepdim=True) + z_pull * (finite(self.lse).abs() + self.lse_error) + g_lse
+        of_lse = (z_pull * (finite(self.lse).abs() + self.lse_error)).nan_to_num(0)
+        pull = f * self.mass.abs().sum(-1, keepdim=True) + of_lse + g_lse
         pull = pull + g_nll * self.q.abs().sum(-1, keepdim=True)
         entropy = (self.p * (1 + self.minus_log_p)).sum(-1, keepdim=True)
         entropy_error = ((self.p + self.unit * self.e_p) * self.e + self.e_p * (1 + self.minus_log_p)).sum(
@@ -250,9 +255,8 @@ class Rows:
         exact = torch.where(self.sick, torch.nan, exact)
         parts = f.abs() * self.target_weight.abs() + (0 if nll is None else nll.abs().unsqueeze(-1))
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
-        allowed = (
-            torch.where(infinite, torch.where(g == 0, torch.inf, allowed), allowed) if nll is not None else allowed
-        )
+        nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
+        allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 
     def weight_gradient(self, exact: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Bounded:
@@ -291,7 +295,13 @@ def loss_of(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows) -
     size = finite(z.detach()).abs().amax(dim, keepdim=True)
     z = torch.where(rows.massless, -2 * size - 1e4, z)  # whose exponential is 0
     main = {k: options[k] for k in ("ignore_index", "reduction", "label_smoothing")}
-    loss = F.cross_entropy(z, target, weight, **main)
+    if options["label_smoothing"] == 1 and not target.is_floating_point():
+        # Nothing of the target class's own term, also where that is infinite.
+        uniform = torch.full_like(z, 1 / z.shape[dim])
+        each = torch.where(rows.live.squeeze(-1), F.cross_entropy(z, uniform, weight, reduction="none"), 0)
+        loss = each if reduction == "none" else each.sum() / (rows.total if reduction == "mean" else 1)
+    else:
+        loss = F.cross_entropy(z, target, weight, **main)
     if options["z_loss"]:
         extra = options["z_loss"] * torch.where(rows.live.squeeze(-1), lse.square(), 0)
         loss = loss + (extra if reduction == "none" else extra.sum() / (rows.total if reduction == "mean" else 1))

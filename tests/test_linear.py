@@ -236,6 +236,14 @@ def test_slope_in_the_upstream_gradient_where_no_row_counts(linear):
     assert slope == 0
 
 
+def test_class_weights_that_require_grad_of_no_classes():
+    x, w = torch.zeros(2, 3, requires_grad=True), torch.zeros(0, 3)
+    weight = torch.zeros(0, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.zeros(2, 0), weight=weight, reduction="none")
+    assert loss.shape == (2,)
+    assert torch.autograd.grad(loss.sum(), weight)[0].shape == (0,)
+
+
 def test_all_rows_ignored():
     inputs = Inputs(8).to(torch.float64)
     inputs.target.fill_(-100)

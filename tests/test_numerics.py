@@ -169,6 +169,20 @@ def test_largest_finite_logit(dtype, device):
     check(values.to(device), target.to(device))
 
 
+def test_largest_finite_logit_with_a_gradient_for_the_weight(device):
+    """By the plain formulas, where the square of the log-sum-exp overflows: it must not count without z_loss."""
+    values = torch.full((2, 3), 1e30, device=device, requires_grad=True)
+    target, weight = torch.full((2, 3), 0.5, device=device), torch.ones(3, device=device, requires_grad=True)
+    loss = cross_entropy(values, target, weight)
+    exact = oracle.cross_entropy(values, target, weight)
+    oracle.assert_within(loss, exact.loss, oracle.tolerance("loss", exact.loss, torch.float32), "loss")
+    grad, _ = torch.autograd.grad(loss, [values, weight])
+    allowed = oracle.tolerance(
+        "grad", exact.grad, torch.float32, scale=oracle.gradient_scale(exact.grad, target, weight)
+    )
+    oracle.assert_within(grad, exact.grad, allowed, "gradient")
+
+
 def masked(classes: int, count: int, mask: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(logits, probabilities, weight); the first ``count`` classes are at ``mask`` and without mass."""
     values = torch.randn(3, classes).to(dtype)
