@@ -56,7 +56,7 @@ class Rows:
         options: of LossCase.options().
         work: the dtype of the arithmetic.
         logit_error: how far off each logit is when the kernel reads it.
-        plain: by reference.py in torch's own operations, which are off by a unit of 1, and in lse's gradient of a logit.
+        plain: by reference.py, in torch's operations: off by a unit of 1, and in the gradient of lse of a logit.
     """
 
     def __init__(
