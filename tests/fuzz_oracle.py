@@ -90,7 +90,7 @@ class Rows:
         self.off = off
         m = z.amax(-1, keepdim=True)
         distance = m - z
-        first = F.one_hot(finite(z).argmax(-1), classes).bool()
+        first = F.one_hot(torch.where(z.isnan(), -torch.inf, z).argmax(-1), classes).bool()
         e = torch.where(first, 0, (-distance).exp())
         log_sum = e.sum(-1, keepdim=True).log1p()
         self.log_p = -(distance + log_sum)
