@@ -66,7 +66,7 @@ def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: 
         rows = target.numel() // max(target.shape[dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
     live = is_live(target, ignore_index)
-    if weight is None:
+    if weight is None or weight.shape[0] == 0:
         return live.sum(dtype=torch.float64)
     picked = weight.double()[class_index(target, live, weight.shape[0])]
     return torch.where(live, picked, 0.0).sum()

@@ -244,6 +244,11 @@ def test_class_weights_that_require_grad_of_no_classes():
     assert torch.autograd.grad(loss.sum(), weight)[0].shape == (0,)
 
 
+def test_no_classes():
+    x, w, y = torch.zeros(2, 3), torch.zeros(0, 3), torch.full((2,), -100)
+    assert linear_cross_entropy(x, w, y, weight=torch.zeros(0)).isnan()
+
+
 def test_all_rows_ignored():
     inputs = Inputs(8).to(torch.float64)
     inputs.target.fill_(-100)
