@@ -71,7 +71,7 @@ def forward_of_cross_entropy(**options: bool) -> Case:
     return [x, target, weight], act
 
 
-def backward_of_cross_entropy(rows: int = 20_000, classes: int = 40, **options: bool) -> Case:
+def backward_of_cross_entropy(rows: int = 60_000, classes: int = 40, **options: bool) -> Case:
     x, target = operands(rows, classes)
     loss = cross_entropy(x, target, reduction="none", **options)
     upstream = torch.linspace(1, 2, 2 * rows)[::2]

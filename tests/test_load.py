@@ -263,8 +263,8 @@ torch.set_num_threads(1)
 
 def prepare(what, options):
     torch.manual_seed(0)
-    x = torch.randn(2000, 1000, dtype=torch.float64).requires_grad_() * 1
-    target = torch.arange(2000) % 1000
+    x = torch.randn(5000, 1000, dtype=torch.float64).requires_grad_() * 1
+    target = torch.arange(5000) % 1000
     if what == "softmax":
         return x, lambda: softmax(x.detach(), 1)
     if what.startswith("forward"):
