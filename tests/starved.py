@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softmax_ext import cross_entropy, linear_cross_entropy, log_softmax, softmax
 
-STEP = 256 << 10
+STEP = 128 << 10
 
 Action = Callable[[], list[Tensor]]
 Case = tuple[list[Tensor], Action]  # operands, and what is done with them under the limit
@@ -42,7 +42,7 @@ def at_most(more: int) -> Iterator[None]:
 # ---- cases ----
 
 
-def operands(rows: int = 60_000, classes: int = 40) -> tuple[Tensor, Tensor]:
+def operands(rows: int = 20_000, classes: int = 40) -> tuple[Tensor, Tensor]:
     """Logits that are no leaf, as a model's are, and classes with a stride, which are copied on the way."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, classes, generator=generator).requires_grad_() * 1
@@ -56,7 +56,7 @@ def forward(function: Callable[[Tensor, int], Tensor]) -> Case:
 
 def backward_of_softmax(function: Callable[[Tensor, int], Tensor]) -> Case:
     x, _ = operands()
-    y, upstream = function(x, 1), torch.randn(40, 60_000).T
+    y, upstream = function(x, 1), torch.randn(40, 20_000).T
     return [x, y, upstream], lambda: list(torch.autograd.grad(y, x, upstream, retain_graph=True))
 
 
@@ -79,7 +79,7 @@ def backward_of_cross_entropy(rows: int = 60_000, classes: int = 40, **options: 
 
 
 def linear() -> Case:
-    x, matrix, target = torch.randn(2000, 200), torch.randn(3000, 200), torch.arange(2000)
+    x, matrix, target = torch.randn(500, 200), torch.randn(1000, 200), torch.arange(500)
     operands = [x.requires_grad_(), matrix.requires_grad_(), target]
     return operands, lambda: list(torch.autograd.grad(linear_cross_entropy(*operands), operands[:2]))
 
