@@ -95,7 +95,7 @@ bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and o
 accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
 	$(BIN)/python benchmarks/accuracy.py
 
-training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, ten minutes; fills docs/training.md
+training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, a quarter of an hour; fills docs/training.md
 	$(BIN)/python benchmarks/training.py
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
