@@ -116,7 +116,7 @@ PARTS = {
             "float32 weights under torch.autocast in bfloat16",
             torch.float32,
             True,
-            ("default", "inplace, precompute_grad", LINEAR, CONTROL),
+            (FLOAT64, "default", "inplace, precompute_grad", LINEAR, CONTROL),
         ),
     )
 }

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from softmax_ext import CrossEntropyLoss, cross_entropy
+from softmax_ext import CrossEntropyLoss, cross_entropy, ops
 
 IN_BACKWARD = {"inplace": True}
 IN_FORWARD = {"inplace": True, "precompute_grad": True}
@@ -549,6 +549,24 @@ def test_precomputed_gradient_is_let_go():
         assert loss.grad_fn.gradient
         (loss + stats.lse.sum() if statistics else loss).backward()
         assert not loss.grad_fn.gradient
+
+
+@pytest.mark.parametrize("precompute_grad", [True, False])
+def test_a_failure_may_have_written(monkeypatch, precompute_grad):
+    """Memory that runs out in the middle: autograd refuses a graph that needs the logits."""
+
+    def fails(*arguments: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    leaf = randn(3, 4).requires_grad_()
+    x = leaf * 1
+    needs_x = x.square().sum()
+    monkeypatch.setattr(ops, "cross_entropy_", fails)
+    monkeypatch.setattr(ops, "cross_entropy_backward_", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cross_entropy(x, TARGET, inplace=True, precompute_grad=precompute_grad).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_x.backward()
 
 
 def test_precomputed_gradients_batched():
