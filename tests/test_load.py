@@ -285,7 +285,8 @@ def interrupt(call, delay):
         inside = True
         call()
         inside = False
-        time.sleep(100)
+        while True:  # the signal may go to another thread, which wakes no sleeping one
+            time.sleep(0.01)
     except KeyboardInterrupt:
         pass
     thread.join()
