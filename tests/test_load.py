@@ -260,6 +260,7 @@ import torch
 from softmax_ext import cross_entropy, softmax
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may have been started without
 
 def prepare(what, options):
     torch.manual_seed(0)
