@@ -335,7 +335,7 @@ class OverwritingCrossEntropy(Function):
             written = True
             try:
                 results = ops.cross_entropy_(*operands)
-            except IndexError:  # found before anything is written, which memory that ran out need not be
+            except Exception:  # an operator raises before it writes anything
                 written = False
                 raise
             finally:  # also where Ctrl-C, which has waited for the operator, comes before the next line
@@ -394,10 +394,10 @@ class OverwritingCrossEntropy(Function):
             else:
                 upstream = (grad_loss, *stats)
                 ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
-        except IndexError:
+        except Exception:  # as in forward
             written = False
             raise
-        finally:  # as in forward
+        finally:
             if written:
                 torch.autograd.graph.increment_version(input)
                 ctx.overwritten, ctx.precomputed = True, False

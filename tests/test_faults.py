@@ -38,7 +38,6 @@ TORCHS = re.compile(r"allocate memory|could not create a memory object|bad alloc
 @pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends a process at such a limit"
 )
-@pytest.mark.xfail(strict=False, reason="in place, a row's buffer may fail to be allocated after the first write")
 def test_no_memory():
     """It raises, says so in a sentence, leaves every operand as it was, and works when there is memory again."""
     environment = {**os.environ, **MALLOC, "PYTHONPATH": str(PACKAGE.parent)}

@@ -522,11 +522,22 @@ double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const K
   return loss;
 }
 
+// Rows that are visited together.
 template <typename T>
-double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
-  const int64_t batch = std::clamp<int64_t>(kBatchElements / std::max<int64_t>(p.layout.classes, 1), 1, kBatchRows);
+int64_t batch_rows(const CrossEntropy<T>& p) {
+  return std::clamp<int64_t>(kBatchElements / std::max<int64_t>(p.layout.classes, 1), 1, kBatchRows);
+}
+
+template <typename T>
+KeptRows<T> keep_rows(const CrossEntropy<T>& p, Scratch& scratch) {
   const bool keeps = p.forward && p.grad_logits && p.softcap == 0;
-  const KeptRows<T> keep(keeps, needs_no_copy(p), p.layout.classes, batch);
+  return {keeps, needs_no_copy(p), p.layout.classes, batch_rows(p), scratch};
+}
+
+template <typename T>
+double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end, Scratch& scratch) {
+  const int64_t batch = batch_rows(p);
+  const KeptRows<T> keep = keep_rows(p, scratch);
   double loss = 0;
   for (int64_t first = begin; first < end; first += batch)
     loss += visit_rows(p, first, std::min(batch, end - first), keep);
@@ -539,10 +550,20 @@ double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
 // The buffers of a tile: logits or exponentials; probabilities, and their gradient, where there are any.
 enum TileBuffer { kZ, kQ, kGradQ };
 
+// What the visit of a tile works in.
 template <typename T>
-TileBuffers<T> make_buffers(const CrossEntropy<T>& p) {
-  return {p.layout, p.grad_probabilities ? 3 : p.has_probabilities ? 2 : 1};
-}
+struct TileScratch {
+  TileBuffers<T> buffers;
+  RowTerms* terms;  // of its rows, where there are any
+
+  TileScratch(const CrossEntropy<T>& p, Scratch& scratch)
+      : buffers(p.layout,
+                p.grad_probabilities  ? 3
+                : p.has_probabilities ? 2
+                                      : 1,
+                scratch),
+        terms(scratch.take<RowTerms>(has_terms(p) ? kTile : 0)) {}
+};
 
 // Whether the logits in the buffer give way to their exponentials.
 template <typename T>
@@ -588,9 +609,10 @@ void add_tile_terms(const CrossEntropy<T>& p, const Position& at, const RowBatch
 
 // The first block of the tile is loaded already.
 template <typename T>
-void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileBuffers<T>& buffers) {
+void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileScratch<T>& scratch) {
+  const auto& [buffers, terms] = scratch;
   const bool keeps = keeps_exponentials(p, buffers);
-  const std::unique_ptr<RowTerms[]> terms(has_terms(p) ? new RowTerms[kTile] : nullptr);
+  if (has_terms(p)) std::fill(terms, terms + kTile, RowTerms{});
   if (p.layout.classes == 0)
     for (int64_t r = 0; r < at.rows; r++) batch.sums.set(r, {});
   T* const z = buffers.get(kZ);
@@ -598,7 +620,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
     if (c > 0) load_tile_blocks(p, at, c, n, buffers);
     // Before the exponentials take the place of the logits.
-    if (has_terms(p)) add_tile_terms(p, at, batch, terms.get(), c, n, buffers);
+    if (has_terms(p)) add_tile_terms(p, at, batch, terms, c, n, buffers);
     const auto ahead = [&](int64_t r) { return ahead_of_tile(p, at, c, r); };
     if (p.stats && keeps)
       add_tile<true, true>(batch.sums, at.rows, z, n, c, z, ahead);
@@ -703,7 +725,8 @@ void load_tile_target_logits(const CrossEntropy<T>& p, const Position& at, RowBa
 }
 
 template <typename T>
-double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& buffers) {
+double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileScratch<T>& scratch) {
+  const TileBuffers<T>& buffers = scratch.buffers;
   const Position at = locate(p.layout, unit);
   RowBatch<T> batch;
   batch.rows = at.rows;
@@ -714,7 +737,7 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
   load_tile_target_logits(p, at, batch, buffers);
   double loss = 0;
   if (p.forward)
-    reduce_tile(p, at, batch, buffers);
+    reduce_tile(p, at, batch, scratch);
   else
     load_state(p, batch);
   close_batch(batch);
@@ -731,17 +754,28 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileBuffers<T>& 
 }
 
 template <typename T>
-double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
-  const TileBuffers<T> buffers = make_buffers(p);
+double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end, Scratch& scratch) {
+  const TileScratch<T> pieces(p, scratch);
   double loss = 0;
-  for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, buffers);
+  for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, pieces);
   finish_streaming();
   return loss;
 }
 
 template <typename T>
-double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
-  return p.layout.rows ? visit_all_rows(p, begin, end) : visit_all_tiles(p, begin, end);
+double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end, void* memory) {
+  Scratch scratch(memory);
+  return p.layout.rows ? visit_all_rows(p, begin, end, scratch) : visit_all_tiles(p, begin, end, scratch);
+}
+
+template <typename T>
+size_t scratch_of(const CrossEntropy<T>& p) {
+  Scratch scratch;
+  if (p.layout.rows)
+    keep_rows(p, scratch);
+  else
+    TileScratch<T>(p, scratch);
+  return scratch.bytes();
 }
 
 template <typename Index>
@@ -763,11 +797,13 @@ ClassScan scan_classes(const int64_t* index, int64_t n, int64_t classes, int64_t
 ClassScan scan_classes_u8(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index) {
   return scan(index, n, classes, ignore_index);
 }
-double cross_entropy_float(const CrossEntropy<float>& p, int64_t begin, int64_t end) {
-  return cross_entropy(p, begin, end);
+size_t scratch_bytes(const CrossEntropy<float>& p) { return scratch_of(p); }
+size_t scratch_bytes(const CrossEntropy<double>& p) { return scratch_of(p); }
+double cross_entropy_float(const CrossEntropy<float>& p, int64_t begin, int64_t end, void* scratch) {
+  return cross_entropy(p, begin, end, scratch);
 }
-double cross_entropy_double(const CrossEntropy<double>& p, int64_t begin, int64_t end) {
-  return cross_entropy(p, begin, end);
+double cross_entropy_double(const CrossEntropy<double>& p, int64_t begin, int64_t end, void* scratch) {
+  return cross_entropy(p, begin, end, scratch);
 }
 
 }  // namespace CPU_CAPABILITY

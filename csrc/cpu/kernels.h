@@ -1,9 +1,11 @@
 // What the kernels are given and the table through which they are called: plain structs of pointers, strides and
-// options. One table per instruction set; dispatch.h chooses. No tensors, no threads: the caller splits the units
-// of work [0, units) and calls a kernel with a range of them.
+// options. One table per instruction set; dispatch.h chooses. No tensors, no threads, no allocations: the caller splits
+// the units of work [0, units) and calls a kernel with a range of them and memory to work in.
 //
 // T is the type of the arithmetic: double if any operand is float64, float otherwise.
 #pragma once
+
+#include <cstddef>
 
 #include "../layout.h"
 
@@ -112,20 +114,34 @@ struct ClassScan {
   bool out_of_range;
 };
 
+// scratch: of scratch_bytes, which are the same for every range, aligned as scratch.h says; of no other call at that time.
+template <typename Params, typename Result>
+struct Kernel {
+  size_t (*scratch_bytes)(const Params&);
+  Result (*run)(const Params&, int64_t begin, int64_t end, void* scratch);
+};
+
 struct KernelTable {
   const char* isa;
   // Forward: the sum of the losses of the range, in a fixed order. Backward: 0.
-  double (*cross_entropy_float)(const CrossEntropy<float>&, int64_t begin, int64_t end);
-  double (*cross_entropy_double)(const CrossEntropy<double>&, int64_t begin, int64_t end);
-  void (*softmax_float)(const Softmax<float>&, int64_t begin, int64_t end);
-  void (*softmax_double)(const Softmax<double>&, int64_t begin, int64_t end);
-  void (*softmax_backward_float)(const SoftmaxBackward<float>&, int64_t begin, int64_t end);
-  void (*softmax_backward_double)(const SoftmaxBackward<double>&, int64_t begin, int64_t end);
+  Kernel<CrossEntropy<float>, double> cross_entropy_float;
+  Kernel<CrossEntropy<double>, double> cross_entropy_double;
+  Kernel<Softmax<float>, void> softmax_float;
+  Kernel<Softmax<double>, void> softmax_double;
+  Kernel<SoftmaxBackward<float>, void> softmax_backward_float;
+  Kernel<SoftmaxBackward<double>, void> softmax_backward_double;
   ClassScan (*scan_classes)(const int64_t* index, int64_t n, int64_t classes, int64_t ignore_index);
   ClassScan (*scan_classes_u8)(const uint8_t* index, int64_t n, int64_t classes, int64_t ignore_index);
   void (*scale_rows)(const ScaleRows&, int64_t begin, int64_t end);
   // y[i] = exp(x[i]) with the kernels' own exponential, for the test of its error.
   void (*exp_float)(const float* x, float* y, int64_t n);
+
+  const auto& of(const CrossEntropy<float>&) const { return cross_entropy_float; }
+  const auto& of(const CrossEntropy<double>&) const { return cross_entropy_double; }
+  const auto& of(const Softmax<float>&) const { return softmax_float; }
+  const auto& of(const Softmax<double>&) const { return softmax_double; }
+  const auto& of(const SoftmaxBackward<float>&) const { return softmax_backward_float; }
+  const auto& of(const SoftmaxBackward<double>&) const { return softmax_backward_double; }
 };
 
 }  // namespace softmax_ext

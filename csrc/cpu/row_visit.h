@@ -2,9 +2,8 @@
 // on the way, and a second that writes a result of the same shape. Included only by units compiled per instruction set.
 #pragma once
 
-#include <memory>
-
 #include "logsumexp.h"
+#include "scratch.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -23,14 +22,14 @@ struct KeptRow {
 template <typename T>
 class KeptRows {
  public:
-  KeptRows(bool keeps, bool in_result, int64_t classes, int64_t rows)
+  KeptRows(bool keeps, bool in_result, int64_t classes, int64_t rows, Scratch& scratch)
       : active_(keeps && classes <= kCachedElements),
         in_result_(in_result),
         stride_(round_up(classes, kLanes<T>)),
         blocks_(classes / kBlock<T> + 2) {
     if (!active_) return;
-    shifts_.reset(new T[rows * blocks_]);
-    if (!in_result_) buffer_.reset(new T[rows * stride_]);
+    shifts_ = scratch.take<T>(rows * blocks_);
+    if (!in_result_) buffer_ = scratch.take<T>(rows * stride_);
   }
 
   bool active() const { return active_; }
@@ -38,14 +37,15 @@ class KeptRows {
   // Row r of the batch, whose result is of type T at `result` or of another type.
   KeptRow<T> row(int64_t r, void* result, int64_t offset) const {
     if (!active_) return {};
-    T* const data = in_result_ ? static_cast<T*>(result) + offset : buffer_.get() + r * stride_;
-    return {data, shifts_.get() + r * blocks_, in_result_};
+    T* const data = in_result_ ? static_cast<T*>(result) + offset : buffer_ + r * stride_;
+    return {data, shifts_ + r * blocks_, in_result_};
   }
 
  private:
   bool active_, in_result_;
   int64_t stride_, blocks_;
-  std::unique_ptr<T[]> shifts_, buffer_;
+  T* shifts_ = nullptr;
+  T* buffer_ = nullptr;
 };
 
 // Reduces a row of classes. load(c, n, buffer) returns z of the classes [c, c + n) padded with -inf to whole vectors, in

@@ -263,19 +263,43 @@ inline void each_unit(const Params& p, int64_t begin, int64_t end, const Row& ro
 }
 
 template <typename T>
-void softmax(const Softmax<T>& p, int64_t begin, int64_t end) {
+KeptRows<T> keep_rows(const Softmax<T>& p, Scratch& scratch) {
   const bool in_output = is_own<T>(p.input_type) && is_own<T>(p.output_type);
-  const KeptRows<T> keep(p.layout.rows && !p.log, in_output, p.layout.classes, 1);
+  return {p.layout.rows && !p.log, in_output, p.layout.classes, 1, scratch};
+}
+
+template <typename T>
+TileBuffers<T> tile_buffers(const Softmax<T>& p, Scratch& scratch) {
+  return {p.layout, 1, scratch};
+}
+template <typename T>
+TileBuffers<T> tile_buffers(const SoftmaxBackward<T>& p, Scratch& scratch) {
+  return {p.layout, 2, scratch};
+}
+
+template <typename T>
+void softmax(const Softmax<T>& p, int64_t begin, int64_t end, void* memory) {
+  Scratch scratch(memory);
+  const KeptRows<T> keep = keep_rows(p, scratch);
   const auto row = [&](const Softmax<T>& call, const Position& at) { softmax_row(call, at, keep); };
-  const TileBuffers<T> buffers(p.layout, 1);
+  const TileBuffers<T> buffers = tile_buffers(p, scratch);
   const auto tile = [&](const Softmax<T>& call, const Position& at) { softmax_tile(call, at, buffers); };
   each_unit(p, begin, end, row, tile);
   finish_streaming();
 }
 
 template <typename T>
-void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end) {
-  const TileBuffers<T> buffers(p.layout, 2);
+size_t scratch_of(const Softmax<T>& p) {
+  Scratch scratch;
+  keep_rows(p, scratch);
+  tile_buffers(p, scratch);
+  return scratch.bytes();
+}
+
+template <typename T>
+void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end, void* memory) {
+  Scratch scratch(memory);
+  const TileBuffers<T> buffers = tile_buffers(p, scratch);
   const auto tile = [&](const SoftmaxBackward<T>& call, const Position& at) {
     softmax_backward_tile(call, at, buffers);
   };
@@ -283,15 +307,30 @@ void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end) {
   finish_streaming();
 }
 
+template <typename T>
+size_t scratch_of(const SoftmaxBackward<T>& p) {
+  Scratch scratch;
+  tile_buffers(p, scratch);
+  return scratch.bytes();
+}
+
 }  // namespace
 
-void softmax_float(const Softmax<float>& p, int64_t begin, int64_t end) { softmax(p, begin, end); }
-void softmax_double(const Softmax<double>& p, int64_t begin, int64_t end) { softmax(p, begin, end); }
-void softmax_backward_float(const SoftmaxBackward<float>& p, int64_t begin, int64_t end) {
-  softmax_backward(p, begin, end);
+size_t scratch_bytes(const Softmax<float>& p) { return scratch_of(p); }
+size_t scratch_bytes(const Softmax<double>& p) { return scratch_of(p); }
+size_t scratch_bytes(const SoftmaxBackward<float>& p) { return scratch_of(p); }
+size_t scratch_bytes(const SoftmaxBackward<double>& p) { return scratch_of(p); }
+void softmax_float(const Softmax<float>& p, int64_t begin, int64_t end, void* scratch) {
+  softmax(p, begin, end, scratch);
 }
-void softmax_backward_double(const SoftmaxBackward<double>& p, int64_t begin, int64_t end) {
-  softmax_backward(p, begin, end);
+void softmax_double(const Softmax<double>& p, int64_t begin, int64_t end, void* scratch) {
+  softmax(p, begin, end, scratch);
+}
+void softmax_backward_float(const SoftmaxBackward<float>& p, int64_t begin, int64_t end, void* scratch) {
+  softmax_backward(p, begin, end, scratch);
+}
+void softmax_backward_double(const SoftmaxBackward<double>& p, int64_t begin, int64_t end, void* scratch) {
+  softmax_backward(p, begin, end, scratch);
 }
 void scale_rows(const ScaleRows& p, int64_t begin, int64_t end) { each_unit(p, begin, end, scale_row, scale_tile); }
 

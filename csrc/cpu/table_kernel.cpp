@@ -10,12 +10,12 @@ namespace CPU_CAPABILITY {
 extern const KernelTable table;
 const KernelTable table = {
     SOFTMAX_EXT_STRING(CPU_CAPABILITY),
-    cross_entropy_float,
-    cross_entropy_double,
-    softmax_float,
-    softmax_double,
-    softmax_backward_float,
-    softmax_backward_double,
+    {scratch_bytes, cross_entropy_float},
+    {scratch_bytes, cross_entropy_double},
+    {scratch_bytes, softmax_float},
+    {scratch_bytes, softmax_double},
+    {scratch_bytes, softmax_backward_float},
+    {scratch_bytes, softmax_backward_double},
     scan_classes,
     scan_classes_u8,
     scale_rows,

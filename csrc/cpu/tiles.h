@@ -2,8 +2,7 @@
 // per column, so that a vector holds one class of several rows. Included only by units compiled per instruction set.
 #pragma once
 
-#include <memory>
-
+#include "scratch.h"
 #include "vector.h"
 
 namespace softmax_ext {
@@ -218,14 +217,14 @@ inline void store_operand_tile(const Layout& layout, int operand, const T* src, 
 template <typename T>
 class TileBuffers {
  public:
-  TileBuffers(const Layout& layout, int count)
+  TileBuffers(const Layout& layout, int count, Scratch& scratch)
       : whole_(layout.classes * kTile <= kCachedElements),
         classes_(whole_ ? layout.classes : kTileClasses<T>),
-        data_(layout.rows ? nullptr : new Lines[count * classes_]) {}
+        data_(scratch.take<T>(layout.rows ? 0 : count * classes_ * kTile)) {}
 
   bool whole() const { return whole_; }
   int64_t classes() const { return classes_; }  // at a time
-  T* get(int i) const { return data_[i * classes_].data; }
+  T* get(int i) const { return data_ + i * classes_ * kTile; }
 
   // Calls visit(first class, classes) for each block of a tile.
   template <typename Visit>
@@ -236,10 +235,7 @@ class TileBuffers {
  private:
   bool whole_;
   int64_t classes_;
-  struct alignas(64) Lines {  // of one class
-    T data[kTile];
-  };
-  std::unique_ptr<Lines[]> data_;
+  T* data_;
 };
 
 }  // namespace

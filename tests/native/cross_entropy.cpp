@@ -5,9 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "ops/cpu/parallel.h"
-#include "threads.h"
+#include "groups.h"
 #include "trial.h"
 
 namespace softmax_ext::native {
@@ -84,19 +82,13 @@ Options draw(Random& random) {
   return o;
 }
 
-double run(const CrossEntropy<float>& k, int64_t begin, int64_t end) {
-  return kernels().cross_entropy_float(k, begin, end);
-}
-double run(const CrossEntropy<double>& k, int64_t begin, int64_t end) {
-  return kernels().cross_entropy_double(k, begin, end);
-}
-
-// As the operators do it (csrc/ops/cpu/cross_entropy.cpp).
 template <typename T>
 double run_split(const CrossEntropy<T>& k) {
   const Groups groups(k.layout);
   std::vector<double> losses(groups.count());
-  groups.run([&](int64_t group, int64_t begin, int64_t end) { losses[group] = run(k, begin, end); });
+  run_groups(k, groups, [&](const auto& kernel, int64_t group, int64_t begin, int64_t end, void* scratch) {
+    losses[group] = kernel.run(k, begin, end, scratch);
+  });
   double sum = 0;
   for (double loss : losses) sum += loss;
   return sum;

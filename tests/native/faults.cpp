@@ -9,6 +9,12 @@ Softmax<float> softmax_of(const Operand& input, const Operand& output, const Lay
   return {layout, false, input.data(), input.type(), output.data(), output.type(), false};
 }
 
+void run(const Softmax<float>& k, int64_t rows) {
+  const auto& kernel = kernels().of(k);
+  const Guarded scratch(static_cast<int64_t>(kernel.scratch_bytes(k)));
+  kernel.run(k, 0, rows, scratch.data());
+}
+
 // One class more than there are.
 void overrun() {
   const Shape shape{Order::kRows, 1, 33, 1, false};
@@ -18,7 +24,7 @@ void overrun() {
   const JoinedLayout joined({&input, &output});
   Layout layout = joined;
   layout.classes++;
-  kernels().softmax_float(softmax_of(input, output, layout), 0, 1);
+  run(softmax_of(input, output, layout), 1);
 }
 
 // Two threads that write the same rows.
@@ -28,7 +34,7 @@ void race() {
   const Operand output(shape, DType::kFloat32, 0, true);
   std::memset(input.data(), 0, input.memory().bytes());
   const JoinedLayout layout({&input, &output});
-  at_once(2, [&](int) { kernels().softmax_float(softmax_of(input, output, layout), 0, shape.rows()); });
+  at_once(2, [&](int) { run(softmax_of(input, output, layout), shape.rows()); });
 }
 
 // A shift by more bits than there are, in a value that the compiler cannot foresee.

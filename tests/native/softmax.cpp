@@ -2,28 +2,21 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/dispatch.h"
-#include "ops/cpu/parallel.h"
-#include "threads.h"
+#include "groups.h"
 #include "trial.h"
 
 namespace softmax_ext::native {
 namespace {
 
-void run(const Softmax<float>& k, int64_t begin, int64_t end) { kernels().softmax_float(k, begin, end); }
-void run(const Softmax<double>& k, int64_t begin, int64_t end) { kernels().softmax_double(k, begin, end); }
-void run(const SoftmaxBackward<float>& k, int64_t begin, int64_t end) {
-  kernels().softmax_backward_float(k, begin, end);
-}
-void run(const SoftmaxBackward<double>& k, int64_t begin, int64_t end) {
-  kernels().softmax_backward_double(k, begin, end);
-}
-void run(const ScaleRows& k, int64_t begin, int64_t end) { kernels().scale_rows(k, begin, end); }
-
-// As the operators do it (csrc/ops/cpu/softmax.cpp).
 template <typename K>
 void run_split(const K& k) {
-  Groups(k.layout).run([&](int64_t, int64_t begin, int64_t end) { run(k, begin, end); });
+  run_groups(k, Groups(k.layout), [&](const auto& kernel, int64_t, int64_t begin, int64_t end, void* scratch) {
+    kernel.run(k, begin, end, scratch);
+  });
+}
+
+void run_split(const ScaleRows& k) {
+  Groups(k.layout).run(0, [&](int64_t, int64_t begin, int64_t end, void*) { kernels().scale_rows(k, begin, end); });
 }
 
 // Runs call(caller, output) for every caller at once and returns the first one's output, which all must have.

@@ -1,4 +1,4 @@
-// torch's parallel_for, by which the operators split their work (csrc/ops/cpu/parallel.h), with std::thread: a program
+// torch's parallel_for and number of threads, by which the operators split their work (csrc/ops/cpu/parallel.h), with std::thread: a program
 // without libtorch, all of which the sanitizers see.
 #include "threads.h"
 
@@ -13,6 +13,11 @@ namespace softmax_ext::native {
 thread_local int threads_of_caller = 1;
 
 }  // namespace softmax_ext::native
+
+extern "C" AOTITorchError torch_get_num_threads(uint32_t* threads) {
+  *threads = softmax_ext::native::threads_of_caller;
+  return 0;
+}
 
 extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function,
                                              void* context) {

@@ -46,7 +46,7 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
   const Groups groups(call.rows, 1);
   std::vector<double> sums(groups.count());
   std::vector<int64_t> bad(groups.count(), call.rows);  // the first row of a class out of range
-  groups.run([&](int64_t group, int64_t begin, int64_t end) {
+  groups.run(0, [&](int64_t group, int64_t begin, int64_t end, void*) {
     const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.ignore_index; };
     const auto out_of_range = [&](int64_t row) {
       return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
@@ -79,19 +79,15 @@ double scan_targets(const Call& call, const Weights<T>& weights) {
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
 }
 
-double run_kernel(const CrossEntropy<float>& k, int64_t begin, int64_t end) {
-  return kernels().cross_entropy_float(k, begin, end);
-}
-double run_kernel(const CrossEntropy<double>& k, int64_t begin, int64_t end) {
-  return kernels().cross_entropy_double(k, begin, end);
-}
-
 template <typename T>
 double run(const CrossEntropy<T>& k) {
   if (units(k.layout) == 0) return 0;
+  const auto& kernel = kernels().of(k);
   const Groups groups(k.layout);
   std::vector<double> losses(groups.count());
-  groups.run([&](int64_t group, int64_t begin, int64_t end) { losses[group] = run_kernel(k, begin, end); });
+  groups.run(kernel.scratch_bytes(k), [&](int64_t group, int64_t begin, int64_t end, void* scratch) {
+    losses[group] = kernel.run(k, begin, end, scratch);
+  });
   double sum = 0;
   for (double loss : losses) sum += loss;
   return sum;

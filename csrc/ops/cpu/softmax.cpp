@@ -8,20 +8,12 @@
 namespace softmax_ext {
 namespace {
 
-void run_kernel(const Softmax<float>& k, int64_t begin, int64_t end) { kernels().softmax_float(k, begin, end); }
-void run_kernel(const Softmax<double>& k, int64_t begin, int64_t end) { kernels().softmax_double(k, begin, end); }
-void run_kernel(const SoftmaxBackward<float>& k, int64_t begin, int64_t end) {
-  kernels().softmax_backward_float(k, begin, end);
-}
-void run_kernel(const SoftmaxBackward<double>& k, int64_t begin, int64_t end) {
-  kernels().softmax_backward_double(k, begin, end);
-}
-void run_kernel(const ScaleRows& k, int64_t begin, int64_t end) { kernels().scale_rows(k, begin, end); }
-
 template <typename K>
 void run(const K& k, const JointLayout& joint) {
   if (joint.empty()) return;
-  Groups(k.layout).run([&](int64_t, int64_t begin, int64_t end) { run_kernel(k, begin, end); });
+  const auto& kernel = kernels().of(k);
+  Groups(k.layout).run(kernel.scratch_bytes(k),
+                       [&](int64_t, int64_t begin, int64_t end, void* scratch) { kernel.run(k, begin, end, scratch); });
 }
 
 // Without exponentials a transposition costs more than it saves, except where rows are short.
@@ -61,7 +53,9 @@ void device::softmax_backward(const Tensor& grad_output, const Tensor& output, c
 void device::scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor) {
   if (factor.stride == 0 && value_at(factor.data(), factor.type, 0) == 1) return;
   const JointLayout joint(tensor, dim, {&tensor}, kLayoutRule);
-  run(scale_rows_call<ScaleRows>(tensor, row_values(factor), joint.layout()), joint);
+  if (joint.empty()) return;
+  const auto k = scale_rows_call<ScaleRows>(tensor, row_values(factor), joint.layout());
+  Groups(k.layout).run(0, [&](int64_t, int64_t begin, int64_t end, void*) { kernels().scale_rows(k, begin, end); });
 }
 
 }  // namespace softmax_ext
