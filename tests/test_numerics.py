@@ -515,6 +515,21 @@ def test_sum_of_tiny_losses_keeps_them(device):
         oracle.assert_within(loss, exact, oracle.tolerance("peaked", exact, torch.float32), dtype)
 
 
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("position", [0, 500])
+def test_float64_sum_keeps_what_the_additions_round_off(position):
+    """After a loss of 2^53 each addition of 41 adds 40. torch's own sum is off by 16."""
+    losses = torch.full((1000,), 41.0, dtype=torch.float64)
+    losses[position] = 2.0**53
+    x = torch.full((1000, 200), -torch.inf, dtype=torch.float64)
+    x[:, 0], x[:, 1] = 0, losses
+    target = torch.zeros(1000, dtype=torch.int64)
+    exact = math.fsum(cross_entropy(x, target, reduction="none").tolist())
+    assert exact == 2.0**53 + 999 * 41
+    assert cross_entropy(x, target, reduction="sum").item() == exact
+    assert cross_entropy(x, target).item() == exact / 1000
+
+
 @pytest.mark.parametrize("layout", [(5, 0), (5, 0, 3)], ids=str)
 def test_no_classes(layout, device):
     """A row without classes has no distribution."""

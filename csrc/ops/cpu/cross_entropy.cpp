@@ -2,6 +2,8 @@
 //
 // The targets are scanned before any output is touched: a class out of range is an IndexError, and the mean's
 // denominator is known before the kernel runs, so that it can write final gradients in the same visit.
+#include <cmath>
+
 #include "../../cpu/dispatch.h"
 #include "../kernel_calls.h"
 #include "parallel.h"
@@ -79,6 +81,17 @@ double scan_targets(const Call& call, const Weights<T>& weights) {
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
 }
 
+// With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54, 1974).
+double compensated_sum(const std::vector<double>& values) {
+  double sum = 0, rest = 0;
+  for (double value : values) {
+    const double next = sum + value;
+    rest += std::abs(sum) >= std::abs(value) ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  return std::isfinite(sum) ? sum + rest : sum;
+}
+
 template <typename T>
 double run(const CrossEntropy<T>& k) {
   if (units(k.layout) == 0) return 0;
@@ -88,9 +101,7 @@ double run(const CrossEntropy<T>& k) {
   groups.run(kernel.scratch_bytes(k), [&](int64_t group, int64_t begin, int64_t end, void* scratch) {
     losses[group] = kernel.run(k, begin, end, scratch);
   });
-  double sum = 0;
-  for (double loss : losses) sum += loss;
-  return sum;
+  return compensated_sum(losses);
 }
 
 template <typename T>
