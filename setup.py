@@ -280,9 +280,19 @@ def operator_units(library: str, device: str) -> list[Unit]:
     return [Unit(str(path), object_of(library, path), flags) for path in paths]
 
 
+def versions(version: str) -> list[str]:
+    import torch
+
+    return [f'-DSOFTMAX_EXT_VERSION="{version}"', f'-DSOFTMAX_EXT_BUILT_TORCH="{torch.__version__}"']
+
+
+def record_unit(library: str, version: str) -> Unit:
+    source = Path("csrc/build_record.cpp")
+    return Unit(str(source), object_of(library, source), [*common_flags(), *versions(version)])
+
+
 def cpu_library(version: str, compiler: str) -> Library:
     import pybind11
-    import torch
 
     python_headers = sysconfig.get_path("include")
     if not Path(python_headers, "Python.h").exists():
@@ -290,16 +300,16 @@ def cpu_library(version: str, compiler: str) -> Library:
 
     isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
     module = [
-        f'-DSOFTMAX_EXT_VERSION="{version}"',
-        f'-DSOFTMAX_EXT_BUILT_TORCH="{torch.__version__}"',
+        *versions(version),
         f'-DSOFTMAX_EXT_COMPILER="{compiler}"',
         *("-isystem", pybind11.get_include()),
         *("-isystem", python_headers),
     ]
     source = Path("csrc/module.cpp")
     units = [Unit(str(source), object_of("_C", source), [*common_flags(), *with_isas(isas), *module])]
+    units += [record_unit("_C", version), *operator_units("_C", "cpu"), *kernel_units(isas, compiler)]
     print(f"  ISAs       {' '.join(isas)}, chosen at run time")
-    return Library([*units, *operator_units("_C", "cpu"), *kernel_units(isas, compiler)], link_flags(["-ltorch_cpu"]))
+    return Library(units, link_flags(["-ltorch_cpu"]))
 
 
 def with_isas(isas: dict[str, list[str]]) -> list[str]:
@@ -338,7 +348,7 @@ def nvcc_jobs() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), fit))
 
 
-def cuda_library(toolkit: Toolkit, command: list[str]) -> Library:
+def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
     import torch
 
     kernels, jobs = sources("cuda/*.cu", "cuda/*.cpp"), nvcc_jobs()
@@ -352,6 +362,7 @@ def cuda_library(toolkit: Toolkit, command: list[str]) -> Library:
         *shlex.split(os.environ.get("NVCC_FLAGS", "")),
     ]
     units = [Unit(str(path), object_of("_cuda", path), flags, "nvcc") for path in kernels]
+    units += [record_unit("_cuda", version), *operator_units("_cuda", "cuda")]
     # CUDA's own run-time library is linked in: the library then needs none of a certain name and
     # version at run time, wherever pip or the system put torch's. Streams and memory are the
     # driver's, so that the two work on the same ones.
@@ -364,7 +375,7 @@ def cuda_library(toolkit: Toolkit, command: list[str]) -> Library:
     runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once")
     print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
-    return Library([*units, *operator_units("_cuda", "cuda")], link_flags([*torch_libraries, *runtime]), jobs)
+    return Library(units, link_flags([*torch_libraries, *runtime]), jobs)
 
 
 def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, output: str) -> None:
@@ -430,13 +441,13 @@ class NinjaBuild(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        name = ext.name.rpartition(".")[2]
+        name, version = ext.name.rpartition(".")[2], self.distribution.get_version()
         compilers = {"compile": self.command}
         if ext.name == CUDA:
             compilers["nvcc"] = [self.toolkit.nvcc]
-            library = cuda_library(self.toolkit, self.command)
+            library = cuda_library(version, self.toolkit, self.command)
         else:
-            library = cpu_library(self.distribution.get_version(), self.compiler_name)
+            library = cpu_library(version, self.compiler_name)
         print(f"  sources    {' '.join(dict.fromkeys(u.source for u in library.units))}", flush=True)
         output = BUILD[name] / Path(self.get_ext_filename(ext.name)).name
         BUILD[name].mkdir(parents=True, exist_ok=True)

@@ -11,10 +11,6 @@
 
 namespace {
 
-// Not read by the program: softmax_ext/library_file.py finds it in a file that can't be loaded.
-[[gnu::used]] const char build_record[] =
-    "softmax_ext build record: softmax_ext " SOFTMAX_EXT_VERSION ", torch " SOFTMAX_EXT_BUILT_TORCH;
-
 std::vector<std::string> compiled_isas() {
   int count = 0;
   const char* const* names = softmax_ext::compiled_isas(&count);

@@ -62,10 +62,10 @@ def _report() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Prints the report; 1 if the extension can't be used."""
+    """Prints the report; 1 if what was built can't be used."""
     for name, value in _report():
         print(f"{name:22} {value}")
-    return 0 if ops.load_error is None else 1
+    return 1 if ops.load_error is not None or cuda.is_broken() else 0
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import NoReturn
 
 import torch
 
+from . import library_file
+from ._version import __version__
+
 _BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/layout.h
 
@@ -33,15 +36,20 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
             "softmax_ext was built without CUDA; in the project's folder type: FORCE_CUDA=1 "
             f"{_BUILD} (the toolkit must be of CUDA {torch.version.cuda.split('.')[0]})"
         )
+    built = library_file.built_as(found)
     try:
+        if library_file.is_cut_short(found):
+            raise OSError(f"{found} is cut short")
+        if not built.startswith(f"softmax_ext {__version__},"):  # its operators may take other arguments
+            raise OSError(f"the rest of the package is softmax_ext {__version__}")
         kernels = ctypes.CDLL(found)
         kernels.softmax_ext_cuda_architectures.restype = ctypes.c_char_p
         kernels.softmax_ext_cuda_kernel_for.restype = ctypes.c_char_p
         kernels.softmax_ext_cuda_kernel_for.argtypes = [ctypes.c_int64, ctypes.c_int32]
     except (OSError, AttributeError) as error:
         return None, (
-            f"softmax_ext's CUDA kernels do not load with torch {torch.__version__} ({str(error).splitlines()[0]}); "
-            f"build them again with this torch: FORCE_CUDA=1 {_BUILD}"
+            f"softmax_ext's CUDA kernels do not load with torch {torch.__version__}: they were built as {built} "
+            f"({str(error).splitlines()[0]}); build them again with this torch: FORCE_CUDA=1 {_BUILD}"
         )
     return kernels, None
 
@@ -69,6 +77,11 @@ def refuse(operators: Iterable[str]) -> torch.library.Library:
     for name in operators:
         registered.impl(name, refused)
     return registered
+
+
+def is_broken() -> bool:
+    """Whether the library was built, and torch has CUDA, but the two don't work together."""
+    return library is None and torch.version.cuda is not None and path() is not None
 
 
 def architectures() -> str:

@@ -6,7 +6,7 @@ import re
 import struct
 from pathlib import Path
 
-_RECORD = re.compile(rb"softmax_ext build record: ([ -~]+)")  # csrc/module.cpp
+_RECORD = re.compile(rb"softmax_ext build record: ([ -~]+)")  # csrc/build_record.cpp
 
 
 def built_as(path: str) -> str:

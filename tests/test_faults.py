@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import starved
 import torch
-from test_diagnostics import COMMAND, PACKAGE, copy_of_the_package, python, report, the_extension
+from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_extension
 
 import softmax_ext
 from softmax_ext import ops
@@ -136,6 +136,47 @@ def test_no_file(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert COMMAND in report(result)["extension"]
+
+
+# ---- the CUDA library's file ----
+
+
+REPORT_WITH_CUDA = """
+import runpy, torch
+torch.version.cuda = torch.version.cuda or "13.0"
+runpy.run_module("softmax_ext", run_name="__main__")
+"""
+
+
+def not_loaded(kind: str, content: bytes) -> tuple[bytes, str, str]:
+    """A library's content, what it says it was built as, and why it is not loaded."""
+    if kind == "another version":
+        other = BUILT.replace(softmax_ext.__version__, "9" + softmax_ext.__version__[1:])
+        return content.replace(BUILT.encode(), other.encode()), other, f"of the package is {BUILT.split(',')[0]}"
+    if kind == "another torch":
+        return content.replace(b"\0aoti_torch_empty_strided\0", b"\0aoti_torch_empty_stridex\0"), BUILT, "empty_stridex"
+    return content[: int(0.99 * len(content))], BUILT, "is cut short"
+
+
+@linux
+@pytest.mark.parametrize("kind", ["another version", "another torch", "cut short"])
+def test_cuda_library_that_is_not_loaded(kind, tmp_path):
+    """The CPU works, CUDA tensors are refused with both versions, and the report fails. (It is the CPU's.)"""
+    library = the_extension(copy_of_the_package(tmp_path))
+    content, built, reason = not_loaded(kind, library.read_bytes())
+    assert content != library.read_bytes()
+    library.with_name(library.name.replace("_C", "_cuda")).write_bytes(content)
+    refused = python("-c", REFUSED, path=tmp_path)
+    assert refused.returncode == 0, refused.stderr
+    assert f"with torch {torch.__version__}: they were built as {built} (" in refused.stdout
+    assert reason in refused.stdout
+    assert COMMAND in refused.stdout
+    result = python("-c", REPORT_WITH_CUDA, path=tmp_path)
+    assert result.returncode == 1, result
+    assert built in report(result)["CUDA"]
+
+
+# ---- both ----
 
 
 def test_the_record_is_in_the_built_file():
