@@ -1,7 +1,7 @@
 """Runs the tests that call the CPU kernels, on an extension built with sanitizers or once for each instruction set.
 
-    python tests/kernel_suite.py sanitized [arguments of pytest]    AddressSanitizer and UBSan
-    python tests/kernel_suite.py isas [arguments of pytest]         each kernel set that this processor has
+    python tests/kernel_suite.py sanitized [--sample N] [arguments of pytest]    AddressSanitizer and UBSan
+    python tests/kernel_suite.py isas [--sample N] [arguments of pytest]         each kernel set that this processor has
 
 The sanitized extension is built in build/sanitized/, with a copy of the package; that in softmax_ext/ stays as it is.
 """
@@ -89,7 +89,10 @@ def run_isas(arguments: list[str]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["sanitized", "isas"])
+    parser.add_argument("--sample", type=int, metavar="N", help="of every file, one in N tests, drawn by their names")
     arguments, pytest_arguments = parser.parse_known_args()
+    if arguments.sample:
+        pytest_arguments += [f"--sample={path.name}={arguments.sample}" for path in HERE.glob("test_*.py")]
     return run_sanitized(pytest_arguments) if arguments.what == "sanitized" else run_isas(pytest_arguments)
 
 

@@ -224,7 +224,7 @@ def large_steps() -> Callable[[], None]:
 
 FLAT = {
     "no grad": (no_grad_calls, 100_000),
-    "training": (training_steps, 20_000),
+    "training": (training_steps, 100_000),
     "precompute_grad": (lambda: training_steps(precompute_grad=True), 10_000),
     "inplace": (lambda: training_steps(inplace=True), 10_000),
     "both": (lambda: training_steps(precompute_grad=True, inplace=True), 10_000),
