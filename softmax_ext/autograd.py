@@ -314,6 +314,14 @@ class EagerCrossEntropy(Function):
         return grad_input, grad_target, None, None
 
 
+def _may_have_written(error: Exception, input: Tensor) -> bool:
+    """Whether an operator that raised may have begun to write: not on the CPU, where it has all memory before.
+
+    On CUDA it may have queued the kernel that writes, and failed to queue another.
+    """
+    return input.is_cuda and not isinstance(error, IndexError)
+
+
 class OverwritingCrossEntropy(Function):
     """EagerCrossEntropy with ``precompute_grad``, ``inplace`` or both: two flags more in the last argument.
 
@@ -335,8 +343,8 @@ class OverwritingCrossEntropy(Function):
             written = True
             try:
                 results = ops.cross_entropy_(*operands)
-            except Exception:  # an operator raises before it writes anything
-                written = False
+            except Exception as error:
+                written = _may_have_written(error, input)
                 raise
             finally:  # also where Ctrl-C, which has waited for the operator, comes before the next line
                 if written:
@@ -394,8 +402,8 @@ class OverwritingCrossEntropy(Function):
             else:
                 upstream = (grad_loss, *stats)
                 ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
-        except Exception:  # as in forward
-            written = False
+        except Exception as error:
+            written = _may_have_written(error, input)
             raise
         finally:
             if written:

@@ -38,8 +38,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         )
     built = library_file.built_as(found)
     try:
-        if library_file.is_cut_short(found):
-            raise OSError(f"{found} is cut short")
+        library_file.check(found)
         if not built.startswith(f"softmax_ext {__version__},"):  # its operators may take other arguments
             raise OSError(f"the rest of the package is softmax_ext {__version__}")
         kernels = ctypes.CDLL(found)
@@ -71,7 +70,7 @@ def refuse(operators: Iterable[str]) -> torch.library.Library:
     """Registers a sentence in the place of the CUDA kernels."""
 
     def refused(*args: object, **kwargs: object) -> NoReturn:
-        raise NotImplementedError(f"{missing}. Until then use input.cpu().")
+        raise NotImplementedError(f"{missing}; until then use input.cpu().")
 
     registered = torch.library.Library("softmax_ext", "IMPL", "CUDA")
     for name in operators:

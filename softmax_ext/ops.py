@@ -40,8 +40,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "pip install --no-build-isolation ."
         )
     try:
-        if library_file.is_cut_short(path):
-            raise ImportError(f"{path} is cut short")
+        library_file.check(path)
         module = importlib.import_module("softmax_ext._C")
         if module.version != __version__:
             raise ImportError(f"the rest of the package is softmax_ext {__version__}")

@@ -17,7 +17,7 @@ import torch
 from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_extension
 
 import softmax_ext
-from softmax_ext import ops
+from softmax_ext import library_file, ops
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -80,7 +80,13 @@ def replace(file: Path, old: bytes, new: bytes) -> None:
     content = file.read_bytes()
     assert len(old) == len(new)
     assert old in content
-    file.write_bytes(content.replace(old, new))
+    write_sealed(file, content.replace(old, new))
+
+
+def write_sealed(file: Path, content: bytes) -> None:
+    """With a checksum that fits, so that something else is wrong with it."""
+    file.write_bytes(content[: content.rindex(b"softmax_ext checksum")])
+    library_file.seal(str(file))
 
 
 BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.extension.built_torch}"
@@ -116,6 +122,31 @@ def test_cut_short(share, tmp_path):
     library.write_bytes(content)
     intact = BUILT.encode() in content
     assert_refused(tmp_path, BUILT if intact else "unknown versions (it is damaged, or another library)")
+
+
+@linux
+@pytest.mark.parametrize(("begin", "end"), [(0.9, 1), (0.5, 1), (0.01, 0.02), (0.5, 0.500001)])
+def test_zeroed(begin, end, tmp_path):
+    """Pages that never reached the disk, or a few bytes: the loader would not see it, and end the process or worse."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    content = bytearray(library.read_bytes())
+    first, last = int(begin * len(content)), int(end * len(content))
+    assert any(content[first:last])
+    content[first:last] = bytes(last - first)
+    library.write_bytes(content)
+    intact = BUILT.encode() in content
+    assert_refused(tmp_path, BUILT if intact else "unknown versions (it is damaged, or another library)")
+
+
+@linux
+def test_stripped(tmp_path):
+    """As packagers do: the checksum is gone, and the library loads."""
+    library = the_extension(copy_of_the_package(tmp_path))
+    sealed = library.read_bytes()
+    subprocess.run(["strip", library], check=True)
+    assert len(library.read_bytes()) < len(sealed)
+    result = python("-c", "import softmax_ext", path=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 @linux
@@ -165,7 +196,8 @@ def test_cuda_library_that_is_not_loaded(kind, tmp_path):
     library = the_extension(copy_of_the_package(tmp_path))
     content, built, reason = not_loaded(kind, library.read_bytes())
     assert content != library.read_bytes()
-    library.with_name(library.name.replace("_C", "_cuda")).write_bytes(content)
+    write = Path.write_bytes if kind == "cut short" else write_sealed
+    write(library.with_name(library.name.replace("_C", "_cuda")), content)
     refused = python("-c", REFUSED, path=tmp_path)
     assert refused.returncode == 0, refused.stderr
     assert f"with torch {torch.__version__}: they were built as {built} (" in refused.stdout

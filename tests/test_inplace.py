@@ -554,7 +554,7 @@ def test_precomputed_gradient_is_let_go():
 
 @pytest.mark.parametrize("precompute_grad", [True, False])
 @pytest.mark.parametrize(("error", "written"), [(RuntimeError, False), (MemoryError, False), (KeyboardInterrupt, True)])
-def test_interrupted(monkeypatch, precompute_grad, error, written):
+def test_failure_or_interruption(monkeypatch, precompute_grad, error, written):
     """An operator raises before it writes, as test_faults.py tries; Ctrl-C has waited for it to end."""
 
     def fails(*arguments: Any) -> None:

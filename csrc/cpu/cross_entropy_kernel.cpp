@@ -7,7 +7,6 @@
 // every tile, passes through a buffer of the arithmetic's type.
 //
 // What depends on the target class alone is computed apart, per row and in double (row_batch.h).
-#include <memory>
 
 #include "isa_kernels.h"
 #include "row_batch.h"

@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace softmax_ext {
 
 // Without memory, all pieces are null and only counted, which is how a kernel's caller learns the size of the block.
@@ -19,12 +23,21 @@ class Scratch {
   T* take(int64_t count) {
     char* const piece = memory_ ? memory_ + bytes_ : nullptr;
     bytes_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    add_gap();
     return reinterpret_cast<T*>(piece);
   }
 
   size_t bytes() const { return bytes_; }  // taken
 
  private:
+  // Behind each piece, for AddressSanitizer, which sees the block as one.
+  void add_gap() {
+#ifdef __SANITIZE_ADDRESS__
+    if (memory_) ASAN_POISON_MEMORY_REGION(memory_ + bytes_, kAlignment);
+    bytes_ += kAlignment;
+#endif
+  }
+
   char* memory_;
   size_t bytes_ = 0;
 };
