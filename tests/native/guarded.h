@@ -22,6 +22,8 @@ namespace softmax_ext::native {
 class Guarded {
  public:
   static constexpr unsigned char kUntouched = 0xa5;  // every byte, until it is written
+  // The pages may be read, and hold NaNs: for an emulator whose masked loads read every lane. No store passes.
+  static inline bool readable_pages = false;
 
   explicit Guarded(int64_t bytes, bool at_end = true) : bytes_(bytes) {
     const int64_t page = sysconf(_SC_PAGESIZE), inside = (bytes + page - 1) / page * page;
@@ -32,6 +34,7 @@ class Guarded {
       std::perror("native test: no memory");
       std::abort();
     }
+    if (readable_pages) make_readable(mapping_, page), make_readable(mapping_ + page + inside, page);
     std::memset(mapping_ + page, kUntouched, inside);
     data_ = mapping_ + page + (at_end ? inside - bytes : 0);
     ASAN_POISON_MEMORY_REGION(mapping_ + page, inside);
@@ -51,6 +54,12 @@ class Guarded {
   }
 
  private:
+  static void make_readable(char* address, int64_t bytes) {
+    mprotect(address, bytes, PROT_READ | PROT_WRITE);
+    std::memset(address, 0xff, bytes);
+    mprotect(address, bytes, PROT_READ);
+  }
+
   int64_t bytes_, mapped_;
   char* mapping_;
   char* data_;
