@@ -74,7 +74,7 @@ test-isas: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels with
 
 old-cpu: $(VENV)/.built ## run a wheel and the kernels on emulated CPUs: Nehalem, Haswell, ARM (needs qemu-user, g++-aarch64-linux-gnu)
 	$(BIN)/python tests/old_cpu.py
-	$(BIN)/python tests/native/run.py Nehalem aarch64
+	$(BIN)/python tests/native/run.py Nehalem Haswell aarch64
 
 trust: sanitize native test-isas old-cpu fuzz large accuracy training audit ## everything that takes longer than CI has
 

@@ -42,9 +42,8 @@ def passes(cpu: str, folder: Path) -> bool:
     begin = time.monotonic()
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*emulated, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=False
-        )
+        command = [*emulated, *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
     # A process that the smoke test starts is not emulated: hence the report once more, of this processor.
     report, smoke = run("-m", "softmax_ext"), run(str(HERE / "smoke" / "smoke.py"))
@@ -54,6 +53,9 @@ def passes(cpu: str, folder: Path) -> bool:
     print(f"{cpu}: {'right' if right else 'WRONG'} in {time.monotonic() - begin:.0f} s: {chosen}; {last[0]}")
     if not right:
         print(f"  status {report.returncode} of the report, {smoke.returncode} of the test; must choose {CPUS[cpu]}")
+        # For each thread the emulator names the features that it lacks itself.
+        lines = [line for line in (report.stderr + smoke.stderr).splitlines() if "warning: TCG" not in line]
+        print(*lines[-20:], sep="\n")
     return right
 
 

@@ -3,6 +3,7 @@
 //
 //   native_kernels [TRIALS [SEED]]     runs TRIALS trials of each kind for each instruction set; status 1 if any failed
 //   native_kernels --fault NAME        does what must not be done (faults.cpp); status 0 if nothing stopped it
+//   native_kernels --readable ...      the same, where the pages around operands may be read (guarded.h)
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -36,21 +37,27 @@ void run_trials(const char* isa, int64_t trials, uint64_t seed) {
     }
 }
 
+#ifndef __SANITIZE_ADDRESS__  // which reports it itself
 // Says in which trial a guarded page was touched, and dies of it.
 void name_trial(int signal) {
   std::fprintf(stderr, "signal %d in %s\n", signal, native::trial.c_str());
   std::signal(signal, SIG_DFL);
   std::raise(signal);
 }
+#endif
 
 }  // namespace
 
 int main(int count, char** arguments) {
+  if (count > 1 && std::string(arguments[1]) == "--readable") {
+    native::Guarded::readable_pages = true;
+    count--, arguments++;
+  }
   if (count == 3 && std::string(arguments[1]) == "--fault") {
     native::commit_fault(arguments[2]);
     return 0;
   }
-#ifndef __SANITIZE_ADDRESS__  // which reports it itself
+#ifndef __SANITIZE_ADDRESS__
   std::signal(SIGSEGV, name_trial);
 #endif
   const int64_t trials = count > 1 ? std::atoll(arguments[1]) : 100;

@@ -1,5 +1,5 @@
-// torch's parallel_for and number of threads, by which the operators split their work (csrc/ops/cpu/parallel.h), with std::thread: a program
-// without libtorch, all of which the sanitizers see.
+// torch's parallel_for and number of threads, by which the operators split their work (csrc/ops/cpu/parallel.h), with
+// std::thread: a program without libtorch, all of which the sanitizers see.
 #include "threads.h"
 
 #include <torch/csrc/stable/c/shim.h>
