@@ -13,6 +13,7 @@ row for gradients. That is stricter than "never worse than torch, plus rounding"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,15 @@ class Exact(NamedTuple):
     loss: Tensor
     grad: Tensor
     grad_target: Tensor | None
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: object) -> None:
+    """0 and -0 are different ones."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        word = words[one.element_size()]
+        assert one.dtype == other.dtype, (i, what)
+        assert torch.equal(one.contiguous().view(word), other.contiguous().view(word)), (i, what)
 
 
 def class_dim(input: Tensor) -> int:

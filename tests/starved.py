@@ -1,4 +1,4 @@
-"""Calls under a limit on memory that is raised until the call succeeds: each of its allocations fails once.
+"""Calls under a limit on memory that is raised until they succeed, at last in small steps: any large allocation fails.
 
     python starved.py CASE...
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from softmax_ext import cross_entropy, linear_cross_entropy, log_softmax, softmax
 
-STEP = 128 << 10
+STEP, LAST_STEP = 128 << 10, 8 << 10
 
 Action = Callable[[], list[Tensor]]
 Case = tuple[list[Tensor], Action]  # operands, and what is done with them under the limit
@@ -60,9 +60,12 @@ def backward_of_softmax(function: Callable[[Tensor, int], Tensor]) -> Case:
     return [x, y, upstream], lambda: list(torch.autograd.grad(y, x, upstream, retain_graph=True))
 
 
-def forward_of_cross_entropy(**options: bool) -> Case:
-    x, target = operands()
-    weight = torch.linspace(0.5, 2, 40)
+def forward_of_cross_entropy(
+    rows: int = 20_000, classes: int = 40, dtype: torch.dtype = torch.float32, **options: bool
+) -> Case:
+    x, target = operands(rows, classes)
+    x = x.to(dtype)
+    weight = torch.linspace(0.5, 2, classes)
 
     def act() -> list[Tensor]:
         loss, stats = cross_entropy(x, target, weight, reduction="none", return_stats=True, **options)
@@ -84,6 +87,7 @@ def linear() -> Case:
     return operands, lambda: list(torch.autograd.grad(linear_cross_entropy(*operands), operands[:2]))
 
 
+SCRATCH = "precompute_grad inplace of long rows"
 CASES: dict[str, Callable[[], Case]] = {
     "softmax": lambda: forward(softmax),
     "log_softmax": lambda: forward(log_softmax),
@@ -91,6 +95,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "cross_entropy": forward_of_cross_entropy,
     "precompute_grad": lambda: forward_of_cross_entropy(precompute_grad=True),
     "precompute_grad inplace": lambda: forward_of_cross_entropy(precompute_grad=True, inplace=True),
+    # The kernel's own memory is half of what this takes: the exponentials of a row for each thread.
+    SCRATCH: lambda: forward_of_cross_entropy(64, 60_000, torch.bfloat16, precompute_grad=True, inplace=True),
     "backward": backward_of_cross_entropy,
     "backward of more than 32 MiB": lambda: backward_of_cross_entropy(1000, 10_000),
     "backward precompute_grad": lambda: backward_of_cross_entropy(precompute_grad=True),
@@ -129,9 +135,11 @@ def failures(make: Callable[[], Case]) -> list[list[str]]:
     torch.manual_seed(0)
     expected = make()[1]()  # every thread is there from here on
     said, more = [], 0
-    while (error := attempt(make, more, expected)) is not None:
-        said.append([type(error).__name__, str(error)])
-        more += STEP
+    for step in (STEP, LAST_STEP):
+        while (error := attempt(make, more, expected)) is not None:
+            said.append([type(error).__name__, str(error)])
+            more += step
+        more = max(0, more - STEP)
     return said
 
 

@@ -18,28 +18,22 @@ from softmax_ext import cross_entropy, linear_cross_entropy
 
 RUNS = {1: 5, 2: 5, 7: 100}  # with so many threads
 FUNCTIONS = [softmax_ext.softmax, softmax_ext.log_softmax]
+WAYS = [{}, {"precompute_grad": True, "inplace": True}, {"return_stats": True}]
 of_the_cpu = pytest.mark.devices("cpu")
 
 Results = list[Tensor]
 
 
-def assert_same_bits(actual: Results, expected: Results, what: object) -> None:
-    """0 and -0 are different ones."""
-    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        word = words[one.element_size()]
-        assert torch.equal(one.contiguous().view(word), other.contiguous().view(word)), (i, what)
-
-
 def losses_and_gradients(values: Tensor, target: Tensor, reductions: Sequence[str] = ("none", "mean")) -> Results:
-    """By both strategies, one of them in place, with a gradient of the loss that is not 1."""
+    """By both strategies, one of them in place, and with statistics; with a gradient of the loss that is not 1."""
     results = []
-    for reduction, fused in itertools.product(reductions, [False, True]):
+    for reduction, options in itertools.product(reductions, WAYS):
         x = values.clone().requires_grad_()
         logits = x * 1  # a leaf cannot be written over
-        loss = cross_entropy(logits, target, reduction=reduction, precompute_grad=fused, inplace=fused)
+        loss = cross_entropy(logits, target, reduction=reduction, **options)
+        loss, stats = loss if isinstance(loss, tuple) else (loss, ())
         (gradient,) = torch.autograd.grad(loss, x, torch.full_like(loss, 0.7))
-        results += [loss.detach(), gradient]
+        results += [loss.detach(), gradient, *(s.detach() for s in stats)]
     return results
 
 
@@ -76,7 +70,7 @@ def test_every_run_with_any_threads(shape, dtype, device):
         for run in range(runs):
             results = [*losses_and_gradients(values, target), *softmaxes(values)]
             first = first or results
-            assert_same_bits(results, first, (threads, run))
+            oracle.assert_same_bits(results, first, (threads, run))
 
 
 @of_the_cpu
@@ -89,7 +83,7 @@ def test_every_run_of_linear_cross_entropy(dtype):
         torch.set_num_threads(threads)
         first = linear(hidden, weight, target)
         for run in range(1, runs):
-            assert_same_bits(linear(hidden, weight, target), first, (threads, run))
+            oracle.assert_same_bits(linear(hidden, weight, target), first, (threads, run))
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
@@ -112,7 +106,7 @@ def test_a_row_anywhere_in_a_batch(classes, dtype):
         target = torch.randint(classes, (rows,))
         values[place], target[place] = row[0], 7
         results = by_itself(values, target)
-        assert_same_bits([t[place : place + 1] for t in results], expected, (rows, place))
+        oracle.assert_same_bits([t[place : place + 1] for t in results], expected, (rows, place))
 
 
 @of_the_cpu
@@ -128,7 +122,7 @@ def test_a_pixel_anywhere_in_an_image(classes, dtype):
         target = torch.randint(classes, (1, pixels))
         values[0, :, place], target[0, place] = column[0, :, 0], 7
         results = by_itself(values, target)
-        assert_same_bits([t[..., place : place + 1] for t in results], expected, (pixels, place))
+        oracle.assert_same_bits([t[..., place : place + 1] for t in results], expected, (pixels, place))
 
 
 @of_the_cpu
@@ -143,8 +137,10 @@ def test_rows_anywhere_in_memory(classes, dtype):
     for offset, gap in itertools.product([0, 1, 3, 15, 31, 64], [0, 1, 64]):
         moved = memory.as_strided(values.shape, (classes + gap, 1), offset).copy_(values)
         results = [cross_entropy(moved, target, reduction="none"), *(f(moved, 1) for f in FUNCTIONS)]
-        assert_same_bits(results, expected, (offset, gap))
-        assert_same_bits(gradient_over(moved, target), gradient_over(values.clone(), target), ("in place", offset, gap))
+        oracle.assert_same_bits(results, expected, (offset, gap))
+        oracle.assert_same_bits(
+            gradient_over(moved, target), gradient_over(values.clone(), target), ("in place", offset, gap)
+        )
 
 
 def gradient_over(logits: Tensor, target: Tensor) -> Results:

@@ -153,11 +153,6 @@ def everything(values: Tensor, target: Tensor, reduction: str, precompute: bool)
     return results
 
 
-def assert_same_bits(a: list[Tensor], b: list[Tensor], what: object) -> None:
-    for i, (one, other) in enumerate(zip(a, b, strict=True)):
-        assert torch.equal(one, other), (i, what)
-
-
 @pytest.mark.parametrize("kind", ["int64", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -169,7 +164,9 @@ def test_bits_do_not_depend_on_threads_or_run(shape, dtype, kind):
         first = everything(values, target, reduction, precompute)
         for threads in THREADS:
             torch.set_num_threads(threads)
-            assert_same_bits(first, everything(values, target, reduction, precompute), (threads, reduction, precompute))
+            oracle.assert_same_bits(
+                first, everything(values, target, reduction, precompute), (threads, reduction, precompute)
+            )
 
 
 @pytest.mark.parametrize("kind", ["int64", "probabilities"])
@@ -186,4 +183,4 @@ def test_bits_of_a_row_do_not_depend_on_its_place(classes, dtype, kind):
     ):
         whole = everything(values, target, "none", precompute)
         part = everything(values[order], target[order], "none", precompute)
-        assert_same_bits([t[order] for t in whole], part, (len(order), precompute))
+        oracle.assert_same_bits([t[order] for t in whole], part, (len(order), precompute))

@@ -138,6 +138,7 @@ import os, sys, torch
 
 def refuse(event, arguments):
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and arguments[0] != os.devnull
+    writes |= event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate")
     started = event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty")
     if writes or started or event.startswith(("socket.", "urllib.", "http.", "ftplib.", "smtplib.")):
         os.write(2, f"refused: {event} {arguments}\\n".encode())
@@ -206,6 +207,8 @@ def test_nothing_is_fetched_started_or_written():
         "import subprocess; subprocess.run(['true'])",
         "import os; os.system('true')",
         "open('/dev/full', 'w')",
+        "import os; os.mkdir('/nowhere/at/all')",
+        "import os; os.remove('/nowhere/at/all')",
     ],
 )
 def test_the_watch_notices(deed):
@@ -215,7 +218,9 @@ def test_the_watch_notices(deed):
 
 
 FORBIDDEN = re.compile(
-    r"socket|connect|send\w*|getaddrinfo|f?open(at)?(64)?|creat|dlopen|popen|system|v?fork|exec\w+|posix_spawnp?|syscall"
+    r"socket|connect|send\w*|getaddrinfo|(f|fd|fre)?open(at)?(64)?|__open\w*|creat(64)?|mk\w*temp\w*|mkdir(at)?"
+    r"|rename\w*|unlink(at)?|dlm?open|popen|system|v?fork|clone3?|exec\w+|posix_spawnp?|syscall"
+    r"|_ZNSt\d+basic_(o|f)stream\w*"
 )
 
 
