@@ -147,6 +147,49 @@ def test_an_offset_of_whole_rows_changes_nothing(dtype, offset, kind, device):
         check((values + offset).to(device), target.to(device), exact_values=values, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("result", ["loss", "lse", "nll", "entropy"])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_with_a_gradient_for_the_weight(offset, result, device):
+    """By the plain formulas: a log-sum-exp that is rounded at 1e4 must not be subtracted from a logit."""
+
+    def gradients(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, ...]:
+        x, q, w = (t.to(device, dtype).requires_grad_() for t in (values, target, weight))
+        loss, stats = cross_entropy(x, q, w, z_loss=0.1, return_stats=True)
+        of = loss if result == "loss" else getattr(stats, result).sum()
+        return torch.autograd.grad(of, (x, w), materialize_grads=True)
+
+    values = torch.randn(8, 40) + offset
+    target, weight = oracle.make_target("probabilities", (8, 40), torch.float32), oracle.make_weight(40, torch.float32)
+    for name, grad, exact in zip(
+        ("logits", "weight"), gradients(torch.float32, device), gradients(torch.float64, "cpu"), strict=True
+    ):
+        allowed = oracle.tolerance("grad", exact, torch.float32, scale=oracle.largest(exact, -1))
+        oracle.assert_within(grad, exact, allowed, name)
+
+
+@pytest.mark.parametrize("result", ["loss", "lse", "nll", "entropy"])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_in_second_derivatives(offset, result, device):
+    """Double backward, and forward over reverse, are the plain formulas too."""
+
+    def second(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        x, v = (t.to(device, dtype) for t in (values, direction))
+
+        def of(x: Tensor) -> Tensor:
+            loss, stats = cross_entropy(x, target.to(device), label_smoothing=0.1, z_loss=0.1, return_stats=True)
+            return loss if result == "loss" else getattr(stats, result).sum()
+
+        forward_over_reverse = torch.func.jvp(torch.func.grad(of), (x,), (v,))[1]
+        reverse_over_reverse = torch.func.grad(lambda x: (torch.func.grad(of)(x) * v).sum())(x)
+        return forward_over_reverse, reverse_over_reverse
+
+    values, direction = torch.randn(8, 40) + offset, torch.randn(8, 40)
+    target = oracle.make_target("int64", (8, 40), torch.float32)
+    for ours, exact in zip(second(torch.float32, device), second(torch.float64, "cpu"), strict=True):
+        allowed = oracle.tolerance("grad", exact, torch.float32, scale=oracle.largest(exact, -1))
+        oracle.assert_within(ours, exact, allowed, "second derivative")
+
+
 @pytest.mark.parametrize("kind", ["int64", "probabilities"])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e4, -1e4])
