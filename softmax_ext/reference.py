@@ -120,8 +120,7 @@ class Rows:
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.class_weight = kept * weights
-            self.b = self.class_weight * self.y + share * weights
+            self.b = weights * (kept * self.y + share)
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
@@ -129,8 +128,8 @@ class Rows:
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.class_weight = kept * weights
-            self.b = (self.class_weight * self.y + share * weights) * self.live.unsqueeze(-1)
+            self.b = weights * (kept * self.y + share) * self.live.unsqueeze(-1)
+        self.class_weight = kept * weights
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
 

@@ -344,6 +344,23 @@ def test_minus_infinity_without_target_mass(dtype, classes, device):
         check(values.to(device), indices.to(device), weight.to(device), exact_values=finite, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_minus_infinity_with_a_gradient_for_the_weight(smoothing, device):
+    """Infinite as torch's is, for the classes and rows that have mass there; of no mass it is 0."""
+    values, weight = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, -INF]]), torch.tensor([1.0, 2.0, 0.5])
+    target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    gradients = []
+    for function, where in ((cross_entropy, device), (torch.nn.functional.cross_entropy, "cpu")):
+        w = weight.to(where).requires_grad_()
+        loss = function(values.to(where), target.to(where), w, label_smoothing=smoothing, reduction="none")
+        gradients.append(torch.autograd.grad(loss, w, torch.tensor([1.0, -1.0], device=where))[0].cpu())
+    ours, torchs = gradients
+    if not smoothing:
+        assert torchs[2].isnan(), "torch has changed: compare with it"  # 0 * inf
+        torchs[2] = 0
+    torch.testing.assert_close(ours, torchs)
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_softcap_of_infinities(dtype, device):
     """Tanh(inf) = 1: ordinary capped logits of slope 0."""
