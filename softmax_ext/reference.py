@@ -113,7 +113,8 @@ class Rows:
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
         self.p = self.log_p.exp()
-        self.lse = largest.squeeze(-1) + self.z.logsumexp(-1)
+        lse = largest.squeeze(-1) + self.z.logsumexp(-1)
+        self.lse = lse + torch.where(lse.isfinite(), 0.0, torch.nan)  # as the kernels': NaN without a distribution
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
         kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)

@@ -464,9 +464,9 @@ def layers(draw: Any, classes: int, calm: bool) -> Linear:
     features = draw(st.sampled_from([1, 2, 3] if calm else [0, 1, 2, 3, 5, 8, 16, 17, 40]))
     further = ()
     batch = draw(batches(classes, 1 if calm else 3))
-    if len(batch) == 1 and draw(sometimes(2)):
-        further = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=2)))
-        batch = (min(batch[0], 7),)
+    if draw(sometimes(3)):
+        further = tuple(draw(st.lists(st.sampled_from([2, 3, 1, 0, 2, 3]), min_size=1, max_size=2)))
+        batch = (draw(st.sampled_from(SIZES)),)
     bias = draw(sometimes(2))
     return Linear(
         features,

@@ -292,7 +292,7 @@ def loss_of(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows) -
     options = rows.options
     reduction, dim = options["reduction"], rows.dim
     z = rows.unflat(oracle.transformed(torch.where(rows.dead, 0, logits), options["softcap"], options["logit_scale"]))
-    lse = z.logsumexp(dim)
+    lse = oracle.logsumexp(z, dim)
     size = finite(z.detach()).abs().amax(dim, keepdim=True)
     z = torch.where(rows.massless, -2 * size - 1e4, z)  # whose exponential is 0
     main = {k: options[k] for k in ("ignore_index", "reduction", "label_smoothing")}

@@ -402,6 +402,20 @@ def test_rows_without_a_distribution(dtype, classes, kind, device):
     assert grad[well].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [-INF, INF, NAN, None], ids=str)
+def test_rows_without_a_distribution_with_a_gradient_for_the_weight(value, device):
+    """NaN as the kernels' statistics are, by the plain formulas; None: rows without classes."""
+    values = torch.zeros(2, 0, device=device) if value is None else torch.full((2, 3), value, device=device)
+    target, weight = torch.full_like(values, 0.5), torch.ones(values.shape[1], device=device)
+    calls = [
+        cross_entropy(values, target, w, reduction="none", z_loss=0.1, return_stats=True)
+        for w in (weight, weight.clone().requires_grad_())
+    ]
+    for loss, stats in calls:
+        assert loss.isnan().all()
+        assert stats.lse.isnan().all()
+
+
 @pytest.mark.parametrize("classes", [3, 40])
 def test_prediction_of_special_rows(classes, device):
     """As torch.argmax: the first NaN, the first +inf, 0 for a row of -inf."""
