@@ -256,7 +256,7 @@ class Rows:
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
         if self.plain:  # which multiplies 0 by infinity, and passes nothing to a class without mass
-            nothing = nothing | (infinite & ((g == 0) | (self.mass == 0)))
+            nothing = nothing | ((infinite | self.sick) & ((g == 0) | (self.mass == 0)))
         allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 

@@ -13,6 +13,7 @@ row for gradients. That is stricter than "never worse than torch, plus rounding"
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -55,8 +56,8 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def underflow(dtype: torch.dtype) -> float:
-    """The largest absolute error of rounding to nearest where numbers are subnormal."""
-    return torch.finfo(dtype).smallest_normal * roundoff(dtype)
+    """The largest absolute error of rounding to nearest where numbers are subnormal; in float64 all of the last bit."""
+    return max(torch.finfo(dtype).smallest_normal * roundoff(dtype), math.ulp(0.0))
 
 
 def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
