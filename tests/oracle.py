@@ -323,7 +323,7 @@ def softmax_grad_tolerance(
     g, u = double(upstream), roundoff(dtype)
     if log:
         sum_term = exact.exp() * g.sum(dim, keepdim=True).abs()
-        off = (u * exact.abs().nan_to_num(0, 0, 0)).clamp(max=60)
+        off = (u * exact.abs().nan_to_num(0, 0, 0)).clamp(max=60) + underflow(dtype)
         from_output = torch.expm1(off) * sum_term  # exp of an output that far off
         scale = g.abs() + exact.exp() * g.abs().sum(dim, keepdim=True)
         quantity = "log_softmax_grad"
