@@ -7,6 +7,9 @@ several tensors of the logits' size and are differentiable to any order by torch
 For a row of logits x:  z = softcap tanh(logit_scale x / softcap),  p = softmax(z),  lse = log sum exp z,  and
     loss = sum_c b_c (lse - z_c) + z_loss lse^2,    b_c = w_c ((1 - eps) q_c + eps / C),
 where q is one-hot for a class index y and the first w_c is then w_y.
+
+All but lse depends on differences of logits alone. So z is held less its row's largest value, a constant to every
+derivative: what is subtracted from or multiplied by z is then not rounded at the size of the logits.
 """
 
 from __future__ import annotations
@@ -72,6 +75,14 @@ def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: 
     return torch.where(live, picked, 0.0).sum()
 
 
+def _largest(z: Tensor) -> Tensor:
+    """Of each row, [..., 1]; 0 where that is not finite. No derivative passes through it."""
+    if z.shape[-1] == 0:
+        return z.new_zeros(*z.shape[:-1], 1)
+    largest = z.detach().amax(-1, keepdim=True)
+    return torch.where(largest.isfinite(), largest, 0.0)
+
+
 class Rows:
     """One cross entropy with the classes in the last dimension, and its derivatives.
 
@@ -90,25 +101,27 @@ class Rows:
         x = input.movedim(options.dim, -1).to(arithmetic)
         classes = x.shape[-1]
         if options.softcap is None:
-            self.z = options.logit_scale * x
+            z = options.logit_scale * x
             self.slope = torch.full_like(x, options.logit_scale)
             self.curvature = torch.zeros_like(x)
         else:
             t = torch.tanh(x * (options.logit_scale / options.softcap))
-            self.z = options.softcap * t
+            z = options.softcap * t
             self.slope = options.logit_scale * (1 - t * t)
             self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
+        largest = _largest(z)
+        self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
         self.p = self.log_p.exp()
-        self.lse = self.z.logsumexp(-1)
+        lse = largest.squeeze(-1) + self.z.logsumexp(-1)
+        self.lse = lse + torch.where(lse.isfinite(), 0.0, torch.nan)  # as the kernels': NaN without a distribution
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
         kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.class_weight = kept * weights
-            self.b = self.class_weight * self.y + share * weights
+            self.b = weights * (kept * self.y + share)
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
@@ -116,8 +129,8 @@ class Rows:
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.class_weight = kept * weights
-            self.b = (self.class_weight * self.y + share * weights) * self.live.unsqueeze(-1)
+            self.b = weights * (kept * self.y + share) * self.live.unsqueeze(-1)
+        self.class_weight = kept * weights
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
 

@@ -75,8 +75,8 @@ class Memory:
 
 
 @st.composite
-def memories(draw: Any, rank: int, dense: bool = False) -> Memory:
-    """Contiguous half of the time."""
+def memories(draw: Any, rank: int, expanded_one_in: int = 6) -> Memory:
+    """Contiguous half of the time; 0: never expanded."""
     order, one, flat = tuple(range(rank)), (1,) * rank, (False,) * rank
     if draw(sometimes(2)):
         return Memory(order, one, flat, 0)
@@ -84,7 +84,7 @@ def memories(draw: Any, rank: int, dense: bool = False) -> Memory:
         order = tuple(draw(st.permutations(range(rank))))
     steps = tuple(draw(st.lists(mostly(1, [2, 3], 4), min_size=rank, max_size=rank)))
     expanded = flat
-    if not dense and draw(sometimes(6)):
+    if expanded_one_in and draw(sometimes(expanded_one_in)):
         expanded = tuple(draw(st.lists(st.booleans(), min_size=rank, max_size=rank)))
     return Memory(order, steps, expanded, draw(st.sampled_from([0, 1, 3, 8])))
 
@@ -254,9 +254,10 @@ class Target:
         batch = shape[:dim] + shape[dim + 1 :]
         highest = min(classes, 256) if self.dtype == torch.uint8 else classes
         y = torch.randint(max(highest, 1), batch, generator=generator)
-        lost = torch.rand(batch, generator=generator) < self.ignored
+        whole_rows = batch[:1] + (1,) * len(batch[1:])
+        lost = torch.rand(whole_rows if self.seed % 2 else batch, generator=generator) < self.ignored
         if self.dtype == torch.uint8 and not 0 <= ignore_index < 256:
-            lost = torch.zeros_like(lost)
+            ignore_index = min(ignore_index % 256, max(highest, 1) - 1)  # a class like any other, of the same byte
         return torch.where(lost, ignore_index, y).to(self.dtype)
 
 
@@ -321,6 +322,7 @@ class LossCase:
     return_stats: bool
     upstream: int
     used: tuple[bool, bool, bool, bool]
+    ruined: bool  # ignored rows hold NaN
     mistake: str
 
     @property
@@ -358,6 +360,8 @@ class LossCase:
         if self.linear is not None and len(self.linear.batch) > 1:
             target = target.reshape(*self.linear.batch, *target.shape[1:])
         tensors["target"] = target
+        if self.ruined and not self.target.probabilities and self.shape:
+            self._ruin(tensors["input"], target.long() == self.ignored_class)
         if self.weight is not None:
             tensors["weight"] = self.weight.draw(self.classes)
         memory = {"input": self.memory, "target": self.target.memory}
@@ -370,6 +374,13 @@ class LossCase:
             name: (memory[name] if len(memory[name].order) == t.dim() else contiguous(t.dim())).place(t, device)
             for name, t in tensors.items()
         }
+
+    def _ruin(self, input: Tensor, ignored: Tensor) -> None:
+        if self.linear is None:
+            input.movedim(self.dim, -1)[ignored] = torch.nan
+        else:
+            rank = len(self.linear.batch)
+            input[ignored.flatten(rank).all(rank) if ignored.dim() > rank else ignored] = torch.nan
 
     def _parameters(self, linear: Linear) -> dict[str, Tensor]:
         shape = (self.classes, *linear.further)
@@ -433,8 +444,8 @@ def targets(draw: Any, logits_shape: tuple[int, ...], calm: bool, rank: int | No
     else:
         dtype = torch.float64 if calm else draw(DTYPES)
         rank = len(logits_shape) if rank is None else rank + 1
-    grad = kind != "classes" and differentiable and draw(sometimes(2))
-    ignored = draw(st.sampled_from([0.0, 0.3, 0.3, 0.0, 1.0]))
+    grad = kind != "classes" and differentiable and not draw(sometimes(3))
+    ignored = draw(st.sampled_from([0.0, 0.3, 0.5, 0.3, 1.0]))
     return Target(kind, dtype, draw(SEEDS), ignored, draw(memories(rank)), grad)
 
 
@@ -453,9 +464,9 @@ def layers(draw: Any, classes: int, calm: bool) -> Linear:
     features = draw(st.sampled_from([1, 2, 3] if calm else [0, 1, 2, 3, 5, 8, 16, 17, 40]))
     further = ()
     batch = draw(batches(classes, 1 if calm else 3))
-    if len(batch) == 1 and draw(sometimes(4)):
-        further = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3]), min_size=1, max_size=2)))
-        batch = (min(batch[0], 7),)
+    if draw(sometimes(3)):
+        further = tuple(draw(st.lists(st.sampled_from([2, 3, 1, 0, 2, 3]), min_size=1, max_size=2)))
+        batch = (draw(st.sampled_from(SIZES)),)
     bias = draw(sometimes(2))
     return Linear(
         features,
@@ -491,16 +502,17 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
         if not calm and draw(sometimes(100)):
             shape = ()
     dtype = torch.float64 if calm else draw(DTYPES)
-    precompute, inplace = (
-        draw(st.sampled_from([(True, False), (False, True), (True, True)])) if overwriting else (False,) * 2
-    )
+    ways = [(True, False), (True, False), (False, True), (True, True)] if overwriting else [(False, False)]
+    precompute, inplace = draw(st.sampled_from(ways))
     if calm:
         inplace = False
-    target = draw(targets(shape, calm, target_rank, not inplace))
-    weight = draw(weights(dtype, calm, target.probabilities and not calm))
+    target = draw(targets(shape, calm, target_rank, not inplace or draw(sometimes(20))))
+    weight = draw(weights(dtype, calm, target.probabilities))
     ignore = draw(mostly(None if is_linear else -100, [-100, 0, 1, classes + 3, -1, 200], 3))
-    if target.probabilities and (calm or not draw(sometimes(20))):
+    if target.probabilities:
         ignore = None if is_linear else draw(st.sampled_from([-100, -1]))
+        if not calm and draw(sometimes(15)):
+            ignore = draw(st.sampled_from([0, 0, 1, 200]))  # which is refused
     if not shape:  # a mistake of its own
         ignore = -100
     stats = draw(sometimes(3))
@@ -515,7 +527,11 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
         dtype,
         case_values,
         draw(
-            memories(len(shape) if linear is None else len(linear.batch) + 1, dense=inplace and not draw(sometimes(20)))
+            memories(
+                len(shape) if linear is None else len(linear.batch) + 1,
+                # Overlapping elements are refused, and nothing else is seen of the call.
+                6 if not inplace else draw(mostly(0, [2], 10)),
+            )
         ),
         calm or not draw(sometimes(8)),
         target,
@@ -533,5 +549,6 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
         stats,
         draw(mostly(0, list(range(1, 40)), 2)),
         used,
+        not calm and draw(sometimes(2 if is_linear else 4)),
         mistake,
     )

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softmax_ext import reference
-
 FLOAT64 = oracle.SAME_ARITHMETIC * oracle.roundoff(torch.float64)
 
 
@@ -56,7 +54,7 @@ class Rows:
         options: of LossCase.options().
         work: the dtype of the arithmetic.
         logit_error: how far off each logit is when the kernel reads it.
-        plain: by reference.py, in torch's operations: off by a unit of 1, and in the gradient of lse of a logit.
+        plain: by reference.py, in torch's operations: off by a unit of 1.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Rows:
         logit_error: Tensor | None = None,
         plain: bool = False,
     ) -> None:
-        self.dim, self.work, self.options = oracle.class_dim(logits), work, options
+        self.dim, self.work, self.options, self.plain = oracle.class_dim(logits), work, options, plain
         self.unit = oracle.TOLERANCE["loss"][work] * oracle.roundoff(work)
         classes = logits.shape[self.dim]
         x = self.flat(logits.detach())
@@ -101,8 +99,7 @@ class Rows:
         self.lse = m + log_sum
         self.lse_error = self.m.abs() + self.log_sum_error + off
         self.e = (self.log_sum_error + d + 2 * torch.where(d > 0, off, 0)) * self.inflation  # of -log p
-        shift = self.m.abs() if plain else 0
-        self.e_p = self.p * (1 + self.log_sum_error + d + 2 * off + shift) * self.inflation  # of p
+        self.e_p = self.p * (1 + self.log_sum_error + d + 2 * off) * self.inflation  # of p
         self.minus_log_p = finite(-self.log_p)
         self.sick = ~(log_sum + m).isfinite()  # all -inf, a +inf or a NaN: no distribution
 
@@ -121,7 +118,9 @@ class Rows:
         self.mass = (self.target_weight * self.q + share * weights) * self.live
         self.smooth_mass = torch.where(self.one_hot > 0, share * weights, self.mass).abs()  # without the target class's
         self.true_mass = (self.target_weight * self.one_hot).abs()
-        self.total = reference.total_weight(target, weight, self.dim, options["ignore_index"])
+        each = self.live.double() if target.is_floating_point() else self.one_hot * weights
+        self.total = each.sum()
+        self.no_weight = bool(options["reduction"] == "mean" and self.total == 0 and self.live.any())
         self.massless = self.unflat((z == -torch.inf) & (self.mass == 0) & m.isfinite())
         self.dead = self.unflat((~self.live).expand_as(x))
         self.shape = x.shape[:-1]
@@ -256,6 +255,8 @@ class Rows:
         parts = f.abs() * self.target_weight.abs() + (0 if nll is None else nll.abs().unsqueeze(-1))
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
+        if self.plain:  # which multiplies 0 by infinity, and passes nothing to a class without mass
+            nothing = nothing | ((infinite | self.sick) & ((g == 0) | (self.mass == 0)))
         allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 
@@ -291,7 +292,7 @@ def loss_of(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows) -
     options = rows.options
     reduction, dim = options["reduction"], rows.dim
     z = rows.unflat(oracle.transformed(torch.where(rows.dead, 0, logits), options["softcap"], options["logit_scale"]))
-    lse = z.logsumexp(dim)
+    lse = oracle.logsumexp(z, dim)
     size = finite(z.detach()).abs().amax(dim, keepdim=True)
     z = torch.where(rows.massless, -2 * size - 1e4, z)  # whose exponential is 0
     main = {k: options[k] for k in ("ignore_index", "reduction", "label_smoothing")}

@@ -13,6 +13,7 @@ row for gradients. That is stricter than "never worse than torch, plus rounding"
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,8 +57,8 @@ def roundoff(dtype: torch.dtype) -> float:
 
 
 def underflow(dtype: torch.dtype) -> float:
-    """The largest absolute error of rounding to nearest where numbers are subnormal."""
-    return torch.finfo(dtype).smallest_normal * roundoff(dtype)
+    """The largest absolute error of rounding to nearest where numbers are subnormal; in float64 all of the last bit."""
+    return max(torch.finfo(dtype).smallest_normal * roundoff(dtype), math.ulp(0.0))
 
 
 def arithmetic(*dtypes: torch.dtype) -> torch.dtype:
@@ -192,6 +193,13 @@ def cross_entropy(
     return Exact(loss.detach(), x.grad, y.grad)
 
 
+def logsumexp(z: Tensor, dim: int = -1) -> Tensor:
+    """Torch's derivative of it is rounded at the size of z, here at that of the differences."""
+    largest = z.detach().amax(dim, keepdim=True) if z.shape[dim] else z.detach().sum(dim, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    return largest.squeeze(dim) + (z - largest).logsumexp(dim)
+
+
 def stats(
     input: Tensor,
     target: Tensor,
@@ -213,7 +221,7 @@ def stats(
         picked = log_p.gather(-1, torch.where(live, target, 0).unsqueeze(-1)).squeeze(-1)
         nll = torch.where(live, -picked, 0)
     entropy = -torch.where(p == 0, 0, p * torch.where(p == 0, 0, log_p)).sum(-1)
-    return z.logsumexp(-1), nll, entropy, z.argmax(-1)
+    return logsumexp(z), nll, entropy, z.argmax(-1)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -325,12 +333,15 @@ def softmax_grad_tolerance(
     g, u = double(upstream), roundoff(dtype)
     if log:
         sum_term = exact.exp() * g.sum(dim, keepdim=True).abs()
-        from_output = torch.expm1(u * exact.abs().nan_to_num(0, 0, 0)) * sum_term  # exp of an output that far off
+        off = (u * exact.abs().nan_to_num(0, 0, 0)).clamp(max=60) + underflow(dtype)
+        from_output = torch.expm1(off) * sum_term  # exp of an output that far off
         scale = g.abs() + exact.exp() * g.abs().sum(dim, keepdim=True)
         quantity = "log_softmax_grad"
     else:
-        pull = g.abs() + (g * exact).abs().sum(dim, keepdim=True)
-        scale = exact * pull * _distance(exact, dim)
+        each = (g * exact).abs()
+        pull = g.abs() + each.sum(dim, keepdim=True)
+        distance = _distance(exact, dim)
+        scale = exact * (pull * distance + (each * distance).sum(dim, keepdim=True))
         from_output = 2 * u * exact * pull + underflow(dtype) * (pull + exact * g.abs().sum(dim, keepdim=True))
         quantity = "softmax_grad"
     work = arithmetic(dtype, input_dtype)

@@ -147,6 +147,49 @@ def test_an_offset_of_whole_rows_changes_nothing(dtype, offset, kind, device):
         check((values + offset).to(device), target.to(device), exact_values=values, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("result", ["loss", "lse", "nll", "entropy"])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_with_a_gradient_for_the_weight(offset, result, device):
+    """By the plain formulas: a log-sum-exp that is rounded at 1e4 must not be subtracted from a logit."""
+
+    def gradients(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, ...]:
+        x, q, w = (t.to(device, dtype).requires_grad_() for t in (values, target, weight))
+        loss, stats = cross_entropy(x, q, w, z_loss=0.1, return_stats=True)
+        of = loss if result == "loss" else getattr(stats, result).sum()
+        return torch.autograd.grad(of, (x, w), materialize_grads=True)
+
+    values = torch.randn(8, 40) + offset
+    target, weight = oracle.make_target("probabilities", (8, 40), torch.float32), oracle.make_weight(40, torch.float32)
+    for name, grad, exact in zip(
+        ("logits", "weight"), gradients(torch.float32, device), gradients(torch.float64, "cpu"), strict=True
+    ):
+        allowed = oracle.tolerance("grad", exact, torch.float32, scale=oracle.largest(exact, -1))
+        oracle.assert_within(grad, exact, allowed, name)
+
+
+@pytest.mark.parametrize("result", ["loss", "lse", "nll", "entropy"])
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_an_offset_in_second_derivatives(offset, result, device):
+    """Double backward, and forward over reverse, are the plain formulas too."""
+
+    def second(dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        x, v = (t.to(device, dtype) for t in (values, direction))
+
+        def of(x: Tensor) -> Tensor:
+            loss, stats = cross_entropy(x, target.to(device), label_smoothing=0.1, z_loss=0.1, return_stats=True)
+            return loss if result == "loss" else getattr(stats, result).sum()
+
+        forward_over_reverse = torch.func.jvp(torch.func.grad(of), (x,), (v,))[1]
+        reverse_over_reverse = torch.func.grad(lambda x: (torch.func.grad(of)(x) * v).sum())(x)
+        return forward_over_reverse, reverse_over_reverse
+
+    values, direction = torch.randn(8, 40) + offset, torch.randn(8, 40)
+    target = oracle.make_target("int64", (8, 40), torch.float32)
+    for ours, exact in zip(second(torch.float32, device), second(torch.float64, "cpu"), strict=True):
+        allowed = oracle.tolerance("grad", exact, torch.float32, scale=oracle.largest(exact, -1))
+        oracle.assert_within(ours, exact, allowed, "second derivative")
+
+
 @pytest.mark.parametrize("kind", ["int64", "probabilities"])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -301,6 +344,23 @@ def test_minus_infinity_without_target_mass(dtype, classes, device):
         check(values.to(device), indices.to(device), weight.to(device), exact_values=finite, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_minus_infinity_with_a_gradient_for_the_weight(smoothing, device):
+    """Infinite as torch's is, for the classes and rows that have mass there; of no mass it is 0."""
+    values, weight = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, -INF]]), torch.tensor([1.0, 2.0, 0.5])
+    target = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    gradients = []
+    for function, where in ((cross_entropy, device), (torch.nn.functional.cross_entropy, "cpu")):
+        w = weight.to(where).requires_grad_()
+        loss = function(values.to(where), target.to(where), w, label_smoothing=smoothing, reduction="none")
+        gradients.append(torch.autograd.grad(loss, w, torch.tensor([1.0, -1.0], device=where))[0].cpu())
+    ours, torchs = gradients
+    if not smoothing:
+        assert torchs[2].isnan(), "torch has changed: compare with it"  # 0 * inf
+        torchs[2] = 0
+    torch.testing.assert_close(ours, torchs)
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_softcap_of_infinities(dtype, device):
     """Tanh(inf) = 1: ordinary capped logits of slope 0."""
@@ -340,6 +400,20 @@ def test_rows_without_a_distribution(dtype, classes, kind, device):
     assert grad[sick].isnan().all()
     assert loss[well].isfinite().all()
     assert grad[well].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-INF, INF, NAN, None], ids=str)
+def test_rows_without_a_distribution_with_a_gradient_for_the_weight(value, device):
+    """NaN as the kernels' statistics are, by the plain formulas; None: rows without classes."""
+    values = torch.zeros(2, 0, device=device) if value is None else torch.full((2, 3), value, device=device)
+    target, weight = torch.full_like(values, 0.5), torch.ones(values.shape[1], device=device)
+    calls = [
+        cross_entropy(values, target, w, reduction="none", z_loss=0.1, return_stats=True)
+        for w in (weight, weight.clone().requires_grad_())
+    ]
+    for loss, stats in calls:
+        assert loss.isnan().all()
+        assert stats.lse.isnan().all()
 
 
 @pytest.mark.parametrize("classes", [3, 40])
