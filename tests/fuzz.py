@@ -38,6 +38,9 @@ def main() -> int:
     count = Count()
     status = pytest.main(["-q", str(TEST), *pytest_arguments], plugins=[count])
     print(f"{count.examples} examples, --seed {seed}")
+    if count.examples < arguments.examples and "-k" not in pytest_arguments:
+        print(f"fewer than {arguments.examples}")
+        return int(status) or 1
     return int(status)
 
 

@@ -79,6 +79,9 @@ class Rows:
         changed = self.cap is not None or options["logit_scale"] != 1
         off = finite(z).abs().amax(-1, keepdim=True) if changed else torch.zeros(*x.shape[:-1], 1, dtype=torch.float64)
         if logit_error is not None:
+            if self.cap:  # the slope is that of a logit which is off
+                turn = 2 * self.slope * finite(z / self.cap).abs() * (self.scale / self.cap)
+                self.slope_error = self.slope_error + turn * self.flat(logit_error) / self.unit
             error = (self.flat(logit_error) * self.slope).amax(-1, keepdim=True)
             off = off + error / self.unit
             self.inflation = (2 * error).clamp(max=60).exp()
