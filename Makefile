@@ -44,6 +44,8 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python tests/kernel_suite.py sanitized --sample 20 -n 2 -q
+	$(BIN)/python tests/native/run.py --trials 25 thread
 	$(BIN)/python tests/emulated.py -n 2
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
 
@@ -63,10 +65,10 @@ test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and som
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
 	$(BIN)/python tests/sanitize_gpu.py
 
-sanitize: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels under AddressSanitizer and UBSan
+sanitize: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels under AddressSanitizer and UBSan; a sample is part of make test
 	$(BIN)/python tests/kernel_suite.py sanitized -n 2 $(PYTEST_ARGS)
 
-native: $(VENV)/.built ## run the kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer
+native: $(VENV)/.built ## run the kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer (part of make test)
 	$(BIN)/python tests/native/run.py
 
 test-isas: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels with each kernel set that this processor has
