@@ -512,8 +512,8 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
     if target.probabilities:
         ignore = None if is_linear else draw(st.sampled_from([-100, -1]))
         if not calm and draw(sometimes(15)):
-            ignore = draw(st.sampled_from([0, 0, 1, 200]))  # which is refused
-    if not shape:  # a mistake of its own
+            ignore, mistake = draw(st.sampled_from([0, 0, 1, 200])), ""  # a mistake of its own
+    if not shape:  # as well
         ignore, mistake = -100, ""
     stats = draw(sometimes(3))
     used = tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))) if stats and draw(sometimes(2)) else (True,) * 4

@@ -330,11 +330,12 @@ def softmax_grad_tolerance(
 ) -> Tensor:
     """Backward starts from the output as it was rounded to ``dtype``, in torch too; ``dtype`` is upstream's as well."""
     input_dtype = input_dtype or dtype
-    g, u = double(upstream), roundoff(dtype)
+    g, u, work = double(upstream), roundoff(dtype), arithmetic(dtype, input_dtype)
     if log:
         sum_term = exact.exp() * g.sum(dim, keepdim=True).abs()
-        off = (u * exact.abs().nan_to_num(0, 0, 0)).clamp(max=60) + underflow(dtype)
-        from_output = torch.expm1(off) * sum_term  # exp of an output that far off
+        # exp of an output that far off: z - max z is rounded, and then the output.
+        off = ((roundoff(work) + u) * exact.abs().nan_to_num(0, 0, 0)).clamp(max=60) + underflow(dtype)
+        from_output = torch.expm1(off) * sum_term
         scale = g.abs() + exact.exp() * g.abs().sum(dim, keepdim=True)
         quantity = "log_softmax_grad"
     else:
@@ -344,5 +345,4 @@ def softmax_grad_tolerance(
         scale = exact * (pull * distance + (each * distance).sum(dim, keepdim=True))
         from_output = 2 * u * exact * pull + underflow(dtype) * (pull + exact * g.abs().sum(dim, keepdim=True))
         quantity = "softmax_grad"
-    work = arithmetic(dtype, input_dtype)
     return tolerance(quantity, exact_grad, input_dtype, scale=scale, arithmetic_dtype=work) + from_output
