@@ -44,7 +44,7 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 
 test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
-	$(BIN)/python tests/kernel_suite.py sanitized --sample 20 -n 2 -q
+	$(BIN)/python tests/kernel_suite.py sanitized --sample 8 -n 2 -q
 	$(BIN)/python tests/native/run.py --trials 25 thread
 	$(BIN)/python tests/emulated.py -n 2
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
