@@ -258,8 +258,8 @@ class Rows:
         parts = f.abs() * self.target_weight.abs() + (0 if nll is None else nll.abs().unsqueeze(-1))
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
-        if self.plain:  # which multiplies 0 by infinity, and passes nothing to a class without mass
-            nothing = nothing | ((infinite | self.sick) & ((g == 0) | (self.mass == 0)))
+        if self.plain:  # which multiplies 0 by infinity: docs/trust.md does not promise these
+            nothing = nothing | infinite | self.sick
         allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 

@@ -117,10 +117,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
     STD_TORCH_CHECK(grad_divisor->numel() == 1 && grad_divisor->scalar_type() == ScalarType::Double, call.op,
                     ": grad_divisor must be one float64 value.");
   }
-  const Tensor none = empty({0}, input.scalar_type(), input);  // before the input is written: it may fail
+  std::vector<Tensor> none;  // before the input is written: allocations may fail. Results must not share memory.
+  for (int i = 0; i < 4 && !stats; i++) none.push_back(empty({0}, input.scalar_type(), input));
   const Forward out = forward(call, dtype, stats, input, grad_divisor, true);
-  const auto stat = [&](size_t i) { return stats ? out.stats[i] : none; };
-  return {out.loss, out.state, out.total_weight, stat(0), stat(1), stat(2), stat(3)};
+  const std::vector<Tensor>& stat = stats ? out.stats : none;
+  return {out.loss, out.state, out.total_weight, stat[0], stat[1], stat[2], stat[3]};
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
