@@ -7,6 +7,7 @@ What the failures said is printed as JSON: for each case a list of [type, text].
 process of its own.
 """
 
+import ctypes
 import json
 import resource
 import sys
@@ -20,6 +21,10 @@ from torch import Tensor
 from softmax_ext import cross_entropy, linear_cross_entropy, log_softmax, softmax
 
 STEP, LAST_STEP = 128 << 10, 8 << 10
+THRESHOLD = 64 << 10  # bytes from which on an allocation is to fail
+
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 
 Action = Callable[[], list[Tensor]]
 Case = tuple[list[Tensor], Action]  # operands, and what is done with them under the limit
@@ -29,14 +34,38 @@ def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def take_free_memory() -> int | None:
+    """What malloc has left, as a chain: each block holds the address of the one before. A list would need memory.
+
+    Pieces that are smaller than those which are to fail are left.
+    """
+    last = None
+    while (block := LIBC.malloc(THRESHOLD)) is not None:
+        ctypes.c_void_p.from_address(block).value = last
+        last = block
+    return last
+
+
+def give_back(last: int | None) -> None:
+    while last is not None:
+        before = ctypes.c_void_p.from_address(last).value
+        LIBC.free(last)
+        last = before
+
+
 @contextmanager
 def at_most(more: int) -> Iterator[None]:
+    """The address space that is in use now and so many bytes; what malloc has free in it is taken before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (address_space() + more, hard))
+    used = address_space()
+    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    taken = take_free_memory()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        give_back(taken)
 
 
 # ---- cases ----
