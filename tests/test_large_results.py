@@ -140,6 +140,9 @@ def test_a_freed_gradient_is_the_next_ones_memory(logits, target):
 
 @needs_kept_memory
 def test_a_smaller_result_fits_a_much_smaller_one_does_not(logits, target):
+    wide = logits.double().repeat(2, 1), target.repeat(2)
+    both = [_gradient(*wide), _gradient(*wide)]
+    del both  # and are kept, instead of what an earlier test left
     place = _gradient(logits, target).data_ptr()
     assert _gradient(logits[:900], target[:900]).data_ptr() == place
     place = _gradient(logits.double().repeat(2, 1), target.repeat(2)).data_ptr()
