@@ -45,14 +45,14 @@ def test_no_memory():
     command = [sys.executable, starved.__file__, *starved.CASES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout)
-    for name, errors in said.items():
-        for error, text in errors:
+    for name, said in json.loads(result.stdout).items():
+        assert said, f"{name}: the limit was never too low"
+        for error, text in said:
             assert error == "MemoryError" or OURS.fullmatch(text) or TORCHS.search(text), f"{name}: {text}"
-    # malloc may have had room left for what a case or two take.
-    assert sum(map(bool, said.values())) >= len(said) - 2, said
-    assert sum(any(OURS.fullmatch(text) for _, text in errors) for errors in said.values()) >= 8, said
-    assert any("bad_alloc" in text for _, text in said[starved.SCRATCH]), said
+        if name == starved.SCRATCH:
+            assert any("bad_alloc" in text for _, text in said), said
+        elif "linear" not in name:  # whose large tensors are torch's
+            assert any(OURS.fullmatch(text) for _, text in said), (name, said)
 
 
 # ---- the extension's file ----
