@@ -316,12 +316,12 @@ def test_statistics_of_ignored_rows(device):
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_statistics_do_not_change_the_loss_and_the_gradient(dtype, device):
-    for shape in [(5, 40), (131, 3), (2, 40, 3)]:
-        values = torch.randn(shape, device=device).to(dtype)
+    for shape, label_smoothing in itertools.product([(5, 40), (131, 3), (500, 3), (2, 40, 3)] * 5, [0.0, 0.1]):
+        values = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
         target = oracle.make_target("int64", shape, dtype).to(device)
         x, y = values.clone().requires_grad_(), values.clone().requires_grad_()
-        plain = cross_entropy(x, target)
-        with_stats, _ = cross_entropy(y, target, return_stats=True)
+        plain = cross_entropy(x, target, label_smoothing=label_smoothing)
+        with_stats, _ = cross_entropy(y, target, label_smoothing=label_smoothing, return_stats=True)
         plain.backward()
         with_stats.backward()
         assert torch.equal(plain, with_stats)

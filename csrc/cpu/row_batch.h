@@ -122,10 +122,11 @@ inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
   return DoubleVec::blendv(v, DoubleVec(0), condition);
 }
 
-// Whether only the sum of the losses is wanted, and log-sum-exp counts the same in all of them.
+// Whether the losses are summed at once: only their sum is wanted, and log-sum-exp counts the same in all of them.
+// With statistics too, so that they do not change the loss's last bit.
 template <typename T>
-inline bool wants_sum_only(const CrossEntropy<T>& p) {
-  return !p.loss && !p.stats && !p.has_probabilities && !p.weight && p.z_loss == 0;
+inline bool sums_at_once(const CrossEntropy<T>& p) {
+  return !p.loss && !p.has_probabilities && !p.weight && p.z_loss == 0;
 }
 
 // The sum of the losses with one logarithm for each lane: sum log1p(rest) = log1p(prod (1 + rest) - 1), the product less one
@@ -161,7 +162,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   DoubleVec total(0);
   for (int64_t r = 0; r < batch.rows; r++)
     batch.sums.rest[r] = std::isfinite(batch.sums.max[r]) ? batch.sums.rest[r] : kNaN;
-  if (wants_sum_only(p)) {
+  if (sums_at_once(p) && !p.stats) {
     store_state(p, batch);
     return sum_losses(p, batch);
   }
@@ -199,7 +200,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     scatter(batch, entropy, p.entropy);
     scatter(batch, batch.sums.argmax, p.prediction);
   }
-  return sum_lanes(total);
+  return sums_at_once(p) ? sum_losses(p, batch) : sum_lanes(total);
 }
 
 // ---- gradient ----------------------------------------------------------------------------------------------------
