@@ -49,6 +49,20 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * torch.where((a == 0) & ~b.isfinite(), 0.0, b)
 
 
+def _cost(weights: Tensor, mass: Tensor, surprise: Tensor) -> Tensor:
+    """Weights * mass * surprise, where 0 times an infinite surprise is 0.
+
+    The derivative in a factor that is 0 is infinite there all the same, as those of the kernels: a * inf is written
+    xlogy(a, inf), which is 0 where a is, and whose derivative is xlogy(upstream, inf).
+    """
+    infinite = surprise == torch.inf
+    massless = mass == 0
+    of_mass = torch.xlogy(mass, torch.where(infinite & massless, torch.inf, 1.0))
+    of_weights = torch.xlogy(weights, torch.where(infinite & ~massless & (weights == 0), torch.inf, 1.0))
+    nothing = (massless | (weights == 0)) & ~surprise.isfinite()
+    return weights * mass * torch.where(nothing, 0.0, surprise) + weights * of_mass + of_weights * mass
+
+
 def is_live(target: Tensor, ignore_index: int) -> Tensor:
     """Which rows are not ignored. In int64: as uint8, -100 would be class 156."""
     return target.long() != ignore_index
@@ -121,7 +135,7 @@ class Rows:
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.b = weights * (kept * self.y + share)
+            self.mass = kept * self.y + share
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
@@ -129,7 +143,9 @@ class Rows:
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.b = weights * (kept * self.y + share) * self.live.unsqueeze(-1)
+            self.mass = (kept * self.y + share) * self.live.unsqueeze(-1)
+        self.weights = weights
+        self.b = weights * self.mass
         self.class_weight = kept * weights
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
@@ -138,14 +154,14 @@ class Rows:
 
     def loss(self) -> Tensor:
         """Unreduced; 0 for an ignored row."""
-        loss = _product(self.b, -self.log_p).sum(-1)
+        loss = _cost(self.weights, self.mass, -self.log_p).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
             loss = loss + self.options.z_loss * self.lse.square()
         return torch.where(self.live, loss, 0.0)
 
     def nll(self) -> Tensor:
         """Lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
-        return _product(self.y, -self.log_p).sum(-1)
+        return _cost(torch.ones_like(self.weights), self.y, -self.log_p).sum(-1)
 
     def entropy(self) -> Tensor:
         """Of the predicted distribution."""

@@ -258,14 +258,21 @@ class Rows:
         parts = f.abs() * self.target_weight.abs() + (0 if nll is None else nll.abs().unsqueeze(-1))
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
-        if self.plain:  # which multiplies 0 by infinity: docs/trust.md does not promise these
-            nothing = nothing | infinite | self.sick
+        if self.plain:  # which multiplies 0 by an infinite loss, and adds the loss's infinity to that of nll
+            opposed = torch.zeros_like(infinite) if nll is None else f * self.target_weight * nll.unsqueeze(-1) < 0
+            nothing = nothing | (infinite & (opposed | (g == 0) & (self.mass != 0))) | (self.sick & (self.mass == 0))
         allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 
     def weight_gradient(self, exact: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Bounded:
-        terms = self.factor(upstream) * ((1 - self.options["label_smoothing"]) * self.q.abs() + self.share())
+        mass = (1 - self.options["label_smoothing"]) * self.q + self.share()
+        terms = self.factor(upstream) * mass.abs()
         terms = terms.reshape(-1, terms.shape[-1])
+        # A weight of 0 takes part in no loss, but its gradient sees the logit of -inf, for which loss_of has another.
+        infinite = (self.log_p == -torch.inf) & ~self.sick & (self.target_weight == 0) & (terms.reshape(mass.shape) > 0)
+        if upstream is not None:
+            sign = upstream.sign() if not upstream.dim() else upstream.sign().unsqueeze(-1)
+            exact = exact + torch.where(infinite, torch.inf * sign * mass, 0).reshape(terms.shape).sum(0)
         e, mlp = (t.reshape(-1, t.shape[-1]) for t in (self.e + 1, self.minus_log_p))
         allowed = (self.unit * (terms * (e + mlp)) + FLOAT64 * terms * (1 + mlp)).sum(0) * 2
         if self.lost.any() or self.sick.any():

@@ -314,14 +314,18 @@ def test_statistics_of_ignored_rows(device):
         assert torch.equal(getattr(stats, name), getattr(everywhere, name)), name
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_statistics_do_not_change_the_loss_and_the_gradient(dtype, device):
-    for shape, label_smoothing in itertools.product([(5, 40), (131, 3), (500, 3), (2, 40, 3)] * 5, [0.0, 0.1]):
+def test_statistics_do_not_change_the_loss_and_the_gradient(dtype, kind, options, device):
+    """Not a bit of them; several draws, as sums in another order mostly round alike."""
+    for shape, weighted in itertools.product([(5, 40), (131, 3), (500, 3), (2, 40, 3)] * 5, [False, True]):
         values = torch.randn(shape, device=device, dtype=torch.float64).to(dtype)
-        target = oracle.make_target("int64", shape, dtype).to(device)
+        target = oracle.make_target(kind, shape, dtype).to(device)
+        weight = oracle.make_weight(shape[1], dtype).to(device) if weighted else None
         x, y = values.clone().requires_grad_(), values.clone().requires_grad_()
-        plain = cross_entropy(x, target, label_smoothing=label_smoothing)
-        with_stats, _ = cross_entropy(y, target, label_smoothing=label_smoothing, return_stats=True)
+        plain = cross_entropy(x, target, weight, **options)
+        with_stats, _ = cross_entropy(y, target, weight, return_stats=True, **options)
         plain.backward()
         with_stats.backward()
         assert torch.equal(plain, with_stats)

@@ -361,6 +361,33 @@ def test_minus_infinity_with_a_gradient_for_the_weight(smoothing, device):
     torch.testing.assert_close(ours, torchs)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mass", [0.0, 0.5])
+@pytest.mark.parametrize("zero", [True, False])
+def test_minus_infinity_with_every_gradient(zero, mass, smoothing, device):
+    """A gradient for the class weights, which has the plain formulas, changes no other: infinite, 0 or finite.
+
+    At a logit of -inf a probability's is infinite, with or without mass, unless the class weight is 0; a class weight's
+    is where there is mass, even if the weight itself is 0.
+    """
+    values = torch.tensor([[0.5, -INF, 1.0], [1.0, 2.0, -1.0]], dtype=torch.float64, device=device)
+    target = torch.tensor([[0.5, mass, 0.5], [0.5, 0.25, 0.25]], dtype=torch.float64, device=device)
+    weight = torch.tensor([1.5, 0.0 if zero else 1.0, 0.5], dtype=torch.float64, device=device)
+    grads = []
+    for needs_weight in (False, True):
+        leaves = [values.clone().requires_grad_(), target.clone().requires_grad_()]
+        w = weight.clone().requires_grad_(needs_weight)
+        loss, stats = cross_entropy(*leaves, w, label_smoothing=smoothing, reduction="sum", return_stats=True)
+        inputs = [*leaves, w] if needs_weight else leaves
+        grads.append([torch.autograd.grad(o, inputs, retain_graph=True) for o in (loss, loss + 2 * stats.nll.sum())])
+    for of_kernel, (*of_formulas, of_weight) in zip(*grads, strict=True):
+        torch.testing.assert_close(of_formulas, list(of_kernel))
+        smoothed = (1 - smoothing) * target + smoothing / 3
+        surprise = values.logsumexp(1, keepdim=True) - values
+        torch.testing.assert_close(of_weight, torch.where(smoothed == 0, 0, smoothed * surprise).sum(0))
+    assert grads[1][0][1][0, 1] == (0 if zero else INF)
+
+
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_softcap_of_infinities(dtype, device):
     """Tanh(inf) = 1: ordinary capped logits of slope 0."""
