@@ -15,6 +15,7 @@ derivative: what is subtracted from or multiplied by z is then not rounded at th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -49,18 +50,30 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return a * torch.where((a == 0) & ~b.isfinite(), 0.0, b)
 
 
-def _cost(weights: Tensor, mass: Tensor, surprise: Tensor) -> Tensor:
-    """Weights * mass * surprise, where 0 times an infinite surprise is 0.
+def _scaled(factor: float, x: Tensor) -> Tensor:
+    """Factor * x; a factor of 0 makes the derivative 0 too, where what it is multiplied by is infinite."""
+    return factor * x if factor != 0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
 
-    The derivative in a factor that is 0 is infinite there all the same, as those of the kernels: a * inf is written
-    xlogy(a, inf), which is 0 where a is, and whose derivative is xlogy(upstream, inf).
+
+def _infinite_slope(x: Tensor, at: Tensor) -> Tensor:
+    """0, whose derivative in x is infinite where ``at``, which must be only where x is 0.
+
+    That is x * inf with 0 * inf = 0, in the value and in what the derivative is multiplied by.
     """
-    infinite = surprise == torch.inf
+    return torch.xlogy(torch.where(at, x, 0.0), torch.inf)
+
+
+def _cost(mass: Tensor, surprise: Tensor) -> Tensor:
+    """Mass * surprise, and 0 for a mass of 0 at an infinite surprise, whose derivative in the mass is infinite."""
+    return _product(mass, surprise) + _infinite_slope(mass, (surprise == torch.inf) & (mass == 0))
+
+
+def _weighted_cost(weights: Tensor, mass: Tensor, surprise: Tensor) -> Tensor:
+    """Weights * _cost, with an infinite derivative in the one factor that is 0, and none where both are."""
     massless = mass == 0
-    of_mass = torch.xlogy(mass, torch.where(infinite & massless, torch.inf, 1.0))
-    of_weights = torch.xlogy(weights, torch.where(infinite & ~massless & (weights == 0), torch.inf, 1.0))
-    nothing = (massless | (weights == 0)) & ~surprise.isfinite()
-    return weights * mass * torch.where(nothing, 0.0, surprise) + weights * of_mass + of_weights * mass
+    zero, other = torch.where(massless, mass, weights), torch.where(massless, weights, mass)
+    at = (surprise == torch.inf) & (zero == 0) & (other != 0)
+    return _product(weights * mass, surprise) + torch.where(at, other, 0.0) * _infinite_slope(zero, at)
 
 
 def is_live(target: Tensor, ignore_index: int) -> Tensor:
@@ -116,26 +129,21 @@ class Rows:
         classes = x.shape[-1]
         if options.softcap is None:
             z = options.logit_scale * x
-            self.slope = torch.full_like(x, options.logit_scale)
-            self.curvature = torch.zeros_like(x)
         else:
-            t = torch.tanh(x * (options.logit_scale / options.softcap))
-            z = options.softcap * t
-            self.slope = options.logit_scale * (1 - t * t)
-            self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
+            self.tanh = torch.tanh(x * (options.logit_scale / options.softcap))
+            z = options.softcap * self.tanh
         largest = _largest(z)
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
-        self.p = self.log_p.exp()
         lse = largest.squeeze(-1) + self.z.logsumexp(-1)
-        self.lse = lse + torch.where(lse.isfinite(), 0.0, torch.nan)  # as the kernels': NaN without a distribution
+        self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as the kernels': NaN without a distribution
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
         kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.mass = kept * self.y + share
+            self.mass = _scaled(kept, self.y) + share
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
@@ -143,25 +151,51 @@ class Rows:
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.mass = (kept * self.y + share) * self.live.unsqueeze(-1)
+            self.mass = (_scaled(kept, self.y) + share) * self.live.unsqueeze(-1)
         self.weights = weights
-        self.b = weights * self.mass
         self.class_weight = kept * weights
-        self.b_sum = self.b.sum(-1)
-        self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
+
+    # ---- what only some results need ----
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """Dz/dx."""
+        if self.options.softcap is None:
+            return torch.full_like(self.z, self.options.logit_scale)
+        return self.options.logit_scale * (1 - self.tanh * self.tanh)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """Probabilities."""
+        return self.log_p.exp()
+
+    @cached_property
+    def b(self) -> Tensor:
+        """What each class's lse - z counts in the loss."""
+        return self.weights * self.mass
+
+    @cached_property
+    def b_sum(self) -> Tensor:
+        """Of each row."""
+        return self.b.sum(-1)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """E = sum p z."""
+        return _product(self.p, self.z).sum(-1)
 
     # ---- values, one per row ----
 
     def loss(self) -> Tensor:
         """Unreduced; 0 for an ignored row."""
-        loss = _cost(self.weights, self.mass, -self.log_p).sum(-1)
+        loss = _weighted_cost(self.weights, self.mass, -self.log_p).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
             loss = loss + self.options.z_loss * self.lse.square()
         return torch.where(self.live, loss, 0.0)
 
     def nll(self) -> Tensor:
         """Lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
-        return _cost(torch.ones_like(self.weights), self.y, -self.log_p).sum(-1)
+        return _cost(self.y, -self.log_p).sum(-1)
 
     def entropy(self) -> Tensor:
         """Of the predicted distribution."""
@@ -226,7 +260,8 @@ class Rows:
         tau = self._mass_gradient(g) * self._along(dq, None)
         out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
         if self.options.softcap is not None:
-            out = out + self.curvature * self._along(dx, None) * self._gradient_z(g)
+            curvature = -2 * self.tanh * self.slope * (self.options.logit_scale / self.options.softcap)
+            out = out + curvature * self._along(dx, None) * self._gradient_z(g)
         return self._restore(out)
 
     def target_gradient_derivative(self, g: RowGradients, dx: Tensor | None) -> Tensor:

@@ -455,7 +455,7 @@ def weights(draw: Any, dtype: torch.dtype, calm: bool, differentiable: bool) -> 
         return None
     own = dtype if calm else draw(mostly(dtype, oracle.DTYPES, 4))
     grad = differentiable and draw(sometimes(3))
-    zeros = not grad and draw(sometimes(4))
+    zeros = draw(sometimes(4))
     return Weight(own, draw(SEEDS), zeros, draw(memories(1)), grad)
 
 

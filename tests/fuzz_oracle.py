@@ -258,9 +258,12 @@ class Rows:
         parts = f.abs() * self.target_weight.abs() + (0 if nll is None else nll.abs().unsqueeze(-1))
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
-        if self.plain:  # which multiplies 0 by an infinite loss, and adds the loss's infinity to that of nll
-            opposed = torch.zeros_like(infinite) if nll is None else f * self.target_weight * nll.unsqueeze(-1) < 0
-            nothing = nothing | (infinite & (opposed | (g == 0) & (self.mass != 0))) | (self.sick & (self.mass == 0))
+        if self.plain:  # which multiplies 0 by an infinite loss or nll, and adds the one's infinity to the other's
+            lost = (f == 0) & (self.mass != 0)
+            if nll is not None:
+                of_nll = nll.unsqueeze(-1)
+                lost = lost | (of_nll == 0) & (self.q != 0) | (f * self.target_weight * of_nll < 0)
+            nothing = nothing | (infinite & lost) | (self.sick & (self.mass == 0))
         allowed = torch.where(nothing, torch.inf, allowed)
         return self.rounded(self.unflat(exact), self.unflat(allowed), dtype)
 

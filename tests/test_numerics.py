@@ -361,14 +361,14 @@ def test_minus_infinity_with_a_gradient_for_the_weight(smoothing, device):
     torch.testing.assert_close(ours, torchs)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("mass", [0.0, 0.5])
 @pytest.mark.parametrize("zero", [True, False])
 def test_minus_infinity_with_every_gradient(zero, mass, smoothing, device):
     """A gradient for the class weights, which has the plain formulas, changes no other: infinite, 0 or finite.
 
-    At a logit of -inf a probability's is infinite, with or without mass, unless the class weight is 0; a class weight's
-    is where there is mass, even if the weight itself is 0.
+    At a logit of -inf a probability's is infinite, with or without mass, unless what it is multiplied by is 0; a class
+    weight's is where there is mass, even if the weight itself is 0. In forward mode and in reverse.
     """
     values = torch.tensor([[0.5, -INF, 1.0], [1.0, 2.0, -1.0]], dtype=torch.float64, device=device)
     target = torch.tensor([[0.5, mass, 0.5], [0.5, 0.25, 0.25]], dtype=torch.float64, device=device)
@@ -385,7 +385,52 @@ def test_minus_infinity_with_every_gradient(zero, mass, smoothing, device):
         smoothed = (1 - smoothing) * target + smoothing / 3
         surprise = values.logsumexp(1, keepdim=True) - values
         torch.testing.assert_close(of_weight, torch.where(smoothed == 0, 0, smoothed * surprise).sum(0))
-    assert grads[1][0][1][0, 1] == (0 if zero else INF)
+    assert grads[1][0][1][0, 1] == (0 if zero or smoothing == 1 else INF)
+
+    def loss_of(q, w):
+        return cross_entropy(values, q, w, label_smoothing=smoothing, reduction="sum")
+
+    # Forward mode multiplies an infinite loss's terms by tangents of 0.
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd) if loss.isfinite() else (torch.func.jacrev,):
+        of_target, of_weight = jacobian(loss_of, (0, 1))(target, weight)
+        torch.testing.assert_close([of_target, of_weight], [grads[1][0][1], grads[1][0][2]])
+
+
+def test_vanishing_mass_at_minus_infinity_with_a_gradient_for_the_weight(device):
+    """Weight times probability is 0 in the arithmetic though neither is: no mass, by the formulas as by the kernel."""
+    values = torch.tensor([[1.0, 2.0, -INF]], device=device)
+    target = torch.tensor([[0.5, 0.5, 1e-30]], device=device)
+    weight = torch.tensor([1.0, 1.0, 1e-30], device=device)
+    losses = [cross_entropy(values, target, weight.clone().requires_grad_(needs)) for needs in (False, True)]
+    assert losses[0].isfinite()
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("special", ["weight", "probability", "upstream"])
+def test_infinite_operands_with_a_gradient_for_the_weight(special, device):
+    """Finite logits and another operand infinite: the loss and a probability's gradient as the kernels have them."""
+    values = torch.tensor([[1.0, 2.0, 3.0]], device=device)
+    target = torch.tensor([[INF if special == "probability" else 0.3, 0.2, 0.5]], device=device).requires_grad_()
+    weight = torch.tensor([INF if special == "weight" else 1.0, 1.0, 1.0], device=device)
+    upstream = torch.tensor(INF if special == "upstream" else 1.0, device=device)
+    results = []
+    for needs in (False, True):
+        loss = cross_entropy(values, target, weight.clone().requires_grad_(needs))
+        results.append((loss, *torch.autograd.grad(loss, target, upstream)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("formulas", [False, True])
+def test_statistics_under_another_default_dtype(formulas, device):
+    """Float32 for operands of float32, whatever torch.set_default_dtype says."""
+    values, target = torch.zeros(2, 3, device=device), torch.full((2, 3), 1 / 3, device=device)
+    weight = torch.ones(3, device=device, requires_grad=formulas)
+    torch.set_default_dtype(torch.float64)
+    try:
+        loss, stats = cross_entropy(values, target, weight, return_stats=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in (loss, stats.lse, stats.nll, stats.entropy)} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
