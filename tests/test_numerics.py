@@ -345,6 +345,20 @@ def test_minus_infinity_without_target_mass(dtype, classes, device):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(4, 300), (4, 2047), (4, 32000), (2, 2047, 3)], ids=str)
+def test_one_class_with_most_of_the_mass(shape, smoothing, device):
+    """Sums of masses and logits where every small term would be rounded at the size of a large one, the same way."""
+    target = torch.zeros(shape).scatter_(1, torch.randint(shape[1], (shape[0], 1, *shape[2:])), 1.0)
+    if not smoothing:
+        target = 0.9 * target + 0.1 / shape[1]
+    units = 8 if device.type == "cpu" else 16  # a thread of the CUDA kernels adds more terms in a row
+    for values in (torch.zeros(shape), torch.randn(shape)):
+        loss, _ = run(values.to(device), target.to(device), reduction="none", label_smoothing=smoothing)
+        exact = oracle.cross_entropy(values, target, reduction="none", label_smoothing=smoothing).loss
+        oracle.assert_within(loss, exact, units * oracle.roundoff(torch.float32) * exact, "loss")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_minus_infinity_with_a_gradient_for_the_weight(smoothing, device):
     """Infinite as torch's is, for the classes and rows that have mass there; of no mass it is 0."""
     values, weight = torch.tensor([[0.0, -INF, 1.0], [1.0, 2.0, -INF]]), torch.tensor([1.0, 2.0, 0.5])
