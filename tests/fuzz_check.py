@@ -370,7 +370,13 @@ class Layer:
         if "linear_bias" in wide:
             logits, magnitude = logits + wide["linear_bias"], magnitude + wide["linear_bias"].abs()
         error = (self.accumulated * (w.shape[-1] + 4)) * magnitude + oracle.roundoff(self.dtype) * logits.abs()
-        self.error = fuzz_oracle.finite(error.detach()) + oracle.underflow(self.dtype) * 4
+        # Processors with instructions for products of bfloat16 take subnormal factors for 0.
+        self.flushed = torch.finfo(self.dtype).smallest_normal if self.dtype == torch.bfloat16 else 0.0
+        # Of a product that is subnormal, in each sum.
+        self.lost = oracle.underflow(oracle.arithmetic(self.dtype))
+        subnormal = self.flushed * (x.abs().sum(1, keepdim=True) + matrix.abs().sum(1)).unflatten(-1, w.shape[:-1])
+        subnormal = subnormal + w.shape[-1] * self.lost + oracle.underflow(self.dtype) * 4
+        self.error = fuzz_oracle.finite((error + subnormal).detach())
         self.logits = logits if case.linear.batch else logits[0]
         self.error = self.error if case.linear.batch else self.error[0]
         self.target = target
@@ -384,15 +390,12 @@ class Layer:
         e = error.reshape(g.shape).clamp(max=1e300) + u * g + oracle.underflow(self.dtype) * (1 + scale)
         x, w = fuzz_oracle.finite(self.x.detach()).abs(), fuzz_oracle.finite(self.w.detach()).abs().flatten(0, -2)
         rows, columns = self.accumulated * (len(g) + 4), self.accumulated * (g.shape[1] + 4)
-        # Processors with instructions for products of bfloat16 take subnormal factors for 0.
-        flushed = torch.finfo(self.dtype).smallest_normal if self.dtype == torch.bfloat16 else 0.0
-        e = e + flushed
-        lost = oracle.underflow(oracle.arithmetic(self.dtype))  # in each sum, of a product that is subnormal
+        e = e + self.flushed
         per_chunk = u if self.dtype.itemsize == 2 else 0  # each chunk's product is rounded
-        of_input, of_weight = flushed * g.sum(1, keepdim=True), flushed * g.sum(0).unsqueeze(1)
+        of_input, of_weight = self.flushed * g.sum(1, keepdim=True), self.flushed * g.sum(0).unsqueeze(1)
         return {
-            "input": e @ w + (columns + per_chunk) * (g @ w) + of_input + g.shape[1] * lost,
-            "linear_weight": e.t() @ x + (rows + per_chunk) * (g.t() @ x) + of_weight + len(g) * lost,
+            "input": e @ w + (columns + per_chunk) * (g @ w) + of_input + g.shape[1] * self.lost,
+            "linear_weight": e.t() @ x + (rows + per_chunk) * (g.t() @ x) + of_weight + len(g) * self.lost,
             "linear_bias": e.sum(0) + rows * g.sum(0),
         }
 
