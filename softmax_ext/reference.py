@@ -15,7 +15,6 @@ derivative: what is subtracted from or multiplied by z is then not rounded at th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _scaled(factor: float, x: Tensor) -> Tensor:
     """Factor * x; a factor of 0 makes the derivative 0 too, where what it is multiplied by is infinite."""
-    return factor * x if factor != 0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+    return factor * x if factor != 0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, factor * x.detach())
 
 
 def _infinite_slope(x: Tensor, at: Tensor) -> Tensor:
@@ -129,12 +128,17 @@ class Rows:
         classes = x.shape[-1]
         if options.softcap is None:
             z = options.logit_scale * x
+            self.slope = torch.full_like(x, options.logit_scale)
+            self.curvature = torch.zeros_like(x)
         else:
-            self.tanh = torch.tanh(x * (options.logit_scale / options.softcap))
-            z = options.softcap * self.tanh
+            t = torch.tanh(x * (options.logit_scale / options.softcap))
+            z = options.softcap * t
+            self.slope = options.logit_scale * (1 - t * t)
+            self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
         largest = _largest(z)
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
+        self.p = self.log_p.exp()
         lse = largest.squeeze(-1) + self.z.logsumexp(-1)
         self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as the kernels': NaN without a distribution
 
@@ -154,35 +158,9 @@ class Rows:
             self.mass = (_scaled(kept, self.y) + share) * self.live.unsqueeze(-1)
         self.weights = weights
         self.class_weight = kept * weights
-
-    # ---- what only some results need ----
-
-    @cached_property
-    def slope(self) -> Tensor:
-        """Dz/dx."""
-        if self.options.softcap is None:
-            return torch.full_like(self.z, self.options.logit_scale)
-        return self.options.logit_scale * (1 - self.tanh * self.tanh)
-
-    @cached_property
-    def p(self) -> Tensor:
-        """Probabilities."""
-        return self.log_p.exp()
-
-    @cached_property
-    def b(self) -> Tensor:
-        """What each class's lse - z counts in the loss."""
-        return self.weights * self.mass
-
-    @cached_property
-    def b_sum(self) -> Tensor:
-        """Of each row."""
-        return self.b.sum(-1)
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """E = sum p z."""
-        return _product(self.p, self.z).sum(-1)
+        self.b = weights * self.mass
+        self.b_sum = self.b.sum(-1)
+        self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
 
     # ---- values, one per row ----
 
@@ -260,8 +238,7 @@ class Rows:
         tau = self._mass_gradient(g) * self._along(dq, None)
         out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
         if self.options.softcap is not None:
-            curvature = -2 * self.tanh * self.slope * (self.options.logit_scale / self.options.softcap)
-            out = out + curvature * self._along(dx, None) * self._gradient_z(g)
+            out = out + self.curvature * self._along(dx, None) * self._gradient_z(g)
         return self._restore(out)
 
     def target_gradient_derivative(self, g: RowGradients, dx: Tensor | None) -> Tensor:

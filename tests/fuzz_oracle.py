@@ -259,7 +259,7 @@ class Rows:
         allowed = self._allow(parts * self.e, parts * (1 + self.minus_log_p))
         nothing = (g == 0) & (self.sick if nll is None else self.sick | infinite)  # 0 or NaN
         if self.plain:  # which multiplies 0 by an infinite loss or nll, and adds the one's infinity to the other's
-            lost = (f == 0) & (self.mass != 0)
+            lost = (f == 0) & (self.mass != 0) if loss is not None else torch.zeros_like(infinite)
             if nll is not None:
                 of_nll = nll.unsqueeze(-1)
                 lost = lost | (of_nll == 0) & (self.q != 0) | (f * self.target_weight * of_nll < 0)

@@ -157,6 +157,20 @@ def test_weight_gets_a_gradient_with_probabilities():
     same(cross_entropy, randn(3, 4), randn(3, 4, seed=1).softmax(1), W)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_statistics_with_a_gradient_for_the_weight(backend):
+    """By the plain formulas, which Dynamo traces."""
+    operands = [randn(3, 4), randn(3, 4, seed=1).softmax(1), randn(4, seed=2).exp()]
+    operands = [t.detach().requires_grad_() for t in operands]
+
+    def f(x: Tensor, q: Tensor, w: Tensor) -> Tensor:
+        loss, stats = cross_entropy(x, q, w, label_smoothing=0.1, z_loss=0.1, softcap=3.0, return_stats=True)
+        return loss + stats.lse.sum() + 2 * stats.nll.sum() + 3 * stats.entropy.sum()
+
+    grads = [torch.autograd.grad(g(*operands), operands) for g in (f, compiled(f, backend=backend))]
+    assert_close(*grads)
+
+
 @pytest.mark.parametrize("module", [CrossEntropyLoss(W, **ALL), CrossEntropyLoss(return_stats=True)], ids=str)
 def test_loss_modules(module):
     same(module, randn(3, 4), Y)

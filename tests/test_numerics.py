@@ -440,6 +440,20 @@ def test_infinite_operands_with_a_gradient_for_the_weight(special, device):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_probabilities_that_are_none_with_a_gradient_for_the_weight(value, smoothing, device):
+    """They make the loss what the kernels make it, also where smoothing leaves nothing of them."""
+    values, weight = torch.tensor([[1.0, 2.0, 3.0]], device=device), torch.ones(3, device=device)
+    target = torch.tensor([[value, 0.5, 0.5]], device=device)
+    losses = [
+        cross_entropy(values, target, weight.clone().requires_grad_(needs), label_smoothing=smoothing)
+        for needs in (False, True)
+    ]
+    assert not losses[0].isfinite()
+    torch.testing.assert_close(losses[1], losses[0], equal_nan=True)
+
+
 @pytest.mark.parametrize("formulas", [False, True])
 def test_statistics_under_another_default_dtype(formulas, device):
     """Float32 for operands of float32, whatever torch.set_default_dtype says."""
