@@ -274,12 +274,12 @@ void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at
 template <typename T>
 void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const T* z, const T* q, int64_t classes,
                       int64_t first) {
-  constexpr int64_t L = kLanes<T>, kRunClasses = 8;  // short runs: add_runs
+  constexpr int64_t L = kLanes<T>, kRunClasses = 8, kSummedRuns = 32;  // short runs: add_runs
   alignas(64) T lanes[4][L];
   for (int64_t r = 0; r < L; r++) lanes[0][r] = static_cast<T>(terms[r].shift);
   const Vec<T> shift = Vec<T>::loadu(lanes[0]);
-  for (int64_t begin = 0; begin < classes; begin += kSummedClasses) {
-    const int64_t end = std::min(classes, begin + kSummedClasses);
+  for (int64_t begin = 0; begin < classes; begin += kSummedRuns) {
+    const int64_t end = std::min(classes, begin + kSummedRuns);
     TermSums<T> sums;
     for (int64_t run = begin; run < end; run += kRunClasses) {
       TermSums<T> of_run;

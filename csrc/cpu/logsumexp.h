@@ -191,8 +191,8 @@ inline Vec<T> max_of_columns(const T* z, int64_t classes, const Vec<T>& previous
   return max;
 }
 
-// Classes that are summed in T before they join the sum in double.
-constexpr int64_t kSummedClasses = 32;
+// Classes that are summed in T before they join the sum in double: few, as every rounding is relative to the sum so far.
+constexpr int64_t kSummedClasses = 8;
 
 // Merges into row r the sums of a block, whose `maximal` classes that reach the new maximum are not in `rest`.
 template <typename T>
@@ -222,10 +222,12 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
     max[k] = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r + k * L);
     max[k] = max_of_columns<Weighted>(z + r + k * L, classes, max[k], where[k]);
   }
-  alignas(64) double rest[N * L], maximal[N * L], weighted_sum[N * L];
+  alignas(64) double rest[N * L], weighted_sum[N * L];
+  Vec<T> maximal[N];
+  for (int k = 0; k < N; k++) maximal[k] = Vec<T>(0);
   const auto sum_from = [&](int64_t begin, bool is_first) {
-    Vec<T> s[N], w[N], n[N];
-    for (int k = 0; k < N; k++) s[k] = w[k] = n[k] = Vec<T>(0);
+    Vec<T> s[N], w[N];
+    for (int k = 0; k < N; k++) s[k] = w[k] = Vec<T>(0);
     for (int64_t c = begin; c < std::min(classes, begin + kSummedClasses); c++) {
       for (int k = 0; k < N; k++) {
         ahead[k].fetch(c);
@@ -233,14 +235,13 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
         const Vec<T> x = Vec<T>::loadu(z + at);
         const Vec<T> d = x - max[k];
         const Vec<T> e = exp_nonpositive(d);
-        add_apart(s[k], n[k], e, x, max[k]);
+        add_apart(s[k], maximal[k], e, x, max[k]);
         if constexpr (Weighted) w[k] = w[k] + multiply_or_zero(e, d);
         if constexpr (Keep) e.store(kept + at);
       }
     }
     for (int k = 0; k < N; k++) {
       add_to(rest + k * L, s[k], is_first);
-      add_to(maximal + k * L, n[k], is_first);
       if constexpr (Weighted) add_to(weighted_sum + k * L, w[k], is_first);
     }
   };
@@ -248,11 +249,13 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
   for (int64_t begin = kSummedClasses; begin < classes; begin += kSummedClasses) sum_from(begin, false);
   for (int k = 0; k < N; k++) {
     const int64_t from = r + k * L, lane = k * L;
+    alignas(64) T ties[L];  // a count, exact: a block has less than 2^24 classes
+    maximal[k].store(ties);
     if (begins) {
       max[k].store(sums.max + from);
       for (int64_t i = 0; i < L; i += kLanes<double>) {
-        const DoubleVec ties = load_double(maximal + lane + i) - DoubleVec(1);
-        (load_double(rest + lane + i) + ties).store(sums.rest + from + i);
+        const DoubleVec further = load_double(ties + i) - DoubleVec(1);
+        (load_double(rest + lane + i) + further).store(sums.rest + from + i);
       }
       if constexpr (Weighted) std::copy(weighted_sum + lane, weighted_sum + lane + L, sums.weighted + from);
       if constexpr (Weighted) std::fill(sums.argmax + from, sums.argmax + from + L, int64_t{0});
@@ -260,7 +263,7 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
       alignas(64) T new_max[L];
       max[k].store(new_max);
       for (int64_t i = 0; i < L; i++)
-        merge(sums, from + i, new_max[i], rest[lane + i], maximal[lane + i], Weighted ? weighted_sum[lane + i] : 0);
+        merge(sums, from + i, new_max[i], rest[lane + i], ties[i], Weighted ? weighted_sum[lane + i] : 0);
     }
     if constexpr (Weighted) {
       alignas(64) T classes_where[L];
