@@ -67,7 +67,7 @@ def _autocast(tensor: Tensor) -> Tensor:
 def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
     """The target as [N, *K] or [N, C, *K]."""
     checks.check_dense(_OP, "target", target)
-    batch, classes = input.shape[:-1], linear_weight.shape[0]
+    given, batch, classes = target, input.shape[:-1], linear_weight.shape[0]
     if input.dim() > 2:
         if target.shape == batch:
             target = target.flatten()
@@ -78,9 +78,13 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
             checks.refuse(ValueError, _OP, "target", need, checks.describe(target))
         batch = target.shape[:1]
     logits_shape = (*batch, *linear_weight.shape[:-1])
-    if ignore_index is not None and target.shape == logits_shape:
-        need = "be None with a target of probabilities"
-        checks.refuse(RuntimeError, _OP, "ignore_index", need, f"{ignore_index}")
+    if target.shape == logits_shape:
+        if ignore_index is not None:
+            need = "be None with a target of probabilities"
+            checks.refuse(RuntimeError, _OP, "ignore_index", need, f"{ignore_index}")
+        if not target.is_floating_point():
+            need = "be floating (class probabilities) if it has the shape of the logits"
+            checks.refuse(RuntimeError, _OP, "target", need, checks.describe(given))
     logits = input.detach().new_empty(()).expand(logits_shape)
     _, target = checks.check_target(_OP, logits, target, -100)
     return target.unsqueeze(0) if input.dim() == 1 else target

@@ -450,8 +450,8 @@ def targets(draw: Any, logits_shape: tuple[int, ...], calm: bool, rank: int | No
 
 
 @st.composite
-def weights(draw: Any, dtype: torch.dtype, calm: bool, differentiable: bool) -> Weight | None:
-    if not draw(sometimes(2)):
+def weights(draw: Any, dtype: torch.dtype, calm: bool, differentiable: bool, always: bool) -> Weight | None:
+    if not always and not draw(sometimes(2)):
         return None
     own = dtype if calm else draw(mostly(dtype, oracle.DTYPES, 4))
     grad = differentiable and draw(sometimes(3))
@@ -483,12 +483,16 @@ def layers(draw: Any, classes: int, calm: bool) -> Linear:
 
 
 @st.composite
-def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> LossCase:
-    """``strategy``: default, overwriting (precompute_grad, inplace) or linear; ``calm``: small, float64 and finite."""
+def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake: str | None = None) -> LossCase:
+    """``strategy``: default, overwriting (precompute_grad, inplace) or linear; ``calm``: small, float64 and finite.
+
+    ``mistake`` is made where the other arguments allow it; None: seldom one, by chance.
+    """
     linear = overwriting = None
     classes = draw(class_counts(calm))
     is_linear, overwriting = strategy == "linear", strategy == "overwriting"
-    mistake = "" if calm else draw(mostly("", MISTAKES + (MISTAKES_OF_LINEAR if is_linear else []), 15))
+    if mistake is None:
+        mistake = "" if calm else draw(mostly("", MISTAKES + (MISTAKES_OF_LINEAR if is_linear else []), 15))
     target_rank = None
     if is_linear:
         classes = min(classes, 300)
@@ -507,7 +511,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
     if calm:
         inplace = False
     target = draw(targets(shape, calm, target_rank, not inplace or draw(sometimes(20))))
-    weight = draw(weights(dtype, calm, target.probabilities))
+    weight = draw(weights(dtype, calm, target.probabilities, mistake.startswith("weight's")))
     ignore = draw(mostly(None if is_linear else -100, [-100, 0, 1, classes + 3, -1, 200], 3))
     if target.probabilities:
         ignore = None if is_linear else draw(st.sampled_from([-100, -1]))
@@ -552,3 +556,15 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False) -> Loss
         not calm and draw(sometimes(2 if is_linear else 4)),
         mistake,
     )
+
+
+@st.composite
+def mistaken_cases(draw: Any) -> LossCase:
+    """With one of the mistakes, each as often as another."""
+    mistake = draw(st.sampled_from(MISTAKES + MISTAKES_OF_LINEAR))
+    strategies = ["default", "overwriting", "linear"]
+    if mistake in MISTAKES_OF_LINEAR:
+        strategies = ["linear"]
+    if mistake == "leaf":
+        strategies = ["overwriting"]
+    return draw(loss_cases(draw(st.sampled_from(strategies)), mistake=mistake))

@@ -204,6 +204,10 @@ class Call:
     def many_dimensions(self) -> bool:
         return self.case.linear is not None and len(self.case.linear.batch) > 1
 
+    def of_the_logits_shape(self) -> bool:
+        """Whether the target is, be it by mistake."""
+        return self.tensors["target"].shape == (*self.case.linear.batch, self.case.classes)
+
     def _flat(self, target: Tensor) -> Tensor:
         batch = self.case.linear.batch
         if target.shape[: len(batch)] != batch:
@@ -253,7 +257,7 @@ def _check_refusal(call: Call, error: Exception, torchs: Exception | None) -> No
     if call.refuses_inplace():
         assert isinstance(error, (INPLACE, type(torchs))), repr(error)
         return
-    if call.many_dimensions() and case.mistake in ("batch", "target's rank"):
+    if call.many_dimensions() and case.mistake in ("batch", "target's rank") and not call.of_the_logits_shape():
         assert isinstance(error, ValueError), repr(error)  # as torch has no such inputs
         return
     same_refusal(error, torchs)

@@ -6,6 +6,7 @@ to hold a gradient and over the instruction sets of this machine, in tests of a 
 
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import fuzz_cases
@@ -28,7 +29,7 @@ SECOND = st.one_of(
     fuzz_cases.softmax_cases(False, True),
     fuzz_cases.softmax_cases(True, True),
 )
-# What is drawn and how many of them in sixteen examples.
+# What is drawn and how many of them in seventeen examples.
 SHARES: dict[str, tuple[st.SearchStrategy[Any], int]] = {
     "softmax": (fuzz_cases.softmax_cases(False), 1),
     "log_softmax": (fuzz_cases.softmax_cases(True), 1),
@@ -36,6 +37,7 @@ SHARES: dict[str, tuple[st.SearchStrategy[Any], int]] = {
     "cross_entropy-overwriting": (fuzz_cases.loss_cases("overwriting"), 3),
     "linear_cross_entropy": (fuzz_cases.loss_cases("linear"), 4),
     "second_derivatives": (SECOND, 2),
+    "mistakes": (fuzz_cases.mistaken_cases(), 1),
 }
 
 
@@ -73,18 +75,23 @@ def check(case: SoftmaxCase | LossCase, kind: str, device: Any) -> None:
         fuzz_check.check_loss(case, device)
 
 
-@pytest.mark.parametrize("part", parts(), ids=str)
-def test_against_torch(part, device, record_property):
-    count = 0
-
-    @settings(
-        max_examples=part.examples,
+def drawn(examples: int, name: str) -> Callable[[Any], Any]:
+    """Decorates a test with what Hypothesis has to know; the name decides what is drawn."""
+    draws = settings(
+        max_examples=examples,
         database=None,
         deadline=None,
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    @seed(zlib.crc32(f"{SEED} {part}".encode()))
+    return lambda test: draws(seed(zlib.crc32(name.encode()))(test))
+
+
+@pytest.mark.parametrize("part", parts(), ids=str)
+def test_against_torch(part, device, record_property):
+    count = 0
+
+    @drawn(part.examples, f"{SEED} {part}")
     @given(SHARES[part.kind][0])
     def examples(case):
         nonlocal count
@@ -95,6 +102,20 @@ def test_against_torch(part, device, record_property):
     _C.select_isa(part.isa)
     try:
         examples()
+        assert count >= part.examples
     finally:
         _C.select_isa(before)
         record_property("examples", count)
+
+
+def test_every_mistake_is_drawn_and_refused(device):
+    refused = set()
+
+    @drawn(200, "mistakes")
+    @given(fuzz_cases.mistaken_cases())
+    def examples(case):
+        _, error = fuzz_check.outcome(fuzz_check.Call(case, device).ours)
+        refused.update({case.mistake} - {""} if error else ())
+
+    examples()
+    assert refused == {*fuzz_cases.MISTAKES, *fuzz_cases.MISTAKES_OF_LINEAR}
