@@ -53,6 +53,7 @@ def everything(x: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("shape", [(40, 30), (200, 3000)], ids=str)
 def test_eight_threads_on_shared_inputs(shape):
     """All on the same tensors: the leaf, the classes, the weights. Ten rounds each."""
+    torch.set_num_threads(4)  # within each call, where there is work for them
     rows, classes = shape
     x = torch.randn(shape).requires_grad_()
     inputs = (x, torch.randint(0, classes, (rows,)), torch.rand(classes) + 0.5)
@@ -127,8 +128,8 @@ def test_other_threads_run_while_a_kernel_runs(prepare):
 
 def training_step(index: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(index)
-    x = torch.randn(200, 300, generator=generator).requires_grad_()
-    loss = cross_entropy(x, torch.randint(0, 300, (200,), generator=generator))
+    x = torch.randn(400, 600, generator=generator).requires_grad_()
+    loss = cross_entropy(x, torch.randint(0, 600, (400,), generator=generator))
     (gradient,) = torch.autograd.grad(loss, x)
     return [loss.detach(), gradient, softmax(x.detach(), 0)]
 
@@ -146,6 +147,7 @@ class Steps(Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_data_loader(context):
     """Started after this process has used the package on all its threads."""
+    torch.set_num_threads(4)
     expected = [training_step(i) for i in range(8)]
     loader = DataLoader(Steps(), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=100)
     pids = set()
