@@ -115,8 +115,9 @@ dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/; the sdist 
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-audit: $(VENV_AUDIT)/.installed $(VENV)/torch.txt ## ask for known vulnerabilities of torch and all of constraints.txt
-	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt --requirement $(VENV)/torch.txt
+audit: $(VENV_AUDIT)/.installed $(VENV)/torch.txt ## ask for known vulnerabilities of torch and every pinned version
+	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt \
+		--requirement benchmarks/requirements-peers.txt --requirement $(VENV)/torch.txt
 
 clean: ## remove everything built; keep .venv
 	rm -rf build dist demo *.egg-info softmax_ext/*.so $(VENV)/.built

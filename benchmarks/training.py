@@ -110,13 +110,13 @@ PARTS = {
     part.name: part
     for part in (
         Part("float32", "float32 weights", torch.float32, False, (FLOAT64, *_OF_LOGITS, LINEAR, CONTROL)),
-        Part("bfloat16", "bfloat16 weights", torch.bfloat16, False, ("default", LINEAR, CONTROL)),
+        Part("bfloat16", "bfloat16 weights", torch.bfloat16, False, (*_OF_LOGITS, LINEAR, CONTROL)),
         Part(
             "autocast",
             "float32 weights under torch.autocast in bfloat16",
             torch.float32,
             True,
-            (FLOAT64, "default", "inplace, precompute_grad", LINEAR, CONTROL),
+            (FLOAT64, *_OF_LOGITS, LINEAR, CONTROL),
         ),
     )
 }
