@@ -136,7 +136,7 @@ void close_batch(RowBatch<T>& batch) {
   const int64_t padded = round_up(batch.rows, std::max(kLanes<double>, kLanes<T>));
   for (int64_t r = batch.rows; r < padded; r++) {
     batch.z[r] = batch.sums.max[r] = 0;
-    batch.live[r] = batch.weight[r] = batch.sums.rest[r] = 0;
+    batch.live[r] = batch.weight[r] = batch.sums.rest[r] = batch.sums.lost[r] = 0;
     batch.dot[r] = batch.b_sum[r] = batch.q_dot[r] = batch.q_sum[r] = batch.sums.weighted[r] = 0;
   }
 }
@@ -151,14 +151,16 @@ bool ignored_has_no_gradient(const CrossEntropy<T>& p) {
 
 // The sums of RowBatch for one row, taken of z - shift, with the row's maximum so far as the shift, so that nothing is
 // rounded at the magnitude of the logits.
+template <typename T>
 struct RowTerms {
-  double shift = 0, dot = 0, b_sum = 0, q_dot = 0, q_sum = 0;
+  double shift = 0;
+  LongSum<T> dot, b_sum, q_dot, q_sum;
 
   // Follows the maximum; before the first finite one nothing finite has been added.
   void move_to(double max) {
     if (!std::isfinite(max) || max == shift) return;
-    dot += b_sum * (shift - max);
-    q_dot += q_sum * (shift - max);
+    dot.add(b_sum.value() * (shift - max));
+    q_dot.add(q_sum.value() * (shift - max));
     shift = max;
   }
 };
@@ -217,7 +219,7 @@ enum class Terms { kOfB, kOfQ, kBoth };
 // Adds the terms of n classes, each vector's by add(sums, i, count). They are summed in T in short runs: one class can
 // have nearly all the mass, and what is added to its lane afterwards is rounded at its magnitude, every time the same way.
 template <Terms terms, typename T, typename Add>
-inline void add_runs(RowTerms& row, int64_t n, const Add& add) {
+inline void add_runs(RowTerms<T>& row, int64_t n, const Add& add) {
   constexpr int64_t kRun = 16 * kLanes<T>;
   for (int64_t begin = 0; begin < n; begin += kRun) {
     TermSums<T> sums[4];
@@ -227,17 +229,17 @@ inline void add_runs(RowTerms& row, int64_t n, const Add& add) {
     };
     const double q_dot = terms == Terms::kOfB ? 0 : total(&TermSums<T>::q_dot);
     const double q_sum = terms == Terms::kOfB ? 0 : total(&TermSums<T>::q_sum);
-    row.q_dot += q_dot;
-    row.q_sum += q_sum;
-    row.dot += terms == Terms::kOfQ ? q_dot : total(&TermSums<T>::dot);
-    row.b_sum += terms == Terms::kOfQ ? q_sum : total(&TermSums<T>::b_sum);
+    row.q_dot.add(q_dot);
+    row.q_sum.add(q_sum);
+    row.dot.add(terms == Terms::kOfQ ? q_dot : total(&TermSums<T>::dot));
+    row.b_sum.add(terms == Terms::kOfQ ? q_sum : total(&TermSums<T>::b_sum));
   }
 }
 
 // z is padded to whole vectors.
 template <typename T>
-void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n, int64_t first,
-                   T* q_block) {
+void add_row_terms(RowTerms<T>& terms, const CrossEntropy<T>& p, const Position& at, const T* z, int64_t n,
+                   int64_t first, T* q_block) {
   const Vec<T> shift(static_cast<T>(terms.shift)), zero(0);
   const auto shifted = [&](int64_t i, int64_t count) {
     const Vec<T> d = Vec<T>::loadu(z + i) - shift;
@@ -272,7 +274,7 @@ void add_row_terms(RowTerms& terms, const CrossEntropy<T>& p, const Position& at
 
 // One vector of rows of a tile, terms' [0, lanes).
 template <typename T>
-void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const T* z, const T* q, int64_t classes,
+void add_column_terms(RowTerms<T>* terms, const CrossEntropy<T>& p, const T* z, const T* q, int64_t classes,
                       int64_t first) {
   constexpr int64_t L = kLanes<T>, kRunClasses = 8, kSummedRuns = 32;  // short runs: add_runs
   alignas(64) T lanes[4][L];
@@ -297,20 +299,20 @@ void add_column_terms(RowTerms* terms, const CrossEntropy<T>& p, const T* z, con
     sums.q_dot.store(lanes[2]);
     sums.q_sum.store(lanes[3]);
     for (int64_t r = 0; r < L; r++) {
-      terms[r].dot += lanes[0][r];
-      terms[r].b_sum += lanes[1][r];
-      terms[r].q_dot += lanes[2][r];
-      terms[r].q_sum += lanes[3][r];
+      terms[r].dot.add(lanes[0][r]);
+      terms[r].b_sum.add(lanes[1][r]);
+      terms[r].q_dot.add(lanes[2][r]);
+      terms[r].q_sum.add(lanes[3][r]);
     }
   }
 }
 
 template <typename T>
-void set_terms(RowBatch<T>& batch, int64_t r, const RowTerms& terms) {
-  batch.dot[r] = terms.dot;
-  batch.b_sum[r] = terms.b_sum;
-  batch.q_dot[r] = terms.q_dot;
-  batch.q_sum[r] = terms.q_sum;
+void set_terms(RowBatch<T>& batch, int64_t r, const RowTerms<T>& terms) {
+  batch.dot[r] = terms.dot.value();
+  batch.b_sum[r] = terms.b_sum.value();
+  batch.q_dot[r] = terms.q_dot.value();
+  batch.q_sum[r] = terms.q_sum.value();
 }
 
 // Writes the gradient of class y of each row, which the loops over the classes leave aside; class 0 of row r is element
@@ -413,7 +415,7 @@ KeptRow<T> kept_row(const CrossEntropy<T>& p, const Position& at, const KeptRows
 template <typename T>
 void reduce_row(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, int64_t r, const KeptRows<T>& keep) {
   Block<T> q_block;
-  RowTerms terms;
+  RowTerms<T> terms;
   const int64_t first = at.offset[kLogits];
   const auto load = [&](int64_t c, int64_t n, T* buffer) { return load_row_block(p, first + c, n, buffer); };
   const auto add_terms = [&](T max, const T* z, int64_t c, int64_t n) {
@@ -590,7 +592,7 @@ enum TileBuffer { kZ, kQ, kGradQ };
 template <typename T>
 struct TileScratch {
   TileBuffers<T> buffers;
-  RowTerms* terms;  // of its rows, where there are any
+  RowTerms<T>* terms;  // of its rows, where there are any
 
   TileScratch(const CrossEntropy<T>& p, Scratch& scratch)
       : buffers(p.layout,
@@ -598,7 +600,7 @@ struct TileScratch {
                 : p.has_probabilities ? 2
                                       : 1,
                 scratch),
-        terms(scratch.take<RowTerms>(has_terms(p) ? kTile : 0)) {}
+        terms(scratch.take<RowTerms<T>>(has_terms(p) ? kTile : 0)) {}
 };
 
 // Whether the logits in the buffer give way to their exponentials.
@@ -629,7 +631,7 @@ Ahead ahead_of_tile(const CrossEntropy<T>& p, const Position& at, int64_t first,
 
 // Adds the terms of the classes [first, first + classes) of a tile, whose sums hold the classes before.
 template <typename T>
-void add_tile_terms(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, RowTerms* terms,
+void add_tile_terms(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, RowTerms<T>* terms,
                     int64_t first, int64_t classes, const TileBuffers<T>& buffers) {
   constexpr int64_t L = kLanes<T>;
   for (int64_t r = 0; r < at.rows; r += L) {
@@ -648,7 +650,7 @@ template <typename T>
 void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch, const TileScratch<T>& scratch) {
   const auto& [buffers, terms] = scratch;
   const bool keeps = keeps_exponentials(p, buffers);
-  if (has_terms(p)) std::fill(terms, terms + kTile, RowTerms{});
+  if (has_terms(p)) std::fill(terms, terms + kTile, RowTerms<T>{});
   if (p.layout.classes == 0)
     for (int64_t r = 0; r < at.rows; r++) batch.sums.set(r, {});
   T* const z = buffers.get(kZ);

@@ -21,23 +21,23 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 template <typename T>
 struct LogSumExp {
   T max = -kInfinity<T>;
-  double rest = 0;      // NaN if any logit so far was
+  LongSum<T> rest;      // NaN if any logit so far was
   double weighted = 0;  // sum of exp(z_c - max) (z_c - max), where it is asked for
   int64_t argmax = 0;   // first class of largest logit; where `weighted` is asked for, of the first NaN if there is one
 
   // A row without a finite maximum has no distribution: NaN, as in torch.
-  double rest_or_nan() const { return max > -kInfinity<T> && max < kInfinity<T> ? rest : kNaN; }
+  double rest_or_nan() const { return max > -kInfinity<T> && max < kInfinity<T> ? rest.value() : kNaN; }
 
   // Rescales the sums to a larger maximum; the old maximum's own exponential joins `rest`.
   void raise(T larger) {
     if (max == -kInfinity<T>) {
-      rest = std::isnan(rest) ? rest : 0;
+      rest = {std::isnan(rest.sum) ? kNaN : 0};
       weighted = 0;
     } else {
       const double step = static_cast<double>(max) - larger;
       const double scale = std::exp(step);
-      weighted = (weighted + step * (1 + rest)) * scale;
-      rest = (1 + rest) * scale;
+      weighted = (weighted + step * (1 + rest.value())) * scale;
+      rest = {(1 + rest.value()) * scale};
     }
     max = larger;
   }
@@ -48,13 +48,15 @@ template <typename T>
 struct RowSums {
   alignas(64) T max[kTile];
   alignas(64) double rest[kTile];
+  alignas(64) double lost[kTile];
   alignas(64) double weighted[kTile];
   int64_t argmax[kTile];
 
-  LogSumExp<T> get(int64_t r) const { return {max[r], rest[r], weighted[r], argmax[r]}; }
+  LogSumExp<T> get(int64_t r) const { return {max[r], {rest[r], lost[r]}, weighted[r], argmax[r]}; }
   void set(int64_t r, const LogSumExp<T>& row) {
     max[r] = row.max;
-    rest[r] = row.rest;
+    rest[r] = row.rest.sum;
+    lost[r] = row.rest.lost;
     weighted[r] = row.weighted;
     argmax[r] = row.argmax;
   }
@@ -100,7 +102,7 @@ inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t
   if (std::isnan(row.max)) return -1;
   const T block_max = max_of_run<Weighted>(z, padded);
   if (block_max == -kInfinity<T>) {
-    if (row.max == block_max && first_of_run(z, padded, is_nan) >= 0) row.rest = kNaN;
+    if (row.max == block_max && first_of_run(z, padded, is_nan) >= 0) row.rest.sum = kNaN;
     return -1;
   }
   if (block_max <= row.max) return -1;
@@ -132,7 +134,7 @@ inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* kept, cons
   for (; i + 4 * L <= padded; i += 4 * L)
     for (int k = 0; k < 4; k++) add(k, i + k * L);
   for (; i < padded; i += L) add(0, i);
-  row.rest += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  row.rest.add(sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])));
   if constexpr (Weighted) row.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
 }
 
@@ -196,14 +198,15 @@ constexpr int64_t kSummedClasses = 8;
 
 // Merges into row r the sums of a block, whose `maximal` classes that reach the new maximum are not in `rest`.
 template <typename T>
-inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double maximal, double weighted) {
+inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double lost, double maximal, double weighted) {
   LogSumExp<T> row = sums.get(r);
   if (!(max == row.max)) {
     row.raise(max);
     maximal -= 1;
   }
   if (max == -kInfinity<T>) maximal = weighted = 0;
-  row.rest += rest + maximal;
+  row.rest.add(rest + maximal);
+  row.rest.lost += lost;
   row.weighted += weighted;
   sums.set(r, row);
 }
@@ -222,7 +225,7 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
     max[k] = begins ? Vec<T>(-kInfinity<T>) : Vec<T>::loadu(sums.max + r + k * L);
     max[k] = max_of_columns<Weighted>(z + r + k * L, classes, max[k], where[k]);
   }
-  alignas(64) double rest[N * L], weighted_sum[N * L];
+  alignas(64) double rest[N * L], lost[N * L] = {}, weighted_sum[N * L], weighted_lost[N * L] = {};
   Vec<T> maximal[N];
   for (int k = 0; k < N; k++) maximal[k] = Vec<T>(0);
   const auto sum_from = [&](int64_t begin, bool is_first) {
@@ -241,12 +244,14 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
       }
     }
     for (int k = 0; k < N; k++) {
-      add_to(rest + k * L, s[k], is_first);
-      if constexpr (Weighted) add_to(weighted_sum + k * L, w[k], is_first);
+      add_to(rest + k * L, lost + k * L, s[k], is_first);
+      if constexpr (Weighted) add_to(weighted_sum + k * L, weighted_lost + k * L, w[k], is_first);
     }
   };
   sum_from(0, true);
   for (int64_t begin = kSummedClasses; begin < classes; begin += kSummedClasses) sum_from(begin, false);
+  if constexpr (Weighted)
+    for (int64_t i = 0; i < N * L; i++) weighted_sum[i] += weighted_lost[i];
   for (int k = 0; k < N; k++) {
     const int64_t from = r + k * L, lane = k * L;
     alignas(64) T ties[L];  // a count, exact: a block has less than 2^24 classes
@@ -257,13 +262,15 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
         const DoubleVec further = load_double(ties + i) - DoubleVec(1);
         (load_double(rest + lane + i) + further).store(sums.rest + from + i);
       }
+      std::copy(lost + lane, lost + lane + L, sums.lost + from);
       if constexpr (Weighted) std::copy(weighted_sum + lane, weighted_sum + lane + L, sums.weighted + from);
       if constexpr (Weighted) std::fill(sums.argmax + from, sums.argmax + from + L, int64_t{0});
     } else {
       alignas(64) T new_max[L];
       max[k].store(new_max);
       for (int64_t i = 0; i < L; i++)
-        merge(sums, from + i, new_max[i], rest[lane + i], ties[i], Weighted ? weighted_sum[lane + i] : 0);
+        merge(sums, from + i, new_max[i], rest[lane + i], lost[lane + i], ties[i],
+              Weighted ? weighted_sum[lane + i] : 0);
     }
     if constexpr (Weighted) {
       alignas(64) T classes_where[L];

@@ -153,6 +153,12 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   return sum_lanes(total);
 }
 
+// mass * log_sum - dot, rounded once; without mass -dot, whatever the logarithm.
+inline DoubleVec cost(const DoubleVec& mass, const DoubleVec& log_sum, const DoubleVec& dot) {
+  const DoubleVec zero(0);
+  return DoubleVec::blendv(at::vec::fmsub(mass, log_sum, dot), zero - dot, mass == zero);
+}
+
 // Writes what forward writes of each row and returns the sum of the losses.
 template <typename T>
 double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
@@ -161,7 +167,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   alignas(64) double loss[kTile], nll[kTile], lse[kTile], entropy[kTile];
   DoubleVec total(0);
   for (int64_t r = 0; r < batch.rows; r++)
-    batch.sums.rest[r] = std::isfinite(batch.sums.max[r]) ? batch.sums.rest[r] : kNaN;
+    batch.sums.rest[r] = std::isfinite(batch.sums.max[r]) ? batch.sums.rest[r] + batch.sums.lost[r] : kNaN;
   if (sums_at_once(p) && !p.stats) {
     store_state(p, batch);
     return sum_losses(p, batch);
@@ -171,13 +177,13 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     const DoubleVec log_sum = rest.log1p(), live = load_double(batch.live + r);
     DoubleVec row_nll, row_loss;
     if (p.has_probabilities) {
-      row_nll = multiply_or_zero(load_double(batch.q_sum + r), log_sum) - load_double(batch.q_dot + r);
-      row_loss = multiply_or_zero(load_double(batch.b_sum + r), log_sum) - load_double(batch.dot + r);
+      row_nll = cost(load_double(batch.q_sum + r), log_sum, load_double(batch.q_dot + r));
+      row_loss = cost(load_double(batch.b_sum + r), log_sum, load_double(batch.dot + r));
     } else {
       row_nll = log_sum - (load_double(batch.z + r) - max);
       row_loss = multiply_or_zero(DoubleVec(1 - eps) * load_double(batch.weight + r), row_nll);
       if (eps != 0) {
-        const DoubleVec smoothing = multiply_or_zero(DoubleVec(p.weight_sum), log_sum) - load_double(batch.dot + r);
+        const DoubleVec smoothing = cost(DoubleVec(p.weight_sum), log_sum, load_double(batch.dot + r));
         row_loss = row_loss + DoubleVec(share) * smoothing;
       }
     }

@@ -188,7 +188,7 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
     load_operand_tile(p.layout, kSoftmaxGrad, p.grad_output, p.output_type, at, c, n, g);
     load_operand_tile(p.layout, kSoftmaxOutput, p.output, p.output_type, at, c, n, y);
   };
-  alignas(64) double sum[kTile];
+  alignas(64) double sum[kTile], lost[kTile] = {};
   alignas(64) T total[kTile];
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
@@ -197,10 +197,10 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
         Vec<T> s(0);
         for (int64_t i = begin; i < std::min(n, begin + kSummedClasses); i++)
           s = s + backward_summand(p.log, Vec<T>::loadu(g + i * kTile + r), Vec<T>::loadu(y + i * kTile + r));
-        add_to(sum + r, s, c + begin == 0);
+        add_to(sum + r, lost + r, s, c + begin == 0);
       }
   });
-  for (int64_t r = 0; r < at.rows; r++) total[r] = static_cast<T>(sum[r]);
+  for (int64_t r = 0; r < at.rows; r++) total[r] = static_cast<T>(sum[r] + lost[r]);
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     if (!buffers.whole()) load(c, n);
     for (int64_t r = 0; r < at.rows; r += L) {

@@ -195,14 +195,42 @@ inline void store_double(const DoubleVec& v, float* out) {
 }
 #endif
 
-// sums[i] += v[i], or = v[i] if it is the first
+// What rounding took from sum = a + b (Knuth, The Art of Computer Programming 2, 4.2.2, theorem B).
+template <typename V>
+inline V lost_in(const V& a, const V& b, const V& sum) {
+  const V of_b = sum - a;
+  return (a - (sum - of_b)) + (b - of_b);
+}
+
+// A sum in double. Where T is double too, what rounding takes from it is kept apart: the addends have no more digits otherwise.
 template <typename T>
-inline void add_to(double* sums, const Vec<T>& v, bool first) {
+struct LongSum {
+  double sum = 0, lost = 0;
+
+  void add(double more) {
+    const double before = sum;
+    sum = before + more;
+    if constexpr (std::is_same_v<T, double>) lost += lost_in(before, more, sum);
+  }
+
+  // Of a sum that is not finite nothing is lost.
+  double value() const { return std::isfinite(sum) ? sum + lost : sum; }
+};
+
+// sums[i] += v[i], or = v[i] if it is the first. Where T is double too, what rounding takes from the sums joins lost[i].
+template <typename T>
+inline void add_to(double* sums, double* lost, const Vec<T>& v, bool first) {
   alignas(64) T lanes[kLanes<T>];
   v.store(lanes);
   for (int64_t i = 0; i < kLanes<T>; i += kLanes<double>) {
     const DoubleVec wide = load_double(lanes + i);
-    (first ? wide : DoubleVec::loadu(sums + i) + wide).store(sums + i);
+    if (first) {
+      wide.store(sums + i);
+      continue;
+    }
+    const DoubleVec before = DoubleVec::loadu(sums + i), sum = before + wide;
+    if (std::is_same_v<T, double>) (DoubleVec::loadu(lost + i) + lost_in(before, wide, sum)).store(lost + i);
+    sum.store(sums + i);
   }
 }
 
