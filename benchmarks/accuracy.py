@@ -74,6 +74,17 @@ def offset(dtype: torch.dtype, rows: int, classes: int) -> Problem:
     return Problem((1e4 + max(1.0, spacing / 3) * logits).to(dtype), target)
 
 
+def flat(dtype: torch.dtype, rows: int, classes: int) -> Problem:
+    """0.1 times normal: all probabilities are about the same."""
+    return Problem((0.1 * torch.randn(rows, classes, dtype=torch.float64)).to(dtype), torch.randint(classes, (rows,)))
+
+
+def apart(dtype: torch.dtype, rows: int, classes: int) -> Problem:
+    """The same in memory where the logits of a class, not of a row, are adjacent."""
+    logits, target = flat(dtype, rows, classes)
+    return Problem(logits.t().contiguous().t(), target)
+
+
 class Input(NamedTuple):
     """A kind of logits, and how many of them."""
 
@@ -87,6 +98,8 @@ INPUTS = {
     "peaked": Input(peaked, 400, 200),
     "offset": Input(offset, 400, 200),
     "10 classes": Input(random, 5000, 10),
+    "33 classes, flat": Input(flat, 1500, 33),
+    "100 classes, apart": Input(apart, 500, 100),
     "1e5 classes": Input(random, 2, 100_000),
 }
 

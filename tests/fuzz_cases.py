@@ -460,14 +460,14 @@ def weights(draw: Any, dtype: torch.dtype, calm: bool, differentiable: bool, alw
 
 
 @st.composite
-def layers(draw: Any, classes: int, calm: bool) -> Linear:
+def layers(draw: Any, classes: int, calm: bool, has_bias: bool) -> Linear:
     features = draw(st.sampled_from([1, 2, 3] if calm else [0, 1, 2, 3, 5, 8, 16, 17, 40]))
     further = ()
     batch = draw(batches(classes, 1 if calm else 3))
     if draw(sometimes(3)):
         further = tuple(draw(st.lists(st.sampled_from([2, 3, 1, 0, 2, 3]), min_size=1, max_size=2)))
         batch = (draw(st.sampled_from(SIZES)),)
-    bias = draw(sometimes(2))
+    bias = has_bias or draw(sometimes(2))
     return Linear(
         features,
         batch,
@@ -496,7 +496,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake
     target_rank = None
     if is_linear:
         classes = min(classes, 300)
-        linear = draw(layers(classes, calm))
+        linear = draw(layers(classes, calm, mistake == "bias"))
         rows = (math.prod(linear.batch),) if linear.batch else ()
         shape = (*rows, classes, *linear.further)
         target_rank = len(linear.batch) + len(linear.further)

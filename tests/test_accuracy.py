@@ -17,6 +17,8 @@ INPUTS = {
     "peaked": Input(accuracy.peaked, 30, 200),
     "offset": Input(accuracy.offset, 30, 200),
     "10 classes": Input(accuracy.random, 600, 10),
+    "33 classes, flat": Input(accuracy.flat, 180, 33),
+    "100 classes, apart": Input(accuracy.apart, 60, 100),
     "5000 classes": Input(accuracy.random, 6, 5000),
 }
 # Of float32 and float64: half the ULPs that z - max has at 24, and a small loss by a maximum close by.
