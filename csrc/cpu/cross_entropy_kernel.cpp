@@ -576,11 +576,11 @@ template <typename T>
 double visit_all_rows(const CrossEntropy<T>& p, int64_t begin, int64_t end, Scratch& scratch) {
   const int64_t batch = batch_rows(p);
   const KeptRows<T> keep = keep_rows(p, scratch);
-  double loss = 0;
+  LongSum<double> loss;
   for (int64_t first = begin; first < end; first += batch)
-    loss += visit_rows(p, first, std::min(batch, end - first), keep);
+    loss.add(visit_rows(p, first, std::min(batch, end - first), keep));
   finish_streaming();
-  return loss;
+  return loss.value();
 }
 
 // ---- columns ---------------------------------------------------------------------------------------------------------
@@ -794,10 +794,10 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileScratch<T>& 
 template <typename T>
 double visit_all_tiles(const CrossEntropy<T>& p, int64_t begin, int64_t end, Scratch& scratch) {
   const TileScratch<T> pieces(p, scratch);
-  double loss = 0;
-  for (int64_t unit = begin; unit < end; unit++) loss += visit_tile(p, unit, pieces);
+  LongSum<double> loss;
+  for (int64_t unit = begin; unit < end; unit++) loss.add(visit_tile(p, unit, pieces));
   finish_streaming();
-  return loss;
+  return loss.value();
 }
 
 template <typename T>

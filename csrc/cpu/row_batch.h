@@ -129,6 +129,14 @@ inline bool sums_at_once(const CrossEntropy<T>& p) {
   return !p.loss && !p.has_probabilities && !p.weight && p.z_loss == 0;
 }
 
+inline double sum_of(const DoubleVec& losses) {
+  alignas(64) double lanes[kLanes<double>];
+  losses.store(lanes);
+  LongSum<double> sum;
+  for (double loss : lanes) sum.add(loss);
+  return sum.value();
+}
+
 // The sum of the losses with one logarithm for each lane: sum log1p(rest) = log1p(prod (1 + rest) - 1), the product less one
 // being built up as it is, without a loss of small figures. 16 factors of up to 10^19 do not overflow.
 template <typename T>
@@ -150,7 +158,7 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
     }
     total = total + product_less_one.log1p() + rest_of_loss;
   }
-  return sum_lanes(total);
+  return sum_of(total);
 }
 
 // mass * log_sum - dot, rounded once; without mass -dot, whatever the logarithm.
@@ -206,7 +214,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     scatter(batch, entropy, p.entropy);
     scatter(batch, batch.sums.argmax, p.prediction);
   }
-  return sums_at_once(p) ? sum_losses(p, batch) : sum_lanes(total);
+  return sums_at_once(p) ? sum_losses(p, batch) : sum_of(total);
 }
 
 // ---- gradient ----------------------------------------------------------------------------------------------------
