@@ -104,9 +104,9 @@ def _formula_gradients(
     options: Options,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """(grad_input, grad_target) by torch's operations, where a batched gradient is to be differentiated again.
+    """(grad_input, grad_target) by torch's operations, where a batched gradient is differentiated itself.
 
-    Autograd's batching keeps the graph of those, and silently none of a Function.
+    Autograd's batching keeps the graph and the tangents of those, and silently none of a Function.
     """
     rows = Rows(input, target, weight, options)
     of_rows = rows.row_gradients(upstream, total)
@@ -123,10 +123,10 @@ def _gradients(
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
-    if torch.is_grad_enabled() and _is_batched(call[:4]):
-        input, target, weight, _, total, _ = ctx.saved_tensors
-        return _formula_gradients(call[:4], input, target, weight, total, Options(*ctx.options), needs)
     if not _plain_backward():
+        if _is_batched(call[:4]):
+            input, target, weight, _, total, _ = call[4:10]
+            return _formula_gradients(call[:4], input, target, weight, total, Options(*ctx.options), needs)
         return _spread(CrossEntropyBackward.apply(*call), needs)
     grad_input, grad_target = ops.cross_entropy_backward(*call)
     return grad_input if needs_input else None, grad_target if needs_target else None
@@ -420,6 +420,15 @@ class OverwritingCrossEntropy(Function):
         ops.scale_rows_(gradient, grad_loss, dim)
 
 
+def _softmax_gradient(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """What SoftmaxBackward computes, by torch's operations, as in ``_formula_gradients``."""
+    wide = torch.promote_types(output.dtype, torch.float32)
+    g, y = grad_output.to(wide), output.to(wide)
+    if log:
+        return (g - y.exp() * g.sum(dim, keepdim=True)).to(dtype)
+    return (y * (g - (g * y).sum(dim, keepdim=True))).to(dtype)
+
+
 class SoftmaxBackward(Function):
     """(grad_output, output, dim, log, dtype) -> grad_input of softmax or log_softmax, of ``dtype``."""
 
@@ -478,8 +487,10 @@ class Softmax(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        apply: Any = ops.softmax_backward if _plain_backward() else SoftmaxBackward.apply
-        return apply(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
+        gradient: Any = ops.softmax_backward
+        if not _plain_backward():
+            gradient = _softmax_gradient if _is_batched((grad,)) else SoftmaxBackward.apply
+        return gradient(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
 
     @staticmethod
     @_nested_forward_mode

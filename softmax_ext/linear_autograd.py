@@ -228,7 +228,7 @@ def _gradients_through_logits(tensors: Sequence[Any], call: Call, upstream: Upst
     options = call.options()
     wide = _arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
     of_logits: Any
-    if torch.is_grad_enabled() and _is_batched(upstream):
+    if _is_batched(upstream) and not _plain_backward():
         total = total_weight(target, weight, 1, call.ignore_index)
         of_logits, *of_target = _formula_gradients(upstream, logits, target, weight, total, options, (True, needs[3]))
     else:

@@ -13,7 +13,7 @@ import seeded
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import softmax_ext
@@ -288,6 +288,79 @@ def test_retained_graph_gives_the_same_gradient_again(reduction, precompute_grad
     gradients = [torch.autograd.grad(loss, x, torch.full_like(loss, s), retain_graph=True)[0] for s in (1.0, 2.0, 0.5)]
     for scale, gradient in zip((1.0, 2.0, 0.5), gradients, strict=True):
         assert_close(gradient, scale * expected)
+
+
+# ---- gradients that autograd batches -------------------------------------------------------------------------------
+
+TARGET, PROJECTION = classes_for((3, 4)), randn(4, 4, seed=3)
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "none": (
+        lambda x: cross_entropy(x, TARGET, reduction="none"),
+        lambda x: F.cross_entropy(x, TARGET, reduction="none"),
+    ),
+    "mean": (lambda x: cross_entropy(x, TARGET), lambda x: F.cross_entropy(x, TARGET)),
+    "precomputed": (lambda x: cross_entropy(x, TARGET, precompute_grad=True), lambda x: F.cross_entropy(x, TARGET)),
+    "probabilities": (lambda x: cross_entropy(x, x), lambda x: F.cross_entropy(x, x)),
+    "linear none": (
+        lambda x: softmax_ext.linear_cross_entropy(x, PROJECTION, TARGET, reduction="none"),
+        lambda x: F.cross_entropy(F.linear(x, PROJECTION), TARGET, reduction="none"),
+    ),
+    "linear mean": (
+        lambda x: softmax_ext.linear_cross_entropy(x, PROJECTION, TARGET),
+        lambda x: F.cross_entropy(F.linear(x, PROJECTION), TARGET),
+    ),
+    "softmax": (lambda x: softmax_ext.softmax(x, 1), lambda x: F.softmax(x, 1)),
+    "log_softmax": (lambda x: softmax_ext.log_softmax(x, 1), lambda x: F.log_softmax(x, 1)),
+}
+each_function = pytest.mark.parametrize("pair", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+def one_hot_like(result: Tensor) -> Tensor:
+    """Upstream gradients whose batch makes a Jacobian."""
+    return torch.eye(result.numel(), dtype=result.dtype).view(-1, *result.shape)
+
+
+@each_function
+def test_batched_gradients_keep_their_graph(pair):
+    """What is differentiated again may be reached through the logits alone."""
+    seconds = []
+    for function in pair:
+        inputs = logits_for((3, 4)), randn(4, 4, seed=2).requires_grad_()
+        result = function(inputs[0] @ inputs[1])
+        options = {"is_grads_batched": True, "create_graph": True}
+        (first,) = torch.autograd.grad(result, inputs[0], one_hot_like(result), **options)
+        directions = seeded.randn((2, *first.shape), 4).double()
+        (second,) = torch.autograd.grad(first, inputs[1], directions, **options)
+        seconds.append((second, *torch.autograd.grad(second.pow(3).sum(), inputs)))
+    assert_close(*seconds)
+
+
+@each_function
+@pytest.mark.parametrize("of_input", [True, False], ids=["input", "upstream"])
+def test_batched_gradients_keep_their_tangent(pair, of_input):
+    tangents = []
+    for function in pair:
+        x = logits_for((3, 4))
+        with forward_ad.dual_level():
+            result = function(forward_ad.make_dual(x, randn(3, 4, seed=2)) if of_input else x)
+            upstream = one_hot_like(result)
+            if not of_input:
+                upstream = forward_ad.make_dual(upstream, seeded.randn(upstream.shape, 4).double())
+            (gradient,) = torch.autograd.grad(result, x, upstream, is_grads_batched=True)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[1].abs().max() > 0
+    assert_close(*tangents)
+
+
+@pytest.mark.parametrize("function", [softmax_ext.softmax, softmax_ext.log_softmax])
+def test_batched_gradients_of_halves(function):
+    """Computed in float32 where they are differentiated again, too."""
+    x = logits_for((3, 40), dtype=torch.bfloat16)
+    upstream = randn(2, 3, 40, seed=3, dtype=torch.bfloat16)
+    (ours,) = torch.autograd.grad(function(x, 1), x, upstream, is_grads_batched=True, create_graph=True)
+    expected = torch.stack([torch.autograd.grad(function(x, 1), x, g)[0] for g in upstream])
+    assert ours.dtype == torch.bfloat16
+    assert_close(ours, expected)
 
 
 # ---- who gets a gradient -------------------------------------------------------------------------------------------
