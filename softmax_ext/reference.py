@@ -286,4 +286,5 @@ def cross_entropy(
     if not stats:
         return (loss,)
     prediction = rows.z.argmax(-1) if rows.z.shape[-1] else torch.zeros_like(rows.lse, dtype=torch.int64)
-    return loss, rows.lse, rows.nll(), rows.entropy(), prediction
+    # A copy: the loss may be computed from rows.lse, whose hooks and changes in place are not the caller's.
+    return loss, rows.lse.clone(), rows.nll(), rows.entropy(), prediction

@@ -214,6 +214,29 @@ def test_statistics_together_are_the_sum_of_each():
     assert_close(together, one_by_one)
 
 
+@pytest.mark.parametrize("weight_needs_grad", [False, True])
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_statistics_are_no_part_of_the_loss(linear, weight_needs_grad):
+    """What the caller does to them is not seen there."""
+    x, q = logits_for((3, 4)), probabilities_for((3, 4)).detach()
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=weight_needs_grad)
+
+    def gradient(hooked: bool) -> Tensor:
+        options = {"weight": weight, "z_loss": 0.1, "return_stats": True}
+        if linear:
+            loss, stats = softmax_ext.linear_cross_entropy(x, torch.eye(4).double(), q, **options)
+        else:
+            loss, stats = cross_entropy(x, q, **options)
+        if hooked:
+            for statistic in (stats.lse, stats.nll, stats.entropy):
+                statistic.register_hook(lambda g: g if g is None else 100 * g)
+            stats.lse.detach().zero_()
+            stats.nll.detach().zero_()
+        return torch.autograd.grad(loss, x)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 @pytest.mark.parametrize("function", [softmax_ext.softmax, softmax_ext.log_softmax])
 @pytest.mark.parametrize(
     ("shape", "dim"),
