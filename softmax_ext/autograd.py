@@ -122,10 +122,11 @@ def _gradients(
     if loss is None and lse is None and nll is None and entropy is None:
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
-    call = (loss, lse, nll, entropy, *ctx.saved_tensors, *ctx.options, needs_input, needs_target)
+    saved = ctx.saved_tensors  # once: non-reentrant checkpoints let go of what has been unpacked
+    call = (loss, lse, nll, entropy, *saved, *ctx.options, needs_input, needs_target)
     if not _plain_backward():
         if _is_batched(call[:4]):
-            input, target, weight, _, total, _ = call[4:10]
+            input, target, weight, _, total, _ = saved
             return _formula_gradients(call[:4], input, target, weight, total, Options(*ctx.options), needs)
         return _spread(CrossEntropyBackward.apply(*call), needs)
     grad_input, grad_target = ops.cross_entropy_backward(*call)
@@ -157,12 +158,13 @@ class CrossEntropyBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, g = CrossEntropyBackward._problem(ctx, ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        rows, g = CrossEntropyBackward._problem(ctx, saved)
         v, t = _spread(grads, ctx.needs)
-        saved, total = ctx.saved_tensors[:4], ctx.saved_tensors[-1]
+        target, total = saved[5], saved[-1]
         slopes = rows.derivative(v, t)
         upstream: list[Tensor | None] = []
-        for i, (like, slope) in enumerate(zip(saved, slopes, strict=True)):
+        for i, (like, slope) in enumerate(zip(saved[:4], slopes, strict=True)):
             if like is None or not ctx.needs_input_grad[i]:
                 upstream.append(None)
             else:
@@ -170,7 +172,7 @@ class CrossEntropyBackward(Function):
         grad_input = rows.gradient_derivative(g, v, t) if ctx.needs_input_grad[4] else None
         grad_target = rows.target_gradient_derivative(g, v) if ctx.needs_input_grad[5] else None
         if grad_target is not None:
-            grad_target = grad_target.to(ctx.saved_tensors[5].dtype)
+            grad_target = grad_target.to(target.dtype)
         return (*upstream, grad_input, grad_target, *[None] * 13)
 
     @staticmethod

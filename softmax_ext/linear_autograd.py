@@ -440,7 +440,8 @@ def _trace(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tensors, total = ctx.saved_tensors[: _TENSORS + 1]
+    saved = ctx.saved_tensors
+    *tensors, total = saved[: _TENSORS + 1]
     nothing = [None] * (len(Call._fields) + 2)
     upstream = _upstream(grads, ctx.call.stats)
     is_constant = torch.compiler.is_compiling() or _is_plain(upstream)
@@ -449,7 +450,7 @@ def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
         return *_gradients(ctx, tensors, upstream, total), None, *nothing
     if grads[0] is None:
         return *[None] * _TENSORS, *nothing
-    computed = _spread(tuple(ctx.saved_tensors[_TENSORS + 1 :]), tuple(ctx.needs))
+    computed = _spread(tuple(saved[_TENSORS + 1 :]), tuple(ctx.needs))
     return *_handed_on(computed, tensors, ctx.call, grads[0], total, False), None, None, *nothing
 
 

@@ -100,6 +100,39 @@ def test_checkpoint(use_reentrant, strategy):
         assert_close(ours, theirs)
 
 
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda x: cross_entropy(x, Y),
+    "precomputed": lambda x: cross_entropy(x, Y, precompute_grad=True),
+    "probabilities": lambda x: cross_entropy(x, x.softmax(1)),
+    "linear": lambda x: softmax_ext.linear_cross_entropy(x, Q.repeat(2, 1), Y),
+    "softmax": lambda x: softmax_ext.softmax(x, 1).square().sum(),
+    "log_softmax": lambda x: softmax_ext.log_softmax(x, 1).square().sum(),
+}
+
+
+@pytest.mark.parametrize("function", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("batched", [False, True], ids=["penalty inside", "batched outside"])
+def test_second_derivative_of_a_checkpoint(batched, function):
+    """A checkpoint hands each saved tensor to one reader alone, whichever the way of the gradient."""
+
+    def penalised(x: Tensor) -> Tensor:
+        loss = function(x)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + gradient.square().sum()
+
+    def second(checkpointed: bool) -> Tensor:
+        x = X.clone().requires_grad_()
+        body = function if batched else penalised
+        result = checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+        if batched:
+            upstream = torch.ones(2, dtype=result.dtype)
+            (gradient,) = torch.autograd.grad(result, x, upstream, is_grads_batched=True, create_graph=True)
+            result = gradient.pow(3).sum()
+        return torch.autograd.grad(result, x)[0]
+
+    assert_close(second(True), second(False))
+
+
 @strategies
 @pytest.mark.parametrize("kept", ["checkpoint", "save_on_cpu"])
 def test_logits_that_their_own_backward_needs(kept, strategy):

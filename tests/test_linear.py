@@ -508,6 +508,15 @@ def test_checkpoint(small, reentrant):
     assert_close([t.grad for t in small.parameters()], list(expected))
 
 
+def test_checkpoint_inside_compiled_code(small):
+    function = _function(small)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *operands: checkpoint(function, *operands, use_reentrant=False), backend="eager")
+    compiled(*small.parameters()).backward()
+    expected = torch.autograd.grad(small.loss_of_logits(), small.parameters())
+    assert_close([t.grad for t in small.parameters()], list(expected))
+
+
 def test_upstream_gradient_that_is_not_one(small):
     (3 * small.loss() + 1).backward()
     expected = torch.autograd.grad(3 * small.loss_of_logits(), small.parameters())
