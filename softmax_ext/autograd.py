@@ -26,7 +26,7 @@ from torch.autograd import Function, forward_ad
 
 from . import ops
 from .ops import MEAN, NONE
-from .reference import Options, Rows, class_index, is_live, total_weight
+from .reference import Options, Rows, row_weights, total_weight
 
 # Results of a cross-entropy operator: always three, with statistics seven.
 _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
@@ -61,12 +61,19 @@ def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> 
 
 
 def _one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """Vmap as a loop, for arguments that the kernels take only once per call."""
-    results = [
-        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-        for i in range(size)
-    ]
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+    """Vmap as a loop, for arguments that the kernels take only once per call.
+
+    An empty batch takes its shapes and its graph from a sample of zeros, which is left out.
+    """
+
+    def sample(i: int) -> list[Any]:
+        return [
+            a if d is None else a.select(d, i) if size else a.sum(d, dtype=a.dtype)
+            for a, d in zip(args, in_dims, strict=True)
+        ]
+
+    results = [function.apply(*sample(i)) for i in range(max(size, 1))]
+    return tuple(torch.stack(r)[:size] for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
 def _per_sample(rows: Tensor) -> Tensor:
@@ -77,10 +84,9 @@ def _per_sample(rows: Tensor) -> Tensor:
 def _per_sample_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
     """``total_weight`` of each target[i]; dim as in the target of one sample."""
     if target.is_floating_point():
-        return total_weight(target[0], weight, dim, ignore_index).expand(target.shape[0])
-    live = is_live(target, ignore_index)
-    value = live.double() if weight is None else weight.double()[class_index(target, live, weight.shape[0])] * live
-    return _per_sample(value)
+        sample = target.new_empty(()).expand(target.shape[1:])
+        return total_weight(sample, weight, dim, ignore_index).expand(target.shape[0])
+    return _per_sample(row_weights(target, weight, ignore_index).double())
 
 
 def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
@@ -255,7 +261,7 @@ class CrossEntropy(Function):
         rows = Rows(input, target, weight, Options(*ctx.options))
         along = rows.derivative(tangents[0], tangents[1])
         loss_dtype, stats_dtype = ctx.dtypes
-        loss = rows.reduce(along.loss, total).to(loss_dtype)
+        loss = rows.reduce_slope(along.loss, total).to(loss_dtype)
         if not ctx.stats:
             return loss, None, None
         return (loss, None, None, *(t.to(stats_dtype) for t in along[1:]), None)

@@ -391,7 +391,7 @@ class LinearCrossEntropy(Function):
             along = along + tangents[2]
         rows = Rows(logits, target, weight, ctx.call.options())
         loss, *stats = rows.derivative(along, tangents[3])
-        results = [rows.reduce(loss, total), None, *stats, None][: len(ctx.dtypes)]
+        results = [rows.reduce_slope(loss, total), None, *stats, None][: len(ctx.dtypes)]
         return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
 
     @staticmethod

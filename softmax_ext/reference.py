@@ -89,16 +89,21 @@ def class_index(target: Tensor, live: Tensor, classes: int) -> Tensor:
     return index.clamp(0, max(classes - 1, 0)) if index.is_cuda else index
 
 
+def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each row counts in the mean's denominator: weight[target], or without weights whether it is live."""
+    live = is_live(target, ignore_index)
+    if weight is None or weight.shape[0] == 0:
+        return live
+    picked = weight.double()[class_index(target, live, weight.shape[0])]
+    return torch.where(live, picked, 0.0)
+
+
 def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
     """The mean's denominator, float64: the sum of weight[target] over rows not ignored; rows, for probabilities."""
     if target.is_floating_point():
         rows = target.numel() // max(target.shape[dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
-    live = is_live(target, ignore_index)
-    if weight is None or weight.shape[0] == 0:
-        return live.sum(dtype=torch.float64)
-    picked = weight.double()[class_index(target, live, weight.shape[0])]
-    return torch.where(live, picked, 0.0).sum()
+    return row_weights(target, weight, ignore_index).sum(dtype=torch.float64)
 
 
 def _largest(z: Tensor) -> Tensor:
@@ -151,7 +156,7 @@ class Rows:
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
-            one_hot = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1), 1.0)
+            one_hot = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1)[..., :classes], 1.0)  # of 0 classes: nothing
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
@@ -269,7 +274,7 @@ class Rows:
         return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
 
     def reduce_slope(self, rows: Tensor, total_weight: Tensor) -> Tensor:
-        """The derivative in an upstream gradient of the reduced loss; 0 where no row counts, as the gradients are."""
+        """A derivative of the reduced loss, from that of each row; 0 where no row counts, as the gradients are."""
         reduced = self.reduce(rows, total_weight)
         return torch.where(self.live.any(), reduced, 0.0) if self.options.reduction == MEAN else reduced
 

@@ -6,6 +6,7 @@ of three is here.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -327,6 +328,85 @@ def test_vmap_of_statistics():
         assert_close(loss[i], expected_loss)
         for ours, theirs in zip(stats, expected, strict=True):
             assert_close(ours[i], theirs)
+
+
+EMPTY_BATCHES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "classes": (softmax_ext.cross_entropy, F.cross_entropy, (randn(0, 3, 4), torch.zeros(0, 3, dtype=torch.int64))),
+    "probabilities": (softmax_ext.cross_entropy, F.cross_entropy, (randn(0, 3, 4), randn(0, 3, 4))),
+    "weight": (
+        lambda x, w: softmax_ext.cross_entropy(x, Y, w, reduction="none"),
+        lambda x, w: F.cross_entropy(x, Y, w, reduction="none"),
+        (randn(0, 3, 4), randn(0, 4)),
+    ),
+    "linear": (
+        lambda x, y: softmax_ext.linear_cross_entropy(x, Q, y),
+        lambda x, y: F.cross_entropy(x @ Q.mT, y),
+        (randn(0, 3, 4), torch.zeros(0, 3, dtype=torch.uint8)),
+    ),
+    "softmax": (lambda x: softmax_ext.softmax(x, 1), lambda x: F.softmax(x, 1), (randn(0, 3, 4),)),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "args"), EMPTY_BATCHES.values(), ids=EMPTY_BATCHES)
+def test_vmap_of_an_empty_batch(ours, theirs, args):
+    results = vmap(ours)(*args)
+    assert_close(results, vmap(theirs)(*args))
+    x, *others = args
+    assert vmap(jacrev(ours))(*args).shape == (*results.shape, *x.shape[1:])
+    x.requires_grad_()
+    assert torch.autograd.grad(vmap(ours)(x, *others).sum(), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
+def test_jacobian_of_no_results(linear):
+    x, y = randn(0, 4), torch.zeros(0, dtype=torch.int64)
+
+    def loss(x: Tensor) -> Tensor:
+        if linear:
+            return softmax_ext.linear_cross_entropy(x, Q, y, reduction="none")
+        return softmax_ext.cross_entropy(x, y, reduction="none")
+
+    assert jacrev(loss)(x).shape == jacfwd(loss)(x).shape == (0, 0, 4)
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "logits"])
+@pytest.mark.parametrize(
+    "target", [Y[:0], randn(0, 4), torch.full((3,), -100)], ids=["no classes", "no probabilities", "ignored"]
+)
+def test_derivatives_of_a_mean_over_no_rows(target, linear):
+    """Zero in every mode, though the mean itself is NaN."""
+    x = X[: len(target)]
+
+    def loss(w: Tensor) -> Tensor:
+        return softmax_ext.linear_cross_entropy(x, w, target) if linear else softmax_ext.cross_entropy(x @ w.mT, target)
+
+    assert loss(randn(4, 4)).isnan()
+    for outer, inner in itertools.product([jacrev, jacfwd], repeat=2):
+        assert inner(loss)(randn(4, 4)).abs().max() == 0
+        assert outer(inner(loss))(randn(4, 4)).abs().max() == 0
+
+
+def test_no_class_and_every_row_ignored():
+    """There is no logit to differentiate in, and none to look up."""
+    x, y = randn(3, 0), torch.full((3,), -100)
+    assert jacrev(jacrev(lambda x: softmax_ext.cross_entropy(x, y)))(x).shape == (3, 0, 3, 0)
+    assert jvp(lambda x: softmax_ext.cross_entropy(x, y, reduction="sum"), (x,), (x,)) == (0, 0)
+    assert vmap(lambda x: softmax_ext.cross_entropy(x, y, torch.ones(0), reduction="sum"))(randn(2, 3, 0)).tolist() == [
+        0,
+        0,
+    ]
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(softmax_ext.cross_entropy(x, y), x, create_graph=True)
+    assert torch.autograd.grad(gradient.sum(), x)[0].shape == x.shape
+
+
+def test_infinite_weight_of_no_row_under_vmap():
+    """Ignored rows count nothing, whatever the weights."""
+    weight = torch.tensor([math.inf, 1.0, 2.0, 3.0]).double()
+    y = torch.tensor([[-100, 1, 2], [-100, 3, 3]])
+    ours = vmap(lambda y: softmax_ext.cross_entropy(X, y, weight))(y)
+    assert_close(ours, torch.stack([softmax_ext.cross_entropy(X, row, weight) for row in y]))
+    assert ours.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
