@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
+from torch._compile import _disable_dynamo
 from torch.autograd import Function, forward_ad
 
 from . import ops
@@ -60,6 +61,7 @@ def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> 
     return tensor.movedim(batch_dim, to)
 
 
+@_disable_dynamo  # which traces this loop where compiled code is vmapped, and fails
 def _one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """Vmap as a loop, for arguments that the kernels take only once per call.
 

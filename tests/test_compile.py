@@ -294,8 +294,10 @@ def test_no_recompilation_for_another_size_of_everything():
 
 # ---- what compiled code cannot do ----------------------------------------------------------------------------------
 
+CLASSES = randn(5, 4, seed=3)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "cross_entropy": lambda x: cross_entropy(x * 1, Y),
+    "linear": lambda x: softmax_ext.linear_cross_entropy(x * 1, CLASSES, Y),
     "softmax": lambda x: softmax_ext.softmax(x * 1, 1)[:, 0].square().sum(),
     "log_softmax": lambda x: softmax_ext.log_softmax(x * 1, 1)[:, 0].square().sum(),
 }
@@ -367,6 +369,7 @@ def test_transforms_inside_compiled_code(transform, backend, function):
 
 TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
     "cross_entropy": lambda x: F.cross_entropy(x, Y),
+    "linear": lambda x: F.cross_entropy(x @ CLASSES.mT, Y),
     "softmax": lambda x: F.softmax(x, 1)[:, 0].square().sum(),
     "log_softmax": lambda x: F.log_softmax(x, 1)[:, 0].square().sum(),
 }

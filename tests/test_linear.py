@@ -508,6 +508,17 @@ def test_checkpoint(small, reentrant):
     assert_close([t.grad for t in small.parameters()], list(expected))
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad], ids=["value", "gradient"])
+def test_vmap_of_compiled_code(small, transform):
+    _, w, b = (t.detach() for t in small.parameters())
+    function, many = _function(small), torch.randn(2, 5, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: function(x, w, b), backend="aot_eager")
+    assert_close(
+        torch.func.vmap(transform(compiled))(many), torch.func.vmap(transform(lambda x: function(x, w, b)))(many)
+    )
+
+
 def test_checkpoint_inside_compiled_code(small):
     function = _function(small)
     torch._dynamo.reset()
