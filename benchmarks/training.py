@@ -292,13 +292,14 @@ def main() -> int:
 
     console = Console()
     complaints: list[str] = []
+    environment = describe_environment({})  # before the first table is written, which changes the checkout
     with tempfile.TemporaryDirectory() as directory:
         tokens = Path(directory) / "tokens.npy"
         np.save(tokens, gpt.read_tokens(console).numpy())
         for part in [PARTS[options.part]] if options.part else PARTS.values():
             findings = Findings(part, run_part(part, tokens, console))
             console.print(terminal_table(findings), *findings.sentences(), sep="\n", highlight=False)
-            measured = measured_on(describe_environment({}), findings.baseline.threads)
+            measured = measured_on(environment, findings.baseline.threads)
             _PAGE.write_text(between(_PAGE.read_text(), part.begin, part.end, markdown(findings, measured)))
             complaints += findings.complaints()
     for complaint in complaints:
