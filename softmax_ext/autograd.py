@@ -61,7 +61,8 @@ def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> 
     return tensor.movedim(batch_dim, to)
 
 
-@_disable_dynamo  # which traces this loop where compiled code is vmapped, and fails
+# Dynamo traces this loop where compiled code is vmapped, and fails; its import costs the first call a second.
+@_disable_dynamo
 def _one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """Vmap as a loop, for arguments that the kernels take only once per call.
 

@@ -121,6 +121,15 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
     return dim, target
 
 
+def _requires_grad(tensor: Tensor) -> bool:
+    """Be it within torch.vmap, whose tensors hide that of what they wrap."""
+    functorch = torch._C._functorch
+    if not torch.compiler.is_compiling():
+        while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
     """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
     check_dense(op, "weight", weight)
@@ -129,7 +138,7 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
     if weight.dtype not in _FLOATING:
         refuse(RuntimeError, op, "weight", "be floating", describe(weight), "Use weight.to(input.dtype).")
     check_device(op, "weight", weight, input)
-    if indices and weight.requires_grad and torch.is_grad_enabled():
+    if indices and torch.is_grad_enabled() and _requires_grad(weight):
         refuse(
             RuntimeError,
             op,

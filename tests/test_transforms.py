@@ -546,6 +546,23 @@ def test_jacobian_of_a_model_ending_in_softmax():
     same(lambda m: jacfwd(jacrev(lambda x: m(layer(x))))(randn(3)), softmax_ext.LogSoftmax(-1), nn.LogSoftmax(-1))
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_weight_that_requires_grad_is_refused_within_vmap(linear):
+    """With classes it has no gradient, and vmap's tensors hide that it requires one."""
+    weight = torch.stack([W, W]).requires_grad_()
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        if linear:
+            return softmax_ext.linear_cross_entropy(x, randn(4, 4), Y, weight=w)
+        return softmax_ext.cross_entropy(x, Y, w)
+
+    with pytest.raises(RuntimeError, match=r"weight must not require grad with class indices.*weight\.detach\(\)"):
+        vmap(loss)(torch.stack([X, -X]), weight)
+    with torch.no_grad():
+        same = vmap(loss)(torch.stack([X, -X]), weight)
+    assert_close(vmap(loss)(torch.stack([X, -X]), weight.detach()), same)
+
+
 def test_class_156_in_a_byte_is_not_ignored():
     """The default ignore_index, -100, is 156 as uint8; values, transforms and second derivatives tell them apart."""
     x, y = randn(3, 200), torch.tensor([156, 3, 7])

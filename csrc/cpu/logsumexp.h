@@ -193,7 +193,7 @@ inline Vec<T> max_of_columns(const T* z, int64_t classes, const Vec<T>& previous
   return max;
 }
 
-// Classes that are summed in T before they join the sum in double: few, as every rounding is relative to the sum so far.
+// Classes that are summed in T before they join the sum in double: few, as a rounding is relative to the sum so far.
 constexpr int64_t kSummedClasses = 8;
 
 // Merges into row r the sums of a block, whose `maximal` classes that reach the new maximum are not in `rest`.

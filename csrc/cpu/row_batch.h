@@ -161,7 +161,7 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   return sum_of(total);
 }
 
-// mass * log_sum - dot, rounded once; without mass -dot, whatever the logarithm.
+// mass * log_sum - dot, rounded once where the processor can; without mass -dot, whatever the logarithm.
 inline DoubleVec cost(const DoubleVec& mass, const DoubleVec& log_sum, const DoubleVec& dot) {
   const DoubleVec zero(0);
   return DoubleVec::blendv(at::vec::fmsub(mass, log_sum, dot), zero - dot, mass == zero);

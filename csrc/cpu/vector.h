@@ -202,7 +202,7 @@ inline V lost_in(const V& a, const V& b, const V& sum) {
   return (a - (sum - of_b)) + (b - of_b);
 }
 
-// A sum in double. Where T is double too, what rounding takes from it is kept apart: the addends have no more digits otherwise.
+// A sum in double. Where T is double too, what rounding takes from it is kept apart: the sum has no more digits than T then.
 template <typename T>
 struct LongSum {
   double sum = 0, lost = 0;
@@ -217,7 +217,7 @@ struct LongSum {
   double value() const { return std::isfinite(sum) ? sum + lost : sum; }
 };
 
-// sums[i] += v[i], or = v[i] if it is the first. Where T is double too, what rounding takes from the sums joins lost[i].
+// sums[i] += v[i], or = v[i] if it is the first. Where T is double, what rounding takes from the sums joins lost[i].
 template <typename T>
 inline void add_to(double* sums, double* lost, const Vec<T>& v, bool first) {
   alignas(64) T lanes[kLanes<T>];
@@ -229,7 +229,7 @@ inline void add_to(double* sums, double* lost, const Vec<T>& v, bool first) {
       continue;
     }
     const DoubleVec before = DoubleVec::loadu(sums + i), sum = before + wide;
-    if (std::is_same_v<T, double>) (DoubleVec::loadu(lost + i) + lost_in(before, wide, sum)).store(lost + i);
+    if constexpr (std::is_same_v<T, double>) (DoubleVec::loadu(lost + i) + lost_in(before, wide, sum)).store(lost + i);
     sum.store(sums + i);
   }
 }
