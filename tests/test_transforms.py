@@ -549,11 +549,11 @@ def test_jacobian_of_a_model_ending_in_softmax():
 @pytest.mark.parametrize("linear", [False, True])
 def test_weight_that_requires_grad_is_refused_within_vmap(linear):
     """With classes it has no gradient, and vmap's tensors hide that it requires one."""
-    weight = torch.stack([W, W]).requires_grad_()
+    matrix, weight = randn(4, 4), torch.stack([W, W]).requires_grad_()
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
         if linear:
-            return softmax_ext.linear_cross_entropy(x, randn(4, 4), Y, weight=w)
+            return softmax_ext.linear_cross_entropy(x, matrix, Y, weight=w)
         return softmax_ext.cross_entropy(x, Y, w)
 
     with pytest.raises(RuntimeError, match=r"weight must not require grad with class indices.*weight\.detach\(\)"):
