@@ -21,11 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import unwrap_if_dead
-from torch._compile import _disable_dynamo
 from torch.autograd import Function, forward_ad
 
-from . import ops
+from . import compiled_backward, internals, ops
 from .ops import MEAN, NONE
 from .reference import Options, Rows, row_weights, total_weight
 
@@ -35,8 +33,7 @@ _LOSS, _STATE, _TOTAL, _LSE, _NLL, _ENTROPY, _PREDICTION = range(7)
 
 def _plain_backward() -> bool:
     """Whether backward may call the operator itself: nothing differentiates or batches the gradient."""
-    in_forward_mode = forward_ad._current_level >= 0
-    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or in_forward_mode)
+    return not (torch.is_grad_enabled() or internals.transforms_active() or internals.forward_mode_level() >= 0)
 
 
 def _nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +44,7 @@ def _nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def nested(ctx: Any, *tangents: Any) -> Any:
-        with forward_ad._set_fwd_grad_enabled(True):
+        with internals.forward_mode_enabled():
             saved = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
             return jvp(ctx, saved, *tangents)
 
@@ -62,7 +59,7 @@ def _to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> 
 
 
 # Dynamo traces this loop where compiled code is vmapped, and fails; its import costs the first call a second.
-@_disable_dynamo
+@internals.disable_dynamo
 def _one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """Vmap as a loop, for arguments that the kernels take only once per call.
 
@@ -100,8 +97,7 @@ def _spread(grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[T
 
 def _is_batched(upstream: Sequence[Tensor | None]) -> bool:
     """Whether autograd batches the gradient (``is_grads_batched``)."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and is_batched(g) for g in upstream)
+    return any(g is not None and internals.is_batched_gradient(g) for g in upstream)
 
 
 def _formula_gradients(
@@ -132,6 +128,9 @@ def _gradients(
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors  # once: non-reentrant checkpoints let go of what has been unpacked
+    if internals.is_tracing():
+        upstream = next(g for g in (loss, lse, nll, entropy) if g is not None)
+        saved = [*saved[:4], compiled_backward.refusing(saved[4], upstream, "cross_entropy"), saved[5]]
     call = (loss, lse, nll, entropy, *saved, *ctx.options, needs_input, needs_target)
     if not _plain_backward():
         if _is_batched(call[:4]):
@@ -499,7 +498,9 @@ class Softmax(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient: Any = ops.softmax_backward
-        if not _plain_backward():
+        if internals.is_tracing() and not torch.is_grad_enabled():
+            gradient = compiled_backward.softmax_backward
+        elif not _plain_backward():
             gradient = _softmax_gradient if _is_batched((grad,)) else SoftmaxBackward.apply
         return gradient(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None
 
@@ -527,38 +528,28 @@ for _forward in (f.forward for f in (CrossEntropyBackward, CrossEntropy, Softmax
 # ---- eager calls ----
 
 
-def _plain_apply(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for eager calls alone: what torch's calls itself where no functorch transform is active.
-
-    Before that torch binds the arguments to a signature and takes dead wrappers off them (tensors that have outlived
-    their transform), one by one: as much time as the call itself takes on a small input.
-    """
-    base: Any = super(Function, function)
-    return base.apply  # type: ignore[no-any-return]
-
-
-_apply_cross_entropy = _plain_apply(EagerCrossEntropy)
-_apply_overwriting = _plain_apply(OverwritingCrossEntropy)
-_apply_softmax = _plain_apply(Softmax)
+_apply_cross_entropy = internals.eager_apply(EagerCrossEntropy)
+_apply_overwriting = internals.eager_apply(OverwritingCrossEntropy)
+_apply_softmax = internals.eager_apply(Softmax)
 
 
 def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
     """EagerCrossEntropy of (options, dtype, stats): the loss, and the statistics if asked for."""
-    weight = None if weight is None else unwrap_if_dead(weight)
-    results = _apply_cross_entropy(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    weight = None if weight is None else internals.alive(weight)
+    results = _apply_cross_entropy(internals.alive(input), internals.alive(target), weight, call)
     return results if type(results) is tuple else (results,)
 
 
 def overwriting_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
     """OverwritingCrossEntropy of (options, dtype, stats, precompute_grad, inplace), likewise."""
-    weight = None if weight is None else unwrap_if_dead(weight)
-    results = _apply_overwriting(unwrap_if_dead(input), unwrap_if_dead(target), weight, call)
+    weight = None if weight is None else internals.alive(weight)
+    results = _apply_overwriting(internals.alive(input), internals.alive(target), weight, call)
     return results if type(results) is tuple else (results,)
 
 
 def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
     """Softmax where no transform is at work."""
-    return _apply_softmax(unwrap_if_dead(input), dim, log, dtype)  # type: ignore[no-any-return]
+    return _apply_softmax(internals.alive(input), dim, log, dtype)  # type: ignore[no-any-return]
 
 
 # ---- torch.compile and torch.export ----

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import internals
+
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _STRIDED = torch.strided
 _CLASSES = (torch.int64, torch.uint8)
@@ -121,15 +123,6 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
     return dim, target
 
 
-def _requires_grad(tensor: Tensor) -> bool:
-    """Be it within torch.vmap, whose tensors hide that of what they wrap."""
-    functorch = torch._C._functorch
-    if not torch.compiler.is_compiling():
-        while not tensor.requires_grad and functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = functorch.get_unwrapped(tensor)
-    return tensor.requires_grad
-
-
 def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
     """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
     check_dense(op, "weight", weight)
@@ -138,7 +131,7 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
     if weight.dtype not in _FLOATING:
         refuse(RuntimeError, op, "weight", "be floating", describe(weight), "Use weight.to(input.dtype).")
     check_device(op, "weight", weight, input)
-    if indices and torch.is_grad_enabled() and _requires_grad(weight):
+    if indices and torch.is_grad_enabled() and internals.requires_grad(weight):
         refuse(
             RuntimeError,
             op,
@@ -173,7 +166,7 @@ def check_options(
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:
     """ValueError where writing over the input would lose or corrupt something."""
-    leaf = input if input._base is None else input._base
+    leaf = internals.view_base(input)
     if leaf.is_leaf and leaf.requires_grad and torch.is_grad_enabled():
         got = "such a leaf" if leaf is input else "a view of one"
         way_out = "Its values would be lost to the gradient. Use inplace=False."

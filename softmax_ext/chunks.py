@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
+from . import checks, internals, ops
 from .ops import NONE
 from .reference import class_index, is_live
 
@@ -76,12 +76,13 @@ def prefers_onednn(x: Tensor) -> bool:
     there MKL is nearly as fast, and the errors of its dZ W are a third smaller.
     """
     is_float = x.device.type == "cpu" and x.dtype == torch.float32
-    return is_float and x.shape[-1] > 0 and torch.backends.mkldnn.is_available() and _amd()
+    has_onednn = internals.onednn_linear is not None and torch.backends.mkldnn.is_available()
+    return is_float and x.shape[-1] > 0 and has_onednn and _amd()
 
 
 def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
-    return product
+    assert internals.onednn_linear is not None
+    return internals.onednn_linear(x, matrix, bias, "none", [], "")
 
 
 def _slices(size: int, bytes_each: int) -> Iterator[slice]:
@@ -104,8 +105,8 @@ def _multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
     """Out = dz matrix; ``out`` may be wider than the factors."""
     if out.dtype == dz.dtype:
         torch.mm(dz, matrix, out=out)
-    elif dz.is_cuda:
-        torch.ops.aten.addmm.dtype_out(out, dz, matrix, out.dtype, beta=0, out=out)
+    elif dz.is_cuda and internals.product_of_halves is not None:
+        internals.product_of_halves(out, dz, matrix, out.dtype, beta=0, out=out)
     else:
         for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
             out.addmm_(dz[:, s].to(out.dtype), matrix[s].to(out.dtype), beta=1 if s.start else 0)
@@ -117,8 +118,8 @@ def _add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     if total.dtype == dz.dtype:
         total.addmm_(dz.t(), x, beta=beta)
         return
-    if dz.is_cuda:
-        torch.ops.aten.addmm.dtype_out(total, dz.t(), x, total.dtype, beta=beta, out=total)
+    if dz.is_cuda and internals.product_of_halves is not None:
+        internals.product_of_halves(total, dz.t(), x, total.dtype, beta=beta, out=total)
         return
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
         # float16 could overflow: nothing has been divided by the number of rows yet.

@@ -11,11 +11,8 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import _reduction
-from torch.utils import _pytree
 
-from . import checks, ops
+from . import checks, compiled_backward, internals, ops
 from .autograd import CrossEntropy, Softmax, eager_cross_entropy, eager_softmax, overwriting_cross_entropy
 from .reference import Options
 from .reference import cross_entropy as plain_cross_entropy
@@ -43,7 +40,7 @@ class CrossEntropyStats(NamedTuple):
 
 
 # So that an exported program that returns it can be saved.
-_pytree._register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
+internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
 
 
 # ---- what runs underneath ----
@@ -51,7 +48,7 @@ _pytree._register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ex
 
 def _in_transform() -> bool:
     """Whether torch.func or forward-mode AD is at work, which only the full Functions understand."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return internals.transforms_active() or internals.forward_mode_level() >= 0
 
 
 def _needs_plain_formulas(target: Tensor, weight: Tensor | None, in_transform: bool, compiling: bool) -> bool:
@@ -68,13 +65,13 @@ def _needs_plain_formulas(target: Tensor, weight: Tensor | None, in_transform: b
 def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
     """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
     wanted = inplace or (precompute_grad and not target.requires_grad)
-    return wanted and input.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
 
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether torch.autocast is on for the tensor's device; meta tensors have none."""
     device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 # ---- softmax ----
@@ -283,7 +280,7 @@ def cross_entropy(
     )
     ignore_index = checks.integer(op, "ignore_index", ignore_index)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = internals.legacy_reduction(size_average, reduce)
     if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
     if dtype is not None:
@@ -319,7 +316,10 @@ def _run(
     """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
     in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
     if (in_transform or weight is not None) and _needs_plain_formulas(target, weight, in_transform, compiling):
-        return plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
+        plain = plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
+        if in_transform or not compiling:
+            return plain
+        return [compiled_backward.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
     results: Any
     if in_transform:
         results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from . import chunks, ops
+from . import chunks, compiled_backward, internals, ops
 from .autograd import (
     CrossEntropy,
     CrossEntropyBackward,
@@ -301,9 +301,12 @@ def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tens
     if all(g is None for g in upstream) or not any(needs):
         return [None] * 4
     call: Call = ctx.call
+    if internals.is_tracing():
+        given = next(g for g in upstream if g is not None)
+        total = compiled_backward.refusing(total, given, "linear_cross_entropy")
     if torch.compiler.is_compiling() or _is_plain(upstream):
         results = _backward_op(*upstream, total, *tensors, *call[:6], call.chunk_rows, needs)
-    elif forward_ad._current_level >= 0 or _is_batched(upstream):
+    elif internals.forward_mode_level() >= 0 or _is_batched(upstream):
         return _gradients_through_logits(tensors, call, upstream, needs)  # type: ignore[no-any-return]
     else:
         results = LinearCrossEntropyBackward.apply(*upstream, total, *tensors, *call, *needs)
@@ -451,7 +454,10 @@ def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
     if grads[0] is None:
         return *[None] * _TENSORS, *nothing
     computed = _spread(tuple(saved[_TENSORS + 1 :]), tuple(ctx.needs))
-    return *_handed_on(computed, tensors, ctx.call, grads[0], total, False), None, None, *nothing
+    grad_loss = grads[0]
+    if internals.is_tracing():
+        grad_loss = compiled_backward.refusing(grad_loss, grad_loss, "linear_cross_entropy")
+    return *_handed_on(computed, tensors, ctx.call, grad_loss, total, False), None, None, *nothing
 
 
 _forward_op.register_autograd(_traced_backward, setup_context=_trace)
@@ -478,7 +484,7 @@ def linear_cross_entropy(tensors: Sequence[Any], call: Call, transformed: bool) 
     precomputes = any(needs) and _precomputes(tensors, call)
     if torch.compiler.is_compiling() or not (any(needs) or transformed):
         results = _forward_op(*tensors, *call, needs[:3] if precomputes else _NOTHING, ops.VERSION)
-    elif precomputes and not transformed and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
         return [EagerLinearCrossEntropy.apply(*tensors, call)]
     else:
         results = LinearCrossEntropy.apply(*tensors, *call)

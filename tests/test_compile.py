@@ -688,6 +688,19 @@ def test_opcheck_softmax_traced(name, with_grad):
     check_operator(OPS.softmax_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), 1))
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_opcheck_operators_of_a_compiled_backward(log):
+    """Which refuse to run where their result is to be differentiated, and so where grad mode is on."""
+    y = OPS.softmax(randn(3, 4), 1, log, None)
+    with torch.no_grad():
+        check_operator(OPS.softmax_backward_traced.default, (torch.rand_like(y), y, 1, log, y.dtype))
+        check_operator(OPS.refusing.default, (torch.tensor(2.0).double(), randn(3), "cross_entropy"))
+
+
+def test_opcheck_of_what_stands_behind_torchs_operations():
+    check_operator(OPS.refusing_backward.default, (randn(3).requires_grad_(), "cross_entropy"))
+
+
 def test_opcheck_scale_rows():
     for factor in (torch.tensor(2.0), torch.tensor(1.0).double(), randn(3), randn(3, dtype=torch.float32)):
         for tensor in (randn(3, 4), randn(4, 3).T, randn(3, 40, dtype=torch.bfloat16)):
@@ -707,8 +720,11 @@ def test_every_operator_is_checked():
         "cross_entropy_traced",
         "linear_cross_entropy",  # test_linear.py
         "linear_cross_entropy_backward",
+        "refusing",
+        "refusing_backward",
         "softmax",
         "softmax_backward",
+        "softmax_backward_traced",
         "softmax_traced",
         "scale_rows_",
     }

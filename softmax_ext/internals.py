@@ -1,0 +1,291 @@
+"""Everything that this package takes from torch's inside: the one place that names what torch does not promise.
+
+Each entry says what it is for and what is done where a torch does not have it: something public, something slower, or a
+refusal; never an AttributeError at a user's first call. ``missing()`` names the entries that this torch lacks, which
+``python -m softmax_ext`` reports. All were there in torch 2.10.0, 2.11.0, 2.12.1, 2.13.0 and 2.14.1, unless ``since``
+says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+from collections.abc import Callable
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import Function
+
+
+class Internal(NamedTuple):
+    """One name of torch's inside.
+
+    Attributes:
+        name: as Python reaches it; ``symbol X`` for one of libtorch_cpu's; ``frame M:F`` for a function F of module M
+            that is looked for among the callers.
+        purpose: what it is for.
+        without: what is done where it is missing.
+        since: the first torch that has it.
+    """
+
+    name: str
+    purpose: str
+    without: str
+    since: str = "2.10"
+
+
+TABLE: list[Internal] = []
+
+
+_MISSING = object()
+
+
+def _look_up(name: str) -> Any:
+    try:
+        return reduce(getattr, name.split(".")[1:], torch)
+    except (AttributeError, RuntimeError):
+        return _MISSING
+
+
+def _take(name: str, purpose: str, without: str, instead: Any = None) -> Any:
+    """What ``name`` stands for, entered in the table; ``instead`` where it does not exist."""
+    TABLE.append(Internal(name, purpose, without))
+    value = _look_up(name)
+    return instead if value is _MISSING else value
+
+
+def _exists(name: str) -> bool:
+    kind, _, rest = name.rpartition(" ")
+    if kind == "symbol":
+        try:
+            return hasattr(ctypes.CDLL("libtorch_cpu.so"), rest)  # by its name: torch has loaded it
+        except OSError:
+            return False
+    if kind == "frame":
+        module, function = rest.split(":")
+        spec = find_spec(module)
+        return spec is not None and spec.origin is not None and f"def {function}(" in Path(spec.origin).read_text()
+    return _look_up(name) is not _MISSING
+
+
+def missing() -> list[Internal]:
+    """The entries that this torch does not have, though it is new enough for them."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return [i for i in TABLE if tuple(map(int, i.since.split("."))) <= version and not _exists(i.name)]
+
+
+# ---- what is at work around a call ----
+
+transforms_active: Callable[[], bool] = _take(
+    "torch._C._are_functorch_transforms_active",
+    "whether a transform of torch.func is at work, which only the Functions with all derivatives serve",
+    "every call takes those, which cost more on small inputs",
+    lambda: True,
+)
+
+_take(
+    "torch.autograd.forward_ad._current_level",
+    "whether forward-mode AD is at work, as above",
+    "as above",
+)
+
+
+def forward_mode_level() -> int:
+    """The innermost level of forward mode that is open; -1 for none."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0)
+
+
+_top_hooks = _take(
+    "torch._C._autograd._top_saved_tensors_default_hooks",
+    "whether saved-tensor hooks are at work, which a gradient over the logits must keep away from",
+    "precompute_grad and inplace give way to the default strategy, and linear_cross_entropy computes the logits twice",
+)
+
+
+def saved_tensor_hooks_active() -> bool:
+    """Whether what is saved for a backward may be moved elsewhere."""
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
+is_batched_gradient: Callable[[torch.Tensor], bool] = _take(
+    "torch._C._functorch.is_legacy_batchedtensor",
+    "whether autograd batches a gradient (is_grads_batched): a Function's result would lose its graph in silence",
+    "every gradient that is differentiated takes the plain formulas, and one that overwrites the logits is refused",
+    lambda tensor: True,
+)
+
+# ---- tensors within torch.func ----
+
+_is_wrapped = _take(
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "whether a tensor within vmap hides that what it wraps requires grad",
+    "class weights with class indices are refused within torch.func",
+)
+_unwrapped = _take("torch._C._functorch.get_unwrapped", "what such a tensor wraps", "as above")
+
+
+def requires_grad(tensor: torch.Tensor) -> bool:
+    """Be it within torch.vmap, whose tensors hide that of what they wrap."""
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if _is_wrapped is None or _unwrapped is None:
+        return tensor.requires_grad or transforms_active()
+    while not tensor.requires_grad and _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor.requires_grad
+
+
+_unwrap_if_dead = _take(
+    "torch._C._functorch.unwrap_if_dead",
+    "takes the wrapper off a tensor that has outlived its transform, as Function.apply does",
+    "Function.apply itself, which costs a small call twice the time",
+)
+_plain_apply = _take("torch._C._FunctionBase.apply", "what Function.apply calls in the end", "as above")
+
+
+def eager_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for eager calls alone: what torch's calls itself where no functorch transform is active.
+
+    Before that torch binds the arguments to a signature and takes dead wrappers off them (tensors that have outlived
+    their transform), one by one: as much time as the call itself takes on a small input. Whoever calls it takes them
+    off with :func:`alive`.
+    """
+    if _unwrap_if_dead is None or _plain_apply is None:
+        return function.apply
+    base: Any = super(Function, function)
+    return base.apply  # type: ignore[no-any-return]
+
+
+alive: Callable[[torch.Tensor], torch.Tensor] = _unwrap_if_dead or (lambda tensor: tensor)
+
+_take(
+    "torch.Tensor._base",
+    "the tensor that a view is of: writing over a view of a leaf is refused as over the leaf",
+    "inplace=True is refused",
+)
+
+
+def view_base(tensor: torch.Tensor) -> torch.Tensor:
+    """What a view is of; the tensor itself where it is none."""
+    if not hasattr(tensor, "_base"):
+        raise RuntimeError(f"softmax_ext: torch {torch.__version__} does not tell a view of a leaf. Use inplace=False.")
+    return tensor if tensor._base is None else tensor._base
+
+
+# ---- Functions ----
+
+disable_dynamo: Callable[..., Any] = (
+    _take(
+        "torch._compile._disable_dynamo",
+        "a function that torch.compile runs as it is; Dynamo is imported when it is called first",
+        "torch.compiler.disable, for which importing this package imports Dynamo",
+    )
+    or torch.compiler.disable
+)
+
+_set_forward_mode = _take(
+    "torch.autograd.forward_ad._set_fwd_grad_enabled",
+    "forward mode within a Function's jvp, for a level around it, whose tangent would be lost in silence",
+    "forward mode within forward mode is refused",
+)
+
+
+def forward_mode_enabled() -> contextlib.AbstractContextManager[Any]:
+    """Forward mode switched on; RuntimeError where that is not possible and another level would miss it."""
+    if _set_forward_mode is not None:
+        return _set_forward_mode(True)  # type: ignore[no-any-return]
+    if forward_mode_level() > 0:
+        raise RuntimeError(f"softmax_ext: torch {torch.__version__} has no way to forward mode within forward mode.")
+    return contextlib.nullcontext()
+
+
+# ---- compiled code ----
+
+_dispatch_mode = _take(
+    "torch._C._get_dispatch_mode",
+    "whether a backward is being traced, of which torch.compiler.is_compiling() knows from torch 2.13 on",
+    "second derivatives of compiled code are torch's own affair",
+    lambda key: None,
+)
+_FAKE = _take("torch._C._TorchDispatchModeKey.FAKE", "the mode in which it is traced", "as above")
+
+
+def is_tracing() -> bool:
+    """Whether tensors stand for others: for torch.compile, forward and backward, torch.export or a FakeTensorMode."""
+    return torch.compiler.is_compiling() or _dispatch_mode(_FAKE) is not None
+
+
+_DOUBLE_BACKWARD = "_double_backward"
+TABLE.append(
+    Internal(
+        f"frame torch._functorch._aot_autograd.runtime_wrappers:{_DOUBLE_BACKWARD}",
+        "whether the gradient that compiled code computes is to be differentiated: it runs without grad mode then too",
+        "torch's own exception comes instead, if the tensor is reached in which a derivative is asked for",
+    )
+)
+
+
+def in_double_backward() -> bool:
+    """Whether the backward of compiled code that is running was called with create_graph=True.
+
+    Torch calls it within a Function then, which switches grad mode off, so that only the callers tell.
+    """
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        if frame.f_code.co_name == _DOUBLE_BACKWARD:
+            return True
+        frame = frame.f_back
+    return False
+
+
+# ---- products ----
+
+onednn_linear: Callable[..., torch.Tensor] | None = _take(
+    "torch.ops.mkldnn._linear_pointwise",
+    "X W^T in float32 on AMD processors, where it is faster than torch.mm",
+    "torch.mm",
+)
+product_of_halves: Callable[..., torch.Tensor] | None = _take(
+    "torch.ops.aten.addmm.dtype_out",
+    "a product of half types on CUDA whose result is float32",
+    "the factors are converted to float32, a slice at a time",
+)
+
+# ---- other ----
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"
+
+
+legacy_reduction: Callable[[bool | None, bool | None], str] = _take(
+    "torch.nn._reduction.legacy_get_string",
+    "the reduction that size_average and reduce stand for, with torch's warning",
+    "the same without the warning",
+    _legacy_reduction,
+)
+
+register_namedtuple: Callable[..., None] = _take(
+    "torch.utils._pytree._register_namedtuple",
+    "lets an exported program that returns statistics be saved",
+    "it can't be saved",
+    lambda *args, **kwargs: None,
+)
+
+
+# Weak in csrc/ops/cpu/allocation.cpp, which does without where it is null.
+TABLE.append(
+    Internal(
+        "symbol torch_from_blob",
+        "results of more than 32 MiB on the CPU lie in memory that is kept for the next",
+        "each is allocated anew, which takes longer than computing it",
+        since="2.11",
+    )
+)
