@@ -51,8 +51,8 @@ test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python tests/emulated.py -n 2
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
 
-# What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the library loads.
-VERSIONED := compile compile_cache transforms linear inplace integration errors modules diagnostics faults
+# What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the libraries load.
+VERSIONED := compile compile_cache transforms linear inplace integration errors modules diagnostics
 
 # The library is the one of .venv: built with one torch it serves every other, which is a part of what this tests.
 test-torch: $(VENV)-torch-$(VERSION)/.installed $(VENV)/.built ## run what depends on the torch with VERSION=2.11.0, in .venv-torch-2.11.0
