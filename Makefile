@@ -2,14 +2,16 @@
 # .venv, installs there what it needs and builds the extension. What is up to date stays.
 #
 #   PYTHON=python3.12              the interpreter of a new .venv
-#   TORCH='torch==2.11.0'          another torch, or other arguments of pip install
-#   PYTEST_ARGS='-k softmax'       what make test passes to pytest besides
+#   TORCH='torch==2.11.0'          another torch, or other arguments of pip install; without it the next make changes back
+#   VERSION=2.11.0                 the torch of make test-torch
+#   PYTEST_ARGS='-k softmax'       what make test and test-torch pass to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
 #   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz.py besides
 #   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+VERSION ?=
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 PEERS ?=
@@ -29,7 +31,7 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
+.PHONY: help build cuda-library demo test test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +50,13 @@ test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python tests/native/run.py --trials 25 thread
 	$(BIN)/python tests/emulated.py -n 2
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
+
+# What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the libraries load.
+VERSIONED := compile compile_cache transforms linear inplace integration errors modules diagnostics
+
+# The library is the one of .venv: built with one torch it serves every other, which is a part of what this tests.
+test-torch: $(VENV)-torch-$(VERSION)/.installed $(VENV)/.built ## run what depends on the torch with VERSION=2.11.0, in .venv-torch-2.11.0
+	$(VENV)-torch-$(VERSION)/bin/python -m pytest -n 2 $(VERSIONED:%=tests/test_%.py) $(PYTEST_ARGS)
 
 large: $(VENV)/.test $(VENV)/.built ## run the tests of more than 2^31 logits; takes 15 GiB of memory
 	$(BIN)/python -m pytest --large $(PYTEST_ARGS) tests/test_size.py
@@ -125,7 +134,7 @@ clean: ## remove everything built; keep .venv
 	find softmax_ext tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV) $(VENV_PEERS) $(VENV_AUDIT)
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_AUDIT) $(VENV)-torch-*
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("softmax_ext needs Python" \
@@ -150,6 +159,17 @@ GROUPS := $(VENV)/.bench $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
 $(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
 	$(EDITABLE) '.[$*]'
 	touch $@
+
+# Another torch and the group "test", of which .venv has the list; by the interpreter of .venv, for whose Python the library is.
+$(VENV)-torch-%/.installed: $(VENV)/.test constraints.txt
+	test -d $(@D) || $(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'from importlib.metadata import requires; print(*(one.partition(";")[0] for one in \
+		requires("softmax_ext") if "test" in one.partition("extra ==")[2]), sep="\n")' > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(CONSTRAINTS) torch==$* --requirement $(@D)/requirements.txt
+	touch $@
+
+$(VENV)-torch-/.installed:
+	@echo 'make test-torch: of which torch? make test-torch VERSION=2.11.0' >&2; exit 1
 
 # What softmax_ext is measured against besides torch, apart from it.
 $(VENV_PEERS)/.installed: benchmarks/requirements-peers.txt

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional, linear
+from . import checks, functional, linear
 from .functional import CrossEntropyStats
 
 
@@ -21,7 +21,7 @@ class Softmax(nn.Softmax):
     dim: int
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
+        super().__init__(checks.integer("softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape -> the same shape. See :func:`softmax_ext.softmax`."""
@@ -38,7 +38,7 @@ class LogSoftmax(nn.LogSoftmax):
     dim: int
 
     def __init__(self, dim: int) -> None:
-        super().__init__(dim)
+        super().__init__(checks.integer("log_softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape -> the same shape. See :func:`softmax_ext.log_softmax`."""

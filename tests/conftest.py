@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -28,7 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", action="append", default=[], metavar="FILE=N", help="of a file, one in N tests")
 
 
+def _forks() -> NoReturn:
+    raise RuntimeError("a test forks in a process of its own: tests/fresh.py says why")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    os.fork = _forks
     # Compiled graphs that an earlier run kept on disk may have other derivatives in them.
     cache = os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -104,8 +110,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _on_the_device(request: pytest.FixtureRequest) -> None:
+    # None and not "cpu": that is a mode like any other, which Dynamo traces.
     if request.config.getoption("--device") == "cuda":
-        torch.set_default_device("cpu" if "device" in request.fixturenames else "cuda")
+        torch.set_default_device(None if "device" in request.fixturenames else "cuda")
 
 
 @pytest.fixture(autouse=True)

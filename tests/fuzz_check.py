@@ -176,8 +176,11 @@ class Call:
         )
 
     def torchs(self) -> Tensor:
-        """What torch makes of the arguments that it has; with int64 and the input's dtype, where it needs them."""
-        case, t = self.case, {name: x.detach() for name, x in self.tensors.items()}
+        """What torch makes of the arguments that it has; with int64 and the input's dtype, where it needs them.
+
+        On the CPU: a class out of range, of which it says so there, ends the use of a GPU, or is accepted.
+        """
+        case, t = self.case, {name: x.detach().cpu() for name, x in self.tensors.items()}
         if t["target"].dtype == torch.uint8:  # which torch has for the plain loss alone
             t["target"] = t["target"].long()
         if "weight" in t and not case.target.probabilities and t["weight"].is_floating_point():
@@ -188,14 +191,24 @@ class Call:
         rows, target = t["input"], t["target"]
         if self.many_dimensions():  # which torch does not take
             rows, target = rows.reshape(math.prod(case.linear.batch), rows.shape[-1]), self._flat(target)
-        return F.linear_cross_entropy(
-            rows,
-            t["linear_weight"],
-            target,
-            linear_bias=t.get("linear_bias"),
-            ignore_index=case.ignore_index,
-            **options,
-        )
+        matrix, bias = t["linear_weight"], t.get("linear_bias")
+        if hasattr(F, "linear_cross_entropy"):
+            return F.linear_cross_entropy(
+                rows, matrix, target, linear_bias=bias, ignore_index=case.ignore_index, **options
+            )
+        # Before torch 2.13.
+        logits = F.linear(rows, matrix.flatten(0, -2), None if bias is None else bias.flatten())
+        logits = logits.unflatten(-1, matrix.shape[:-1])
+        return F.cross_entropy(logits, target, ignore_index=case.ignored_class, **options)
+
+    def product_spreads_nan(self) -> bool:
+        """Whether torch's product makes NaN of more rows than have one: in half types, on a processor with AMX."""
+        if self.case.linear is None:
+            return False
+        x, matrix = self.tensors["input"].detach(), self.tensors["linear_weight"].detach().flatten(0, -2)
+        clean = x.isfinite().all(-1)
+        alone = F.linear(torch.where(clean.unsqueeze(-1), x, 0), matrix)
+        return not torch.equal(F.linear(x, matrix).isnan()[clean], alone.isnan()[clean])
 
     def overwrites(self) -> bool:
         """Whether the gradient goes over the logits; it does not where the class weights have one too."""
@@ -234,7 +247,7 @@ def check_loss(case: LossCase, device: torch.device) -> None:
         return
     assert torchs is None, f"torch raises {torchs!r}"
     assert not call.refuses_inplace(), "inplace=True has been accepted"
-    if case.classes:
+    if case.classes and not call.product_spreads_nan():
         if theirs is not None and case.result is None:
             loss = results[0] if case.return_stats else results
             assert loss.dtype == theirs.dtype, "dtype"

@@ -34,6 +34,7 @@ NOT_OF_THE_KERNELS = {
     "test_cuda_kernels.py": "CUDA",
     "test_cuda_on_cpu.py": "the emulator of CUDA, which has a sanitized build of its own",
     "test_diagnostics.py": "processes of their own, which choose the kernel set themselves",
+    "test_fresh.py": "processes",
     "test_setup.py": "setup.py",
 }
 

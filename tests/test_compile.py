@@ -6,6 +6,7 @@ joint forward and backward) without a C++ compiler at the end; some with inducto
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -378,11 +379,11 @@ TORCHS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @each_backend
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap grad", "hessian"])
-def test_transforms_inside_compiled_code_are_torchs(transform, backend, name):
-    """Not refused: compiled as a whole, and right."""
+def test_transforms_inside_compiled_code_are_torchs(transform, backend, name, device):
+    """Not refused: compiled as a whole, and right. (`device`: so that there is no default device.)"""
     from torch.func import grad, hessian, jvp, vmap
 
-    x, v = randn(3, 4), randn(3, 4, seed=1)
+    x, v = randn(3, 4).to(device), randn(3, 4, seed=1).to(device)
     arguments = (torch.stack([x, v]),) if transform == "vmap grad" else (x,)
     transformed = {
         "grad": grad,
@@ -392,6 +393,24 @@ def test_transforms_inside_compiled_code_are_torchs(transform, backend, name):
     }[transform]
     actual = compiled(transformed(FUNCTIONS[name]), backend=backend)(*arguments)
     assert_close(actual, transformed(TORCHS[name])(*arguments))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_hessian_under_a_default_device(name, device):
+    """Which Dynamo traces; where it can't (2.11), neither can it with torch's function."""
+    from torch.func import hessian
+
+    x = randn(3, 4).to(device)
+    expected = hessian(TORCHS[name])(x)
+    with torch.device(device):
+        try:
+            compiled(hessian(TORCHS[name]))(x)
+        except torch._dynamo.exc.Unsupported as error:
+            torch._dynamo.reset()
+            with pytest.raises(type(error), match=re.escape(str(error).splitlines()[0])):
+                compiled(hessian(FUNCTIONS[name]))(x)
+        else:
+            assert_close(compiled(hessian(FUNCTIONS[name]))(x), expected)
 
 
 @each_function

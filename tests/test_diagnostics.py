@@ -19,6 +19,10 @@ from softmax_ext import cuda, ops
 
 pytestmark = pytest.mark.devices("cpu")
 
+where_cuda_is_built = pytest.mark.skipif(
+    torch.version.cuda is None or cuda.path() is None, reason="no CUDA in this torch, or no CUDA library"
+)
+
 PACKAGE = Path(softmax_ext.__file__).parent
 COMMAND = "pip install --no-build-isolation"
 
@@ -87,18 +91,42 @@ def test_report():
     assert "torch.mm" in lines["float32 products"]
 
 
-@pytest.mark.skipif(cuda.library is not None, reason="the CUDA library is loaded")
+@pytest.mark.skipif(torch.version.cuda is not None and cuda.path() is not None, reason="there is")
 def test_report_says_why_there_is_no_cuda():
     assert re.match(r"no: .+", report(python("-m", "softmax_ext"))["CUDA"])
 
 
-@pytest.mark.skipif(cuda.library is None, reason="the CUDA library is not loaded")
+@where_cuda_is_built
 def test_report_of_the_cuda_kernels():
     lines = report(python("-m", "softmax_ext"))
     assert lines["CUDA"].startswith(str(torch.version.cuda))
     assert cuda.architectures().split(";")[0] in lines["CUDA kernels compiled"]
     for device in range(torch.cuda.device_count()):
         assert torch.cuda.get_device_name(device) in lines[f"CUDA device {device}"]
+
+
+# The same numbers as torch's, beside the CUDA library.
+ON_THE_CPU = """
+import torch, softmax_ext
+from softmax_ext import cuda
+assert not torch.cuda.is_available()
+assert cuda.library is not None, cuda.missing
+print(cuda.architectures())
+x = torch.randn(5, 7, requires_grad=True)
+y = torch.arange(5)
+loss, right = softmax_ext.cross_entropy(x, y), torch.nn.functional.cross_entropy(x, y)
+torch.testing.assert_close(loss, right)
+torch.testing.assert_close(*(torch.autograd.grad(l, x)[0] for l in (loss, right)))
+torch.testing.assert_close(softmax_ext.softmax(x, 1), x.softmax(1))
+"""
+
+
+@where_cuda_is_built
+def test_the_cuda_library_loads_without_a_gpu():
+    """Once built it is never left out in silence: not on a machine without a GPU either."""
+    result = python("-c", ON_THE_CPU, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert re.match(r"\d+", result.stdout)
 
 
 # What is said where torch has CUDA and the library is missing, unreadable, or another's.

@@ -30,6 +30,11 @@ class Misuse(NamedTuple):
     torch_accepts: str = ""  # or raises another type: why we do not follow
 
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+NAMES = "" if TORCH >= (2, 13) else "a str names a dimension there, and an unknown name is a RuntimeError"
+LATE = "" if TORCH >= (2, 14) else "raises at the call"
+
+
 def randn(*shape: int) -> Tensor:
     return seeded.randn(shape, dtype=torch.float32)
 
@@ -350,7 +355,7 @@ SOFTMAX = {
         loss(X, None), TypeError, ("dim must be an int", "got None"), "deprecated: torch guesses the dimension"
     ),
     "dim missing": Misuse(loss(X), TypeError, ("dim",), "deprecated: torch guesses the dimension"),
-    "dim str": Misuse(loss(X, "C"), TypeError, ("dim must be an int", "'C' (str)")),
+    "dim str": Misuse(loss(X, "C"), TypeError, ("dim must be an int", "'C' (str)"), NAMES),
     "dim float": Misuse(loss(X, 1.0), TypeError, ("dim must be an int", "1.0 (float)")),
     "dim bool": Misuse(loss(X, True), TypeError, ("dim must be an int", "True (bool)")),
     "dim tuple": Misuse(loss(X, (0, 1)), TypeError, ("dim must be an int", "(0, 1) (tuple)")),
@@ -694,7 +699,8 @@ MODULES = {
         lambda m: m.CrossEntropyLoss(smoothing=0.1), TypeError, ("unexpected keyword argument 'smoothing'",)
     ),
     "Softmax dim": Misuse(lambda m: m.Softmax(2)(X), IndexError, ("dim must lie in [-2, 1]", "got 2")),
-    "Softmax dim str": Misuse(lambda m: m.Softmax("C")(X), TypeError, ("dim must be an int", "'C' (str)")),
+    "Softmax dim str": Misuse(lambda m: m.Softmax("C")(X), TypeError, ("dim must be an int", "'C' (str)"), NAMES),
+    "LogSoftmax dim str": Misuse(lambda m: m.LogSoftmax("C"), TypeError, ("dim must be an int", "'C' (str)"), LATE),
     "Softmax input": Misuse(lambda m: m.Softmax(1)(X.long()), NotImplementedError, ("input must be", "int64 [3, 4]")),
     "LogSoftmax dim": Misuse(lambda m: m.LogSoftmax(-3)(X), IndexError, ("dim must lie in [-2, 1]", "got -3")),
     "LogSoftmax input": Misuse(lambda m: m.LogSoftmax(1)(X.bool()), NotImplementedError, ("input must be", "bool")),

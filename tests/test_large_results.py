@@ -4,13 +4,13 @@ A row has the same bits wherever it stands, so a large result is compared with t
 and takes neither way.
 """
 
-import os
 import pickle
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from torch import Tensor
@@ -221,14 +221,17 @@ def test_threads_do_not_share_memory(logits, target):
         _exact(mine[0], expected)
 
 
-def test_a_forked_process_has_memory_of_its_own(logits, target):
+def forking() -> None:
+    torch.manual_seed(0)
     torch.set_num_threads(1)
+    logits, target = torch.randn(1009, CLASSES), torch.randint(0, CLASSES, (1009,))
     expected = _gradient(logits, target)
     _gradient(logits, target)  # freed: the child inherits it
-    child = os.fork()
-    if child == 0:
-        right = torch.equal(_gradient(-logits, target), _gradient(-logits, target))
-        os._exit(0 if right else 1)
+    child = fresh.fork(lambda: _exact(_gradient(-logits, target), _gradient(-logits, target)))
     mine = _gradient(logits, target)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    fresh.wait(child)
     _exact(mine, expected)
+
+
+def test_a_forked_process_has_memory_of_its_own():
+    fresh.run(forking)

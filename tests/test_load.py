@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import oracle
 import pytest
 import torch
@@ -144,9 +145,7 @@ class Steps(Dataset):
         return [torch.tensor(os.getpid()), *training_step(index)]
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_of_a_data_loader(context):
-    """Started after this process has used the package on all its threads."""
+def workers_of_a_data_loader(context: str) -> None:
     torch.set_num_threads(4)
     expected = [training_step(i) for i in range(8)]
     loader = DataLoader(Steps(), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=100)
@@ -157,6 +156,12 @@ def test_workers_of_a_data_loader(context):
     assert len(pids - {os.getpid()}) == 2
     for i, right in enumerate(expected):  # and here it still works
         oracle.assert_same_bits(training_step(i), right, i)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_data_loader(context):
+    """Started after their process has used the package on all its threads."""
+    fresh.run(workers_of_a_data_loader, context)
 
 
 # ---- one after another ----

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from test_binary import library, run
 
 if sys.version_info >= (3, 11):
@@ -67,6 +69,21 @@ def test_every_requirement_is_pinned():
             continue  # of a group that is not installed here
         names |= {canonical(re.match(r"[\w.-]+", one)[0]) for one in requirements if ";" not in one}
     assert "torch" not in pins
+
+
+def test_the_pins_are_what_torch_needs():
+    """make installs both at once, with whatever TORCH is; here the torch that is installed."""
+    pins = pinned()
+    for requirement in map(Requirement, metadata.requires("torch")):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            for version in pins.get(canonical(requirement.name), []):
+                assert requirement.specifier.contains(version), requirement
+
+
+def test_setuptools_is_one_that_every_torch_takes():
+    """2.11 and 2.12 need one before 82; those after it, one from 77 on."""
+    (version,) = pinned()["setuptools"]
+    assert version in SpecifierSet(">=77.0.3,<82")
 
 
 def test_make_and_ci_install_by_the_constraints():

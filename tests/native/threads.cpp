@@ -1,5 +1,6 @@
 // torch's parallel_for and number of threads, by which the operators split their work (csrc/ops/cpu/parallel.h), with
-// std::thread: a program without libtorch, all of which the sanitizers see.
+// std::thread: a program without libtorch, all of which the sanitizers see. And the version that torch's headers from 2.13
+// on ask for before they look up a newer function: the one that all is compiled for, which has none of those.
 #include "threads.h"
 
 #include <torch/csrc/stable/c/shim.h>
@@ -13,6 +14,8 @@ namespace softmax_ext::native {
 thread_local int threads_of_caller = 1;
 
 }  // namespace softmax_ext::native
+
+extern "C" uint64_t aoti_torch_abi_version() { return TORCH_TARGET_VERSION; }
 
 extern "C" AOTITorchError torch_get_num_threads(uint32_t* threads) {
   *threads = softmax_ext::native::threads_of_caller;

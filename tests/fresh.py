@@ -1,0 +1,48 @@
+"""Runs a function of a test file in a Python process of its own, and forks there.
+
+A forked process has none of the threads of the one it came from. pytest's may have had any number of them, also
+autograd's, without which torch refuses a backward; and a forked pytest whose test fails goes on with all other tests.
+"""
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import softmax_ext
+
+PLACES = [Path(softmax_ext.__file__).parents[1], Path(__file__).parent]
+
+
+def run(function: Callable[..., None], *arguments: object) -> None:
+    """Calls the function of a test file there; what it raises fails the test. The arguments are given by their repr."""
+    name = function.__name__
+    program = f"from {function.__module__} import {name}\n{name}(*{arguments!r})"
+    # autograd starts a thread for each GPU that it sees, before any fork.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PLACES)), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def fork(function: Callable[..., None], *arguments: object) -> int:
+    """Starts the function in a forked process, which ends with it whatever it does; for `wait`."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        function(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def wait(child: int) -> None:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, f"the forked process ended with status {status}"
