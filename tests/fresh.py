@@ -19,12 +19,17 @@ PLACES = [Path(softmax_ext.__file__).parents[1], Path(__file__).parent]
 def run(function: Callable[..., None], *arguments: object) -> None:
     """Calls the function of a test file there; what it raises fails the test. The arguments are given by their repr."""
     name = function.__name__
-    program = f"from {function.__module__} import {name}\n{name}(*{arguments!r})"
+    output(f"from {function.__module__} import {name}\n{name}(*{arguments!r})")
+
+
+def output(program: str) -> str:
+    """What a program prints there."""
     # autograd starts a thread for each GPU that it sees, before any fork.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PLACES)), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def fork(function: Callable[..., None], *arguments: object) -> int:

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fresh
 import pytest
 import seeded
 import torch
@@ -245,3 +246,43 @@ def test_this_torch_has_all_that_is_taken_from_its_inside():
     assert len(internals.TABLE) > 15
     missing = internals.missing()
     assert not missing, "\n".join(f"{i.name}, for {i.purpose}; without it: {i.without}" for i in missing)
+
+
+WITHOUT = """
+import functools
+def hide(function, *arguments, real=functools.reduce):
+    if function is getattr:
+        raise AttributeError
+    return real(function, *arguments)
+import torch, torch._dynamo, torch.nn.functional as F
+from torch.testing import assert_close
+real, functools.reduce = functools.reduce, hide
+import softmax_ext as s
+functools.reduce = real
+assert s.functional.internals.onednn_linear is None, "nothing is hidden"
+torch.manual_seed(0)
+W, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 2])
+pairs = {
+    "cross_entropy": (lambda x: s.cross_entropy(x, y), lambda x: F.cross_entropy(x, y)),
+    "legacy": (lambda x: s.cross_entropy(x, y, None, False), lambda x: F.cross_entropy(x, y, reduction="sum")),
+    "precomputed": (lambda x: s.cross_entropy(x, y, precompute_grad=True), lambda x: F.cross_entropy(x, y)),
+    "inplace": (lambda x: s.cross_entropy(x * 1, y, inplace=True), lambda x: F.cross_entropy(x, y)),
+    "softmax": (lambda x: s.softmax(x, 1).square().sum(), lambda x: F.softmax(x, 1).square().sum()),
+    "linear": (lambda x: s.linear_cross_entropy(x, W, y), lambda x: F.cross_entropy(x @ W.mT, y)),
+    "linear float32": (lambda x: s.linear_cross_entropy(x.float(), W.float(), y).double(),
+                       lambda x: F.cross_entropy(x.float() @ W.mT.float(), y).double()),
+}
+def derivatives(f):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+    (f(x) + g.square().sum()).backward()
+    return g, x.grad, torch.func.vmap(torch.func.grad(f))(torch.stack([x.detach(), x.detach() * 2]))
+for name, (ours, torchs) in pairs.items():
+    assert_close(derivatives(ours), derivatives(torchs), check_dtype=False, msg=lambda text: f"{name}: {text}")
+print("done")
+"""
+
+
+def test_without_anything_of_torchs_inside():
+    """Slower or refused, and right; never an AttributeError."""
+    assert fresh.output(WITHOUT).endswith("done\n")
