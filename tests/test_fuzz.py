@@ -16,7 +16,7 @@ from fuzz_cases import LossCase, SoftmaxCase
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from softmax_ext import _C
+from softmax_ext import ops
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -55,7 +55,7 @@ class Part(NamedTuple):
 
 def parts() -> list[Part]:
     found = []
-    isas = _C.available_isas()
+    isas = ops.extension.available_isas()
     units = sum(share for _, share in SHARES.values()) * len(isas)
     for isa in isas:
         for kind, (_, share) in SHARES.items():
@@ -98,13 +98,13 @@ def test_against_torch(part, device, record_property):
         count += 1
         check(case, part.kind, device)
 
-    before = _C.selected_isa()
-    _C.select_isa(part.isa)
+    before = ops.extension.selected_isa()
+    ops.extension.select_isa(part.isa)
     try:
         examples()
         assert count >= part.examples
     finally:
-        _C.select_isa(before)
+        ops.extension.select_isa(before)
         record_property("examples", count)
 
 
