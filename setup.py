@@ -126,7 +126,7 @@ class Library(NamedTuple):
     units: list[Unit]
     link: list[str]
     jobs: int | None = None  # compilers at once; None: ninja's choice
-    environment: dict[str, str] = {}  # noqa: RUF012  of the compilers, besides; nobody writes to it
+    threads: int = 1  # architectures that one nvcc compiles for beside each other
 
 
 class Toolkit(NamedTuple):
@@ -408,9 +408,8 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
     runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
     print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; takes minutes, on two processors over ten")
     print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
-    # The architectures of one source beside each other, where there are jobs to spare. By the
-    # environment, so that another number compiles nothing again.
-    threads = {"NVCC_APPEND_FLAGS": f"--threads={max(1, jobs // max(1, len(kernels)))}"}
+    # One source takes longer than all others together.
+    threads = max(min(2, jobs), jobs // max(1, len(kernels)))
     old_units, old_flags = old_runtime(CUDA)
     link = [*link_flags(CUDA, [torch_cuda(command), "-ltorch_cpu", *runtime]), *old_flags]
     return Library([*units, *old_units], link, jobs, threads)
@@ -434,6 +433,7 @@ def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, o
     with path.open("w") as file:
         ninja = Writer(file)
         ninja.variable("builddir", str(path.parent))
+        ninja.pool("nvcc", max(1, (library.jobs or 1) // library.threads))
         # -MD, with the system headers: a new torch in the same place rebuilds what includes it. What
         # nvcc says of each kernel stays in a file; the rest is shown.
         report = "> $out.log 2>&1; status=$$?; grep -v -e 'ptxas info' -e 'bytes stack frame' $out.log; exit $$status"
@@ -444,6 +444,7 @@ def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, o
                 description=f"{rule} $out",
                 depfile="$out.d",
                 deps="gcc",
+                pool="nvcc" if rule == "nvcc" else None,
             )
         ninja.rule("link", f"{quoted(compilers['compile'])} $in $flags -o $out", description="link $out")
         for unit in library.units:
@@ -456,7 +457,9 @@ def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, o
 def run_ninja(path: Path, library: Library) -> None:
     ninja = [sys.executable, "-m", "ninja", "-f", str(path)]
     most = os.environ.get("MAX_JOBS") or library.jobs
-    environment = {**os.environ, **library.environment}
+    # By the environment, so that another number compiles nothing again.
+    threads = f"--threads={library.threads} {os.environ.get('NVCC_APPEND_FLAGS', '')}"
+    environment = {**os.environ, "NVCC_APPEND_FLAGS": threads}
     try:
         subprocess.run([*ninja, *(["-j", str(most)] if most else [])], check=True, env=environment)
         subprocess.run([*ninja, "-t", "cleandead"], check=True, stdout=subprocess.DEVNULL)

@@ -152,8 +152,8 @@ def main() -> int:
     for source in sources:
         log = (BUILD / "cuda" / f"{source.stem}.o.log").read_text()
         kernels = parse(log)
-        if not kernels:
-            wrong.append(f"the compiler's report of {source.name} names no kernel")
+        if not kernels or log.count("Compiling entry function") != sum(map(len, kernels.values())):
+            wrong.append(f"the compiler's report of {source.name} can't be read")
             continue
         if re.search(r"\bwarning\b", log):
             wrong.append(f"the compiler warns of {source.name}; the text is in {BUILD.name}/cuda/{source.stem}.o.log")
