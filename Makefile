@@ -116,7 +116,7 @@ dist: $(VENV)/.dist ## an sdist in dist/, of the same bytes every time
 	$(BIN)/python -m build --no-isolation --sdist
 
 wheel: $(VENV)/.dist ## a wheel in dist/ for every Python and torch, with the CUDA kernels where there is an nvcc
-	$(BIN)/python .ci/wheel.py
+	$(BIN)/python .ci/make_wheel.py
 
 audit: $(VENV_AUDIT)/.installed $(VENV)/torch.txt ## ask for known vulnerabilities of torch and every pinned version
 	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt \

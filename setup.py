@@ -314,8 +314,9 @@ def old_runtime(library: str) -> tuple[list[Unit], list[str]]:
     if platform.machine() != "x86_64" or SANITIZE:
         return [], []
     source = Path("csrc/old_runtime.cpp")
-    names = re.findall(r"^(?:OLD_FUNCTION|REPLACED)\((\w+)\)", source.read_text(), re.MULTILINE)
-    unit = Unit(str(source), object_of(library, source), common_flags())
+    names = re.findall(r"^(?:OLD_FUNCTION|REPLACED)\((\w+)", source.read_text(), re.MULTILINE)
+    runtime = ["-DSOFTMAX_EXT_CUDA_RUNTIME"] if library == CUDA else []
+    unit = Unit(str(source), object_of(library, source), [*common_flags(), *runtime])
     return [unit], [f"-Wl,--wrap={name}" for name in names]
 
 
@@ -406,7 +407,7 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
     )
     paths = shlex.split(re.search(r"LIBRARIES=(.*)", answer.stderr)[1])
     runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; takes minutes, on two processors over ten")
+    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; about eight minutes of one processor")
     print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
     # One source takes longer than all others together.
     threads = max(min(2, jobs), jobs // max(1, len(kernels)))
@@ -416,7 +417,7 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
 
 
 def torch_cuda(command: list[str]) -> str:
-    """A library to link with in the place of torch's: a torch without CUDA has none, and the result is to be the same."""
+    """A library to link with in the place of torch's, which not every torch has: the result is the same with all."""
     library = BUILD[CUDA] / "libtorch_cuda.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", str(library)]
@@ -563,6 +564,7 @@ class SameBytesSdist(sdist):
     def make_archive(self, base_name: str, format: str, *arguments: object, base_dir: str, **options: object) -> str:
         if format != "gztar":
             stop(f"makes an sdist as .tar.gz only; {format} was asked for.")
+
         def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
             member.uid = member.gid = 0
             member.uname = member.gname = ""

@@ -3,8 +3,8 @@
 It is setup.py's build, in build/ninja-cuda, with whatever torch is installed: `make wheel` compiles nothing again.
 Where torch has no CUDA, an empty library stands for the one of torch's that is missing.
 
-A warning of nvcc fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed would
-depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
+A warning of nvcc fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed
+would depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
 
     registers of a thread, then ! and what is wrong
 
@@ -79,7 +79,7 @@ def short(name: str) -> str:
 
 
 def parse(log: str) -> dict[str, dict[str, Usage]]:
-    """The report of ``ptxas -v``: for each kernel and architecture a line of its stack frame and one of its registers."""
+    """The report of ``ptxas -v``: for each kernel and architecture a line of its stack, and one of its registers."""
     usages: dict[str, dict[str, Usage]] = defaultdict(dict)
     name, arch, stack, spills = "", "", 0, 0
     for line in log.splitlines():

@@ -151,7 +151,7 @@ def wheel(where: Path, umask: int) -> Path:
 
 
 def test_wheel_is_for_every_python_and_the_same_bytes_twice(tmp_path):
-    """By its name, by what it says inside, and by what it holds; at another time, in another place, by another umask."""
+    """By its name, by what it says and holds; at another time, in another place, by another umask."""
     needs_the_checkout()
     path = wheel(tmp_path / "one", 0o022)
     assert path.read_bytes() == wheel(tmp_path / "elsewhere" / "two", 0o077).read_bytes()
