@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -43,7 +44,7 @@ def _origin() -> str:
     except metadata.PackageNotFoundError:
         found = None
     wheel = found and found.read_text("WHEEL")
-    if not found or not wheel or found.locate_file("softmax_ext").resolve() != libraries.PACKAGE:
+    if not found or not wheel or Path(str(found.locate_file("softmax_ext"))).resolve() != libraries.PACKAGE:
         return f"no wheel: it runs from {libraries.PACKAGE}"
     tags = [line.partition(": ")[2] for line in wheel.splitlines() if line.startswith("Tag: ")]
     return f"softmax_ext-{found.version}-{' '.join(tags)}.whl in {libraries.PACKAGE}"
