@@ -412,7 +412,8 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
     # One source takes longer than all others together.
     threads = max(min(2, jobs), jobs // max(1, len(kernels)))
     old_units, old_flags = old_runtime(CUDA)
-    link = [*link_flags(CUDA, [torch_cuda(command), "-ltorch_cpu", *runtime]), *old_flags]
+    # Without the symbols of what is hidden: among them are nvcc's temporary files, of other names each time.
+    link = [*link_flags(CUDA, [torch_cuda(command), "-ltorch_cpu", *runtime]), *old_flags, "-Wl,--strip-all"]
     return Library([*units, *old_units], link, jobs, threads)
 
 

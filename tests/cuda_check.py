@@ -67,8 +67,7 @@ def demangle(names: list[str]) -> list[str]:
 
 def short(name: str) -> str:
     """Without namespaces, the return type and the parameters."""
-    name = re.sub(r"\(anonymous namespace\)::", "", name)
-    name = re.sub(r"\b(softmax_ext|cuda)::", "", name)
+    name = re.sub(r"\b(softmax_ext|cuda|\w+_cu)::", "", name)
     name = re.sub(r"^void ", "", name)
     depth = 0
     for i, letter in enumerate(name):

@@ -118,6 +118,9 @@ def test_names_no_folder_of_this_machine(kind, request):
     """As torch's checks would, with the files they stand in: the same sources give the same bytes in any folder."""
     content = Path(request.getfixturevalue(kind)).read_bytes()
     assert b"torch/csrc/stable/" in content, "no name of a file is in it"
+    # nvcc's: a name made from the folder of the source, in the place of an unnamed namespace, and its temporary files.
+    assert b"_GLOBAL__N__" not in content
+    assert b"tmpxft" not in content
     folders = {str(ROOT), str(Path(torch.__file__).parent), str(Path.home())}
     assert not [folder for folder in folders if folder.encode() in content]
 
