@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The version of every tool; torch's is TORCH.
 CONSTRAINTS := --constraint constraints.txt
-# In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
+# In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C in any copy of the package too.
 EDITABLE := $(PIP) install $(CONSTRAINTS) --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
