@@ -24,19 +24,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The version of every tool; torch's is TORCH.
 CONSTRAINTS := --constraint constraints.txt
-# In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C from any copy of the package.
+# In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C in any copy of the package too.
 EDITABLE := $(PIP) install $(CONSTRAINTS) --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
+.PHONY: help build cuda-library demo test test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist wheel audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: $(VENV)/.built ## build the extension into softmax_ext/
+build: $(VENV)/.built ## build the libraries into softmax_ext/
 
 cuda-library: $(VENV)/.built ## compile the CUDA library too, with nvcc and no GPU, whatever torch is installed
 	FORCE_CUDA=1 $(BIN)/python setup.py build_ext
@@ -120,9 +120,12 @@ format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
-dist: $(VENV)/.dist ## an sdist, and a wheel built from it, in dist/; the sdist is of the same bytes every time
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+dist: $(VENV)/.dist ## an sdist in dist/, of the same bytes every time
+	rm -f dist/*.tar.gz
+	$(BIN)/python -m build --no-isolation --sdist
+
+wheel: $(VENV)/.dist ## a wheel in dist/ for every Python and torch, with the CUDA kernels where there is an nvcc
+	$(BIN)/python .ci/make_wheel.py
 
 audit: $(VENV_AUDIT)/.installed $(VENV)/torch.txt ## ask for known vulnerabilities of torch and every pinned version
 	$(VENV_AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt \

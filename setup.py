@@ -1,27 +1,31 @@
 """Builds softmax_ext's libraries: which sources, with which flags, for which processors.
 
 pyproject.toml holds the metadata; this file only compiles. For each library it writes a build.ninja
-and runs ninja, which rebuilds what changed (headers included) and nothing else.
+and runs ninja, which rebuilds what changed (headers included) and nothing else. No Python is in the
+libraries: one wheel serves every version of it.
 
-softmax_ext._C, in build/ninja: the Python module, the operators' schemas and the CPU. One library
-runs on every CPU of its architecture:
+libsoftmax_ext_cpu.so, in build/ninja: the operators' schemas and the CPU. One library runs on every
+CPU of its architecture:
 
-    csrc/module.cpp          once             the Python module; sees pybind11, no torch header
+    csrc/*.cpp               once             what Python asks; no torch header
     csrc/ops/*.cpp           once             the operators, in torch's stable ABI
     csrc/ops/cpu/*.cpp       once             and what they do on the CPU
     csrc/cpu/*_kernel.cpp    once per ISA     the SIMD kernels, over the headers of at::vec
     csrc/cpu/*.cpp           once             the rest: picks among the ISAs at run time
 
-softmax_ext._cuda, in build/ninja-cuda, where torch has CUDA and there is an nvcc: the same
-operators for CUDA tensors. No Python in it, and no GPU is needed to build it:
+libsoftmax_ext_cuda.so, in build/ninja-cuda, where torch has CUDA and there is an nvcc: the same
+operators for CUDA tensors. No GPU is needed to build it:
 
     csrc/ops/*.cpp           C++ compiler     as above
     csrc/ops/cuda/*.cpp      C++ compiler     and what they do with CUDA tensors
     csrc/cuda/*              nvcc             the kernels; no torch header
 
+softmax_ext._C, in build/ninja-module, in the source folder alone (build_ext --inplace, an editable
+installation) and where there are pybind11 and Python.h: csrc/module/, for tests of the kernels.
+
 Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at once). For CUDA:
 
-    FORCE_CUDA=1             build it though torch has no CUDA, or stop; it can't be loaded there
+    FORCE_CUDA=1             build it though torch has no CUDA, or stop; it is not loaded there
     FORCE_CPU=1              do not build it
     CUDA_HOME, CUDA_PATH     where bin/nvcc is; else PATH and /usr/local/cuda are searched
     TORCH_CUDA_ARCH_LIST     for which GPUs: "8.0;9.0+PTX"
@@ -29,7 +33,7 @@ Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at onc
 
 For tests/kernel_suite.py:
 
-    SANITIZE=1               the CPU library under AddressSanitizer and UBSan, in build/ninja-sanitized
+    SANITIZE=1               the CPU library and _C under AddressSanitizer and UBSan, in build/*-sanitized
 """
 
 from __future__ import annotations
@@ -46,21 +50,32 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("SANITIZE", "") not in ("", "0")
-BUILD = {"_C": Path("build/ninja-sanitized" if SANITIZE else "build/ninja"), "_cuda": Path("build/ninja-cuda")}
+
+# The names of the extensions, and where each is built.
+CPU, CUDA, MODULE = "libsoftmax_ext_cpu", "libsoftmax_ext_cuda", "_C"
+SUFFIX = "-sanitized" if SANITIZE else ""
+BUILD = {
+    CPU: Path(f"build/ninja{SUFFIX}"),
+    CUDA: Path("build/ninja-cuda"),
+    MODULE: Path(f"build/ninja-module{SUFFIX}"),
+}
 
 # What a build needs, and the least version of each.
 # setuptools 77 is the first that reads pyproject.toml's license.
-BUILD_TOOLS = {"torch": (2, 10), "ninja": (1, 11), "pybind11": (2, 13), "setuptools": (77, 0)}
+BUILD_TOOLS = {"torch": (2, 10), "ninja": (1, 11), "setuptools": (77, 0)}
 
 # The torch whose stable ABI the operators are compiled for: one build serves it and later ones.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -89,13 +104,11 @@ SANITIZERS = [
 # which the driver makes code for newer GPUs. What nvcc does not know is left out.
 CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
-CUDA = "softmax_ext._cuda"
-
 # What one nvcc takes at most.
 NVCC_BYTES = 3 << 30
 
-# The time of the files in an sdist, unless SOURCE_DATE_EPOCH says another: 1980, the earliest that a wheel can hold.
-SDIST_TIME = 315532800
+# The time of the files in an sdist and a wheel: 1980, the earliest that a wheel can hold, or what was asked for.
+ARCHIVE_TIME = int(os.environ.get("SOURCE_DATE_EPOCH", "315532800"))
 
 
 class Unit(NamedTuple):
@@ -113,6 +126,7 @@ class Library(NamedTuple):
     units: list[Unit]
     link: list[str]
     jobs: int | None = None  # compilers at once; None: ninja's choice
+    threads: int = 1  # architectures that one nvcc compiles for beside each other
 
 
 class Toolkit(NamedTuple):
@@ -143,10 +157,9 @@ def check_build_tools() -> None:
         return
     tools = " ".join(f"'{name}>={major}.{minor}'" for name, (major, minor) in BUILD_TOOLS.items())
     stop(
-        f"cannot build: {', '.join(wrong)} in the environment that this build sees. Type\n\n"
-        f"    pip install {tools}\n"
-        f"    pip install --no-build-isolation .\n\n"
-        "Without --no-build-isolation pip builds in an empty environment, without your torch."
+        f"cannot build, since {', '.join(wrong)} in the environment that this build sees; type "
+        f"pip install {tools}, then pip install --no-build-isolation . (without --no-build-isolation "
+        "pip builds in an empty environment, which has no torch)."
     )
 
 
@@ -242,9 +255,12 @@ def sources(*patterns: str) -> list[Path]:
 def torch_headers() -> list[str]:
     import torch
 
+    headers = str(Path(torch.__file__).parent / "include")
     return [
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
-        *("-isystem", str(Path(torch.__file__).parent / "include")),
+        # Their checks hold the names of their files: the library is to name no folder of this machine.
+        f"-ffile-prefix-map={headers}=torch",
+        *("-isystem", headers),
     ]
 
 
@@ -256,8 +272,8 @@ def sanitizers() -> list[str]:
     return SANITIZERS if SANITIZE else []
 
 
-def link_flags(libraries: list[str]) -> list[str]:
-    """No rpath: torch is imported before the extension, so its libraries are in the process already.
+def link_flags(name: str, libraries: list[str]) -> list[str]:
+    """No rpath: torch is imported before the library, so its libraries are in the process already.
 
     libstdc++ stands before libtorch_cpu, which exports copies of some of its functions.
     """
@@ -266,7 +282,7 @@ def link_flags(libraries: list[str]) -> list[str]:
     return [
         *sanitizers(),
         *shlex.split(os.environ.get("LDFLAGS", "")),
-        *("-shared", "-Wl,--as-needed", "-lstdc++"),
+        *("-shared", f"-Wl,-soname,{name}.so", "-Wl,--as-needed", "-lstdc++"),
         *(f"-L{Path(torch.__file__).parent / 'lib'}", *libraries),
     ]
 
@@ -293,25 +309,46 @@ def record_unit(library: str, version: str) -> Unit:
     return Unit(str(source), object_of(library, source), [*common_flags(), *versions(version)])
 
 
-def cpu_library(version: str, compiler: str) -> Library:
-    import pybind11
+def old_runtime(library: str) -> tuple[list[Unit], list[str]]:
+    """What keeps the library to the C and C++ libraries of old systems: a unit, and flags for the linker."""
+    if platform.machine() != "x86_64" or SANITIZE:
+        return [], []
+    source = Path("csrc/old_runtime.cpp")
+    names = re.findall(r"^(?:OLD_FUNCTION|REPLACED)\((\w+)", source.read_text(), re.MULTILINE)
+    runtime = ["-DSOFTMAX_EXT_CUDA_RUNTIME"] if library == CUDA else []
+    unit = Unit(str(source), object_of(library, source), [*common_flags(), *runtime])
+    return [unit], [f"-Wl,--wrap={name}" for name in names]
 
+
+def cpu_library(version: str, compiler: str) -> Library:
+    isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
+    told = [*versions(version), f'-DSOFTMAX_EXT_COMPILER="{compiler}"']
+    source = Path("csrc/cpu_questions.cpp")
+    units = [Unit(str(source), object_of(CPU, source), [*common_flags(), *told])]
+    units += [record_unit(CPU, version), *operator_units(CPU, "cpu"), *kernel_units(isas, compiler)]
+    old_units, old_flags = old_runtime(CPU)
+    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
+    return Library([*units, *old_units], [*link_flags(CPU, ["-ltorch_cpu", "-lpthread"]), *old_flags])
+
+
+def without_module() -> str | None:
+    """Why _C can't be built."""
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     python_headers = sysconfig.get_path("include")
     if not Path(python_headers, "Python.h").exists():
-        stop(f"no Python.h in {python_headers}: install python3-dev (python3-devel).")
+        return f"no Python.h in {python_headers} (python3-dev, python3-devel)"
+    return None
 
-    isas = X86_ISAS if platform.machine() == "x86_64" else OTHER_ISAS
-    module = [
-        *versions(version),
-        f'-DSOFTMAX_EXT_COMPILER="{compiler}"',
-        *("-isystem", pybind11.get_include()),
-        *("-isystem", python_headers),
-    ]
-    source = Path("csrc/module.cpp")
-    units = [Unit(str(source), object_of("_C", source), [*common_flags(), *with_isas(isas), *module])]
-    units += [record_unit("_C", version), *operator_units("_C", "cpu"), *kernel_units(isas, compiler)]
-    print(f"  ISAs       {' '.join(isas)}, chosen at run time")
-    return Library(units, link_flags(["-ltorch_cpu"]))
+
+def module_library() -> Library:
+    import pybind11
+
+    includes = [*("-isystem", pybind11.get_include()), *("-isystem", sysconfig.get_path("include"))]
+    source = Path("csrc/module/module.cpp")
+    # The CPU library is in the process when the module is imported, and is found by its name.
+    link = ["-shared", *sanitizers(), f"-L{BUILD[CPU]}", f"-l{CPU.removeprefix('lib')}"]
+    return Library([Unit(str(source), object_of(MODULE, source), [*common_flags(), *includes])], link)
 
 
 def with_isas(isas: dict[str, list[str]]) -> list[str]:
@@ -322,7 +359,7 @@ def kernel_units(isas: dict[str, list[str]], compiler: str) -> list[Unit]:
     """The kernels for each of the ISAs, and the choice among them."""
 
     def unit(source: Path, *flags: str, suffix: str = ".o") -> Unit:
-        return Unit(str(source), object_of("_C", source, suffix), [*common_flags(), *flags])
+        return Unit(str(source), object_of(CPU, source, suffix), [*common_flags(), *flags])
 
     units = []
     for source in sources("cpu/*.cpp"):
@@ -351,20 +388,17 @@ def nvcc_jobs() -> int:
 
 
 def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
-    import torch
-
     kernels, jobs = sources("cuda/*.cu", "cuda/*.cpp"), nvcc_jobs()
     flags = [
         *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         f'-DSOFTMAX_EXT_CUDA_ARCHITECTURES="{toolkit.architectures}"',
         *toolkit.gencode,
-        # The architectures of one source beside each other, where there are jobs to spare.
-        f"--threads={max(1, jobs // max(1, len(kernels)))}",
+        *("-Xptxas", "-v"),  # registers and spills, which tests/cuda_check.py reads from the log beside the object
         *([f"-ccbin={command[0]}"] if len(command) == 1 else []),
         *shlex.split(os.environ.get("NVCC_FLAGS", "")),
     ]
-    units = [Unit(str(path), object_of("_cuda", path), flags, "nvcc") for path in kernels]
-    units += [record_unit("_cuda", version), *operator_units("_cuda", "cuda")]
+    units = [Unit(str(path), object_of(CUDA, path), flags, "nvcc") for path in kernels]
+    units += [record_unit(CUDA, version), *operator_units(CUDA, "cuda")]
     # CUDA's own run-time library is linked in: the library then needs none of a certain name and
     # version at run time, wherever pip or the system put torch's. Streams and memory are the
     # driver's, so that the two work on the same ones.
@@ -372,12 +406,24 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
         [toolkit.nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
     )
     paths = shlex.split(re.search(r"LIBRARIES=(.*)", answer.stderr)[1])
-    # Without libtorch_cuda, which has the current stream, that symbol stays undefined.
-    torch_libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if torch.version.cuda else [])]
     runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once")
+    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; about eight minutes of one processor")
     print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
-    return Library(units, link_flags([*torch_libraries, *runtime]), jobs)
+    # One source takes longer than all others together.
+    threads = max(min(2, jobs), jobs // max(1, len(kernels)))
+    old_units, old_flags = old_runtime(CUDA)
+    # Without the symbols of what is hidden: among them are nvcc's temporary files, of other names each time.
+    link = [*link_flags(CUDA, [torch_cuda(command), "-ltorch_cpu", *runtime]), *old_flags, "-Wl,--strip-all"]
+    return Library([*units, *old_units], link, jobs, threads)
+
+
+def torch_cuda(command: list[str]) -> str:
+    """A library to link with in the place of torch's, which not every torch has: the result is the same with all."""
+    library = BUILD[CUDA] / "libtorch_cuda.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", str(library)]
+    subprocess.run([*command, *flags, "csrc/ops/cuda/stub/torch_cuda.cpp"], check=True)
+    return str(library)
 
 
 def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, output: str) -> None:
@@ -389,14 +435,18 @@ def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, o
     with path.open("w") as file:
         ninja = Writer(file)
         ninja.variable("builddir", str(path.parent))
-        # -MD, with the system headers: a new torch in the same place rebuilds what includes it.
+        ninja.pool("nvcc", max(1, (library.jobs or 1) // library.threads))
+        # -MD, with the system headers: a new torch in the same place rebuilds what includes it. What
+        # nvcc says of each kernel stays in a file; the rest is shown.
+        report = "> $out.log 2>&1; status=$$?; grep -v -e 'ptxas info' -e 'bytes stack frame' $out.log; exit $$status"
         for rule, command in compilers.items():
             ninja.rule(
                 rule,
-                f"{quoted(command)} -MD -MF $out.d $flags -c $in -o $out",
+                f"{quoted(command)} -MD -MF $out.d $flags -c $in -o $out {report if rule == 'nvcc' else ''}",
                 description=f"{rule} $out",
                 depfile="$out.d",
                 deps="gcc",
+                pool="nvcc" if rule == "nvcc" else None,
             )
         ninja.rule("link", f"{quoted(compilers['compile'])} $in $flags -o $out", description="link $out")
         for unit in library.units:
@@ -406,11 +456,14 @@ def write_ninja(path: Path, compilers: dict[str, list[str]], library: Library, o
         ninja.build(output, "link", [unit.object for unit in library.units], variables=flags)
 
 
-def run_ninja(path: Path, jobs: int | None) -> None:
+def run_ninja(path: Path, library: Library) -> None:
     ninja = [sys.executable, "-m", "ninja", "-f", str(path)]
-    most = os.environ.get("MAX_JOBS") or jobs
+    most = os.environ.get("MAX_JOBS") or library.jobs
+    # By the environment, so that another number compiles nothing again.
+    threads = f"--threads={library.threads} {os.environ.get('NVCC_APPEND_FLAGS', '')}"
+    environment = {**os.environ, "NVCC_APPEND_FLAGS": threads}
     try:
-        subprocess.run([*ninja, *(["-j", str(most)] if most else [])], check=True)
+        subprocess.run([*ninja, *(["-j", str(most)] if most else [])], check=True, env=environment)
         subprocess.run([*ninja, "-t", "cleandead"], check=True, stdout=subprocess.DEVNULL)
     except subprocess.CalledProcessError:
         stop("the build failed; the first error above says where.")
@@ -430,10 +483,19 @@ class NinjaBuild(build_ext):
     def finalize_options(self) -> None:
         # Here and not below, so that an sdist needs no toolkit.
         self.toolkit = find_toolkit()
-        extensions = self.distribution.ext_modules
-        if isinstance(self.toolkit, Toolkit) and not any(e.name == CUDA for e in extensions):
-            extensions.append(Extension(CUDA, sources=[]))
+        # A sanitized build is for tests too.
+        in_source_folder = self.inplace or self.editable_mode or SANITIZE
+        self.without_module = without_module() if in_source_folder else "for the source folder alone"
+        left_out = {CUDA: isinstance(self.toolkit, str), MODULE: self.without_module is not None}
+        self.distribution.ext_modules = [
+            Extension(f"softmax_ext.{name}", sources=[]) for name in BUILD if not left_out.get(name)
+        ]
         super().finalize_options()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Without the name of a Python, which is in _C alone."""
+        filename = super().get_ext_filename(fullname)
+        return filename if fullname.endswith(MODULE) else f"{filename.partition('.')[0]}.so"
 
     def build_extensions(self) -> None:
         import torch
@@ -446,28 +508,55 @@ class NinjaBuild(build_ext):
         print(f"  torch      {torch.__version__}, headers in {torch_headers()[-1]}")
         if isinstance(self.toolkit, str):
             print(f"  CUDA       NOT BUILT: {self.toolkit}")
-            # One of an earlier build would be taken for this one's.
-            Path(self.get_ext_fullpath(CUDA)).unlink(missing_ok=True)
+        if self.without_module is not None:
+            print(f"  module _C  NOT BUILT: {self.without_module} (tests of the kernels need it, nothing else)")
+        # What an earlier build left would be taken for this one's.
+        for old in Path(self.get_ext_fullpath(f"softmax_ext.{CPU}")).parent.glob("*.so"):
+            old.unlink()
         super().build_extensions()
+
+    def copy_extensions_to_source(self) -> None:
+        if isinstance(self.toolkit, str):
+            (ROOT / "softmax_ext" / f"{CUDA}.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:
         name, version = ext.name.rpartition(".")[2], self.distribution.get_version()
         compilers = {"compile": self.command}
-        if ext.name == CUDA:
+        if name == CUDA:
             compilers["nvcc"] = [self.toolkit.nvcc]
             library = cuda_library(version, self.toolkit, self.command)
         else:
-            library = cpu_library(version, self.compiler_name)
+            library = cpu_library(version, self.compiler_name) if name == CPU else module_library()
         print(f"  sources    {' '.join(dict.fromkeys(u.source for u in library.units))}", flush=True)
         output = BUILD[name] / Path(self.get_ext_filename(ext.name)).name
         BUILD[name].mkdir(parents=True, exist_ok=True)
         write_ninja(BUILD[name] / "build.ninja", compilers, library, str(output))
-        run_ninja(BUILD[name] / "build.ninja", library.jobs)
+        run_ninja(BUILD[name] / "build.ninja", library)
 
         installed = Path(self.get_ext_fullpath(ext.name))
         installed.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(output), str(installed))
-        library_file().seal(str(installed))
+        if name != MODULE:
+            library_file().seal(str(installed))
+
+
+class AnyPythonWheel(bdist_wheel):
+    """setuptools' wheel, for every Python 3, and of the same bytes for the same files."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+    def run(self) -> None:
+        super().run()
+        *_, path = self.distribution.dist_files[-1]
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in members.items():
+                member = zipfile.ZipInfo(name, time.gmtime(ARCHIVE_TIME)[:6])
+                member.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
+                archive.writestr(member, content, zipfile.ZIP_DEFLATED)
 
 
 class SameBytesSdist(sdist):
@@ -476,12 +565,11 @@ class SameBytesSdist(sdist):
     def make_archive(self, base_name: str, format: str, *arguments: object, base_dir: str, **options: object) -> str:
         if format != "gztar":
             stop(f"makes an sdist as .tar.gz only; {format} was asked for.")
-        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", SDIST_TIME))
 
         def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
             member.uid = member.gid = 0
             member.uname = member.gname = ""
-            member.mtime = seconds
+            member.mtime = ARCHIVE_TIME
             member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
             return member
 
@@ -489,7 +577,7 @@ class SameBytesSdist(sdist):
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
             path.open("wb") as file,
-            gzip.GzipFile("", "wb", 9, file, mtime=seconds) as zipped,
+            gzip.GzipFile("", "wb", 9, file, mtime=ARCHIVE_TIME) as zipped,
             tarfile.open(None, "w", zipped, format=tarfile.PAX_FORMAT) as archive,
         ):
             # In order of the names, folders before what is in them.
@@ -501,8 +589,8 @@ if __name__ == "__main__":
     if sys.platform != "linux":
         stop(f"builds on Linux only (x86-64 and ARM); this is {sys.platform}.")
     check_build_tools()
-    # NinjaBuild adds the one for CUDA.
+    # NinjaBuild adds the others.
     setup(
-        ext_modules=[Extension("softmax_ext._C", sources=[])],
-        cmdclass={"build_ext": NinjaBuild, "sdist": SameBytesSdist},
+        ext_modules=[Extension(f"softmax_ext.{CPU}", sources=[])],
+        cmdclass={"bdist_wheel": AnyPythonWheel, "build_ext": NinjaBuild, "sdist": SameBytesSdist},
     )

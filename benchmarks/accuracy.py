@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softmax_ext
+from softmax_ext import ops
 
 _DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "accuracy.md"
 BEGIN, END = "<!-- written by benchmarks/accuracy.py -->", "<!-- end of the tables -->"
@@ -281,7 +282,7 @@ def table(dtype: torch.dtype, found: list[Cell]) -> str:
 
 
 def _environment() -> str:
-    isa = softmax_ext._C.selected_isa()
+    isa = ops.extension.selected_isa()
     return f"softmax_ext {softmax_ext.__version__} with {isa} kernels, torch {torch.__version__}."
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the CUDA kernels for the GPU that is here, tests them and measures them, within ten minutes and without a
-# network: with torch that has CUDA, nvcc, a C++ compiler, ninja, pybind11 and, for all of it, pytest with its plugins
+# network: with torch that has CUDA, nvcc, a C++ compiler, ninja and, for all of it, pytest with its plugins
 # xdist and timeout, hypothesis, expecttest, rich and matplotlib. What is missing is left out, and said.
 #
 #   benchmarks/gpu_run.sh [DIRECTORY]      for gpu.csv, gpu.png and the logs; default: benchmarks/results

@@ -1,6 +1,6 @@
 """``python -m softmax_ext``: what was built, what runs here, which kernels were chosen.
 
-It works where the extension does not load, and says why.
+It works where the libraries do not load, and says why.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
-from . import chunks, cuda, ops
+from . import chunks, cuda, internals, libraries, ops
 from ._version import __version__
 
 # Row lengths at which the report says which kernel takes them.
@@ -35,28 +37,43 @@ def _report_cuda() -> list[tuple[str, str]]:
     return lines
 
 
+def _origin() -> str:
+    """The wheel that the running package was installed from, by the record that pip leaves beside it."""
+    try:
+        found = metadata.distribution("softmax_ext")
+    except metadata.PackageNotFoundError:
+        found = None
+    wheel = found and found.read_text("WHEEL")
+    if not found or not wheel or Path(str(found.locate_file("softmax_ext"))).resolve() != libraries.PACKAGE:
+        return f"no wheel: it runs from {libraries.PACKAGE}"
+    tags = [line.partition(": ")[2] for line in wheel.splitlines() if line.startswith("Tag: ")]
+    return f"softmax_ext-{found.version}-{' '.join(tags)}.whl in {libraries.PACKAGE}"
+
+
 def _report() -> list[tuple[str, str]]:
     lines = [
         ("softmax_ext", __version__),
+        ("installed from", _origin()),
         ("python", f"{platform.python_version()} on {platform.machine()}"),
         ("torch running", torch.__version__),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("CPU as torch sees it", torch.backends.cpu.get_cpu_capability()),
     ]
     if ops.extension is None:
-        return [*lines, ("extension", f"NOT LOADED: {ops.load_error}")]
+        return [*lines, ("CPU library", f"NOT LOADED: {ops.load_error}")]
     if ops.load_error is not None:
         lines.append(("NOT USABLE", ops.load_error))
     built = ops.extension
     return [
         *lines,
-        ("extension", str(built.__file__)),
-        ("built as", f"softmax_ext {built.version}, for torch >= 2.10, with the headers of torch {built.built_torch}"),
+        ("CPU library", built.path),
+        ("built as", f"softmax_ext {__version__}, for torch >= 2.10, with the headers of torch {built.built_torch}"),
         ("compiler", built.compiler),
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
         ("float32 products", f"{'oneDNN for X W^T, ' if chunks.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
+        *(("not in this torch", f"{i.name}, for {i.purpose}; instead: {i.without}") for i in internals.missing()),
         *_report_cuda(),
     ]
 

@@ -7,23 +7,19 @@ sentence. A torch without CUDA has no such tensors, and nothing is loaded.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Iterable
 from typing import NoReturn
 
 import torch
 
-from . import library_file
-from ._version import __version__
+from . import libraries, library_file
 
-_BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/layout.h
 
 
 def path() -> str | None:
-    """Where the library is, if it was built for this Python."""
-    spec = importlib.util.find_spec("softmax_ext._cuda")
-    return None if spec is None else spec.origin
+    """Where the library is, if it was built."""
+    return libraries.find("cuda")
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -34,21 +30,18 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if found is None:
         return None, (
             "softmax_ext was built without CUDA; in the project's folder type: FORCE_CUDA=1 "
-            f"{_BUILD} (the toolkit must be of CUDA {torch.version.cuda.split('.')[0]})"
+            f"{libraries.REINSTALL} (the toolkit must be of CUDA {torch.version.cuda.split('.')[0]})"
         )
-    built = library_file.built_as(found)
     try:
-        library_file.check(found)
-        if not built.startswith(f"softmax_ext {__version__},"):  # its operators may take other arguments
-            raise OSError(f"the rest of the package is softmax_ext {__version__}")
-        kernels = ctypes.CDLL(found)
+        kernels = libraries.load(found)
         kernels.softmax_ext_cuda_architectures.restype = ctypes.c_char_p
         kernels.softmax_ext_cuda_kernel_for.restype = ctypes.c_char_p
         kernels.softmax_ext_cuda_kernel_for.argtypes = [ctypes.c_int64, ctypes.c_int32]
     except (OSError, AttributeError) as error:
         return None, (
-            f"softmax_ext's CUDA kernels do not load with torch {torch.__version__}: they were built as {built} "
-            f"({str(error).splitlines()[0]}); build them again with this torch: FORCE_CUDA=1 {_BUILD}"
+            f"softmax_ext's CUDA kernels do not load with torch {torch.__version__}: they were built as "
+            f"{library_file.built_as(found)} ({libraries.first_line(error)}); "
+            f"build them again with this torch: FORCE_CUDA=1 {libraries.REINSTALL}"
         )
     return kernels, None
 

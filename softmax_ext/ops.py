@@ -1,23 +1,21 @@
-"""Loads the extension and registers what its operators look like without data.
+"""Loads the CPU library and registers what its operators look like without data.
 
-Importing this module makes ``torch.ops.softmax_ext`` available: the schemas and the CPU kernels are in the extension
+Importing this module makes ``torch.ops.softmax_ext`` available: the schemas and the CPU kernels are in the CPU library
 (csrc/ops/cpu), the CUDA kernels in a library of their own (see cuda.py), and the fake kernels (meta tensors,
-torch.compile, torch.export) here. If the extension cannot be loaded, ``load_error`` says why in a sentence and the
+torch.compile, torch.export) here. If the CPU library cannot be loaded, ``load_error`` says why in a sentence and the
 operators are missing.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cuda, library_file
+from . import cuda, libraries
 from ._version import __version__
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -31,41 +29,18 @@ version of this package does not take it.
 """
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    found = importlib.util.find_spec("softmax_ext._C")
-    path = None if found is None else found.origin
-    if path is None:
-        return None, (
-            "the extension softmax_ext._C is not built for this Python; in the project's folder type: "
-            "pip install --no-build-isolation ."
-        )
-    try:
-        library_file.check(path)
-        module = importlib.import_module("softmax_ext._C")
-        if module.version != __version__:
-            raise ImportError(f"the rest of the package is softmax_ext {__version__}")
-    except (ImportError, OSError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None, (
-            f"the extension softmax_ext._C was found but does not load with torch {torch.__version__}: "
-            f"it was built as {library_file.built_as(path)} ({first_line}); "
-            "build it again with this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
-        )
-    return module, None
-
-
-def _choose_isa(module: ModuleType) -> str | None:
+def _choose_isa(library: libraries.CpuLibrary) -> str | None:
     """Follows SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns what is wrong with it."""
     forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY", "").upper()
-    available = module.available_isas()
+    available = library.available_isas()
     if forced and forced not in available:
         return f"SOFTMAX_EXT_CPU_CAPABILITY must be one of {', '.join(available)} on this machine; got {forced}"
     capability = forced or torch.backends.cpu.get_cpu_capability()
-    module.select_isa(capability if capability in available else "DEFAULT")
+    library.select_isa(capability if capability in available else "DEFAULT")
     return None
 
 
-extension, load_error = _load()
+extension, load_error = libraries.load_cpu()
 if extension is not None:
     load_error = _choose_isa(extension)
 

@@ -1,15 +1,15 @@
-"""Compiles every CUDA source for every architecture and reads the compiler's resource report; needs no GPU.
+"""Builds the CUDA library for every architecture, loads it and reads the compiler's resource report; needs no GPU.
 
-Then builds the library that torch loads, for one architecture, against whatever torch is installed. With a torch
-without CUDA it can be linked, not loaded: the stream is asked of a library that only the others have.
+It is setup.py's build, in build/ninja-cuda, with whatever torch is installed: `make wheel` compiles nothing again.
+Where torch has no CUDA, an empty library stands for the one of torch's that is missing.
 
-A warning fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed would
-depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
+A warning of nvcc fails it, and so does a kernel that spills registers or keeps anything in a stack frame: its speed
+would depend on memory that nobody asked for. The table has a line for each kernel and a column for each architecture:
 
     registers of a thread, then ! and what is wrong
 
     make cuda-check
-    python tests/cuda_check.py [--arch 80 90] [--source cross_entropy.cu] [--jobs 2]
+    TORCH_CUDA_ARCH_LIST="9.0" make cuda-check        for one architecture: quicker, while something is tried
 """
 
 from __future__ import annotations
@@ -21,20 +21,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "cuda_check"
-ARCHITECTURES = ["75", "80", "86", "89", "90", "100", "120"]  # the last one as PTX too
-
-FLAGS = [
-    *("-std=c++17", "-O3", "-Icsrc", '-DSOFTMAX_EXT_CUDA_ARCHITECTURES="checked"'),
-    *("-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC"),
-    *("-Xptxas", "-v"),  # spills and stack frames stand in the report: no warning, so that all are seen at once
-]
+BUILD = ROOT / "build" / "ninja-cuda"  # setup.py's BUILD
 
 # Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,
 # and the reason.
@@ -53,7 +47,6 @@ class Usage(NamedTuple):
     registers: int
     stack: int
     spills: int  # bytes stored or loaded
-    shared: int  # static
 
 
 def find_nvcc() -> str | None:
@@ -74,8 +67,7 @@ def demangle(names: list[str]) -> list[str]:
 
 def short(name: str) -> str:
     """Without namespaces, the return type and the parameters."""
-    name = re.sub(r"\(anonymous namespace\)::", "", name)
-    name = re.sub(r"\b(softmax_ext|cuda)::", "", name)
+    name = re.sub(r"\b(softmax_ext|cuda|\w+_cu)::", "", name)
     name = re.sub(r"^void ", "", name)
     depth = 0
     for i, letter in enumerate(name):
@@ -85,51 +77,19 @@ def short(name: str) -> str:
     return name
 
 
-def parse(log: str) -> dict[str, Usage]:
-    """The report of ``ptxas -v``: for each kernel a line of its stack frame and one of its registers."""
-    usages = {}
-    name, stack, spills = "", 0, 0
+def parse(log: str) -> dict[str, dict[str, Usage]]:
+    """The report of ``ptxas -v``: for each kernel and architecture a line of its stack, and one of its registers."""
+    usages: dict[str, dict[str, Usage]] = defaultdict(dict)
+    name, arch, stack, spills = "", "", 0, 0
     for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)'", line):
-            name, stack, spills = match[1], 0, 0
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            name, arch, stack, spills = match[1], match[2], 0, 0
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
             stack, spills = int(match[1]), int(match[2]) + int(match[3])
         elif name and (match := re.search(r"Used (\d+) registers", line)):
-            shared = re.search(r"(\d+) bytes smem", line)
-            usages[name] = Usage(int(match[1]), stack, spills, int(shared[1]) if shared else 0)
+            usages[name][arch] = Usage(int(match[1]), stack, spills)
             name = ""
     return usages
-
-
-def compile_all(nvcc: str, sources: list[Path], architectures: list[str], jobs: int | None) -> bool:
-    """Writes an object and a log for each source and architecture. True if all compile."""
-    from ninja.ninja_syntax import Writer, escape
-
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / "build.ninja").open("w") as file:
-        ninja = Writer(file)
-        ninja.variable("builddir", escape(str(BUILD)))
-        flags = " ".join(f"'{flag}'" for flag in FLAGS)
-        # The report goes to a file beside the object; the rest of what nvcc says is shown where it fails.
-        ninja.rule(
-            "nvcc",
-            f"'{nvcc}' {flags} $gencode -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
-            "|| (grep -v -e 'ptxas info' -e 'bytes stack frame' $out.log; exit 1)",
-            description="nvcc $in for $arch",
-            depfile="$out.d",
-            deps="gcc",
-        )
-        for source in sources:
-            for arch in architectures:
-                gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-                if arch == architectures[-1]:
-                    gencode += f" -gencode=arch=compute_{arch},code=compute_{arch}"
-                output = escape(str(BUILD / f"{source.stem}.sm_{arch}.o"))
-                variables = {"gencode": gencode, "arch": f"sm_{arch}"}
-                ninja.build(output, "nvcc", escape(str(source.relative_to(ROOT))), variables=variables)
-    command = [sys.executable, "-m", "ninja", "-f", str(BUILD / "build.ninja"), "-k", "0"]
-    command += ["-j", str(jobs)] if jobs else []
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 def complaint(name: str, usage: Usage) -> str:
@@ -140,42 +100,31 @@ def complaint(name: str, usage: Usage) -> str:
     return f"stack {usage.stack} B" if usage.stack else ""
 
 
-def check_library() -> str | None:
-    """Builds the library by setup.py and loads it. What is wrong with it, in a sentence."""
+def build_library(folder: str) -> Path | None:
+    """Builds the library into that folder, what is up to date left as it is; None if that fails."""
+    environment = {**os.environ, "FORCE_CUDA": "1"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder]
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode != 0:
+        return None
+    return Path(folder, "softmax_ext", "libsoftmax_ext_cuda.so")
+
+
+def load(library: Path) -> str | None:
+    """What is wrong with the library, in a sentence."""
     import torch
 
-    target = BUILD / "library"
-    shutil.rmtree(target, ignore_errors=True)
-    environment = {**os.environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(target)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if done.returncode != 0:
-        return f"the library does not build:\n{done.stdout}"
-    (library,) = target.glob("softmax_ext/_cuda*.so")
-    try:
-        ctypes.CDLL(str(library))
-    except OSError as error:
-        if torch.version.cuda is None and "aoti_torch_get_current_cuda_stream" in str(error):
-            print(
-                f"cuda-check: the library is built and linked; torch {torch.__version__}, without CUDA, can't load it"
-            )
-            return None
-        return f"the library does not load: {error}"
     if torch.version.cuda is None:
-        return f"the library loads with torch {torch.__version__}, which has no CUDA"
-    print("cuda-check: the library is built, linked and loaded")
+        ctypes.CDLL(str(BUILD / "libtorch_cuda.so"))  # the one that setup.py links with
+    try:
+        ctypes.CDLL(str(library)).softmax_ext_cuda_architectures  # noqa: B018
+    except (OSError, AttributeError) as error:
+        return f"the library does not load: {error}"
+    print(f"cuda-check: the library is built, linked and loaded, {library.stat().st_size / 1e6:.1f} MB")
     return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="such as 80 90; default: all")
-    parser.add_argument("--source", nargs="+", help="names in csrc/cuda; default: all")
-    parser.add_argument(
-        "--jobs", type=int, default=int(os.environ.get("MAX_JOBS", 0)) or None, help="compilers at once"
-    )
     parser.add_argument("--skip-without-nvcc", action="store_true", help="no failure where there is no nvcc")
     arguments = parser.parse_args()
 
@@ -188,49 +137,45 @@ def main() -> int:
         print(f"cuda-check: {place}: install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
         return 1
 
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if arguments.source:
-        sources = [source for source in sources if source.name in arguments.source]
-    if not sources:
-        print("cuda-check: no such source in csrc/cuda", file=sys.stderr)
-        return 1
-
     begin = time.monotonic()
-    if not compile_all(nvcc, sources, arguments.arch, arguments.jobs):
-        print("cuda-check: nvcc failed; the messages are above", file=sys.stderr)
-        return 1
-    seconds = time.monotonic() - begin
-
-    wrong = 0
-    for source in sources:
-        kernels: dict[str, dict[str, Usage]] = defaultdict(dict)
-        for arch in arguments.arch:
-            for name, usage in parse((BUILD / f"{source.stem}.sm_{arch}.o.log").read_text()).items():
-                kernels[name][arch] = usage
-        if not kernels:
-            print(f"cuda-check: the compiler's report of {source.name} names no kernel", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        library = build_library(folder)
+        if library is None:
+            print("cuda-check: the build failed; the messages are above", file=sys.stderr)
             return 1
+        seconds = time.monotonic() - begin
+        wrong = [sentence for sentence in [load(library)] if sentence]
+
+    bad = 0
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    for source in sources:
+        log = (BUILD / "cuda" / f"{source.stem}.o.log").read_text()
+        kernels = parse(log)
+        if not kernels or log.count("Compiling entry function") != sum(map(len, kernels.values())):
+            wrong.append(f"the compiler's report of {source.name} can't be read")
+            continue
+        if re.search(r"\bwarning\b", log):
+            wrong.append(f"the compiler warns of {source.name}; the text is in {BUILD.name}/cuda/{source.stem}.o.log")
+        architectures = list(dict.fromkeys(arch for usages in kernels.values() for arch in usages))
         print(f"\n{source.name}: {len(kernels)} kernels; registers of a thread")
-        print("  " + "".join(f"{'sm_' + arch:>8}" for arch in arguments.arch))
+        print("  " + "".join(f"{'sm_' + arch:>8}" for arch in architectures))
         names = dict(zip(kernels, demangle(list(kernels)), strict=True))
         for mangled, usages in sorted(kernels.items(), key=lambda item: names[item[0]]):
             complaints = {arch: text for arch, usage in usages.items() if (text := complaint(names[mangled], usage))}
-            wrong += bool(complaints)
+            bad += bool(complaints)
             cells = [
                 f"{usages[arch].registers}{'!' if arch in complaints else ''}" if arch in usages else "-"
-                for arch in arguments.arch
+                for arch in architectures
             ]
             print("  " + "".join(f"{cell:>8}" for cell in cells) + "  " + names[mangled])
             for arch, text in complaints.items():
                 print(f"      ! sm_{arch}: {text}")
-    print(f"\ncuda-check: {nvcc}, {len(sources)} sources, {len(arguments.arch)} architectures, {seconds:.0f} s")
-    if wrong:
-        print(f"cuda-check: {wrong} kernels spill or have a stack frame", file=sys.stderr)
-    whole = arguments.source is None and arguments.arch == ARCHITECTURES
-    complaint_of_library = check_library() if whole else None
-    if complaint_of_library:
-        print(f"cuda-check: {complaint_of_library}", file=sys.stderr)
-    return 1 if wrong or complaint_of_library else 0
+    print(f"\ncuda-check: {nvcc}, {len(sources)} sources, {seconds:.0f} s")
+    if bad:
+        wrong.append(f"{bad} kernels spill or have a stack frame")
+    for sentence in wrong:
+        print(f"cuda-check: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Runs the tests that call the CPU kernels, on an extension built with sanitizers or once for each instruction set.
+"""Runs the tests that call the CPU kernels, on a library built with sanitizers or once for each instruction set.
 
     python tests/kernel_suite.py sanitized [--sample N] [arguments of pytest]    AddressSanitizer and UBSan
     python tests/kernel_suite.py isas [--sample N] [arguments of pytest]         each kernel set that this processor has
 
-The sanitized extension is built in build/sanitized/, with a copy of the package; that in softmax_ext/ stays as it is.
+The sanitized library is built in build/sanitized/, with a copy of the package; that in softmax_ext/ stays as it is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOT_OF_THE_KERNELS = {
     "test_bench_gpu.py": "the benchmarks",
     "test_bench_linear.py": "the benchmarks",
     "test_benchmarks.py": "the benchmarks",
-    "test_binary.py": "the symbols of the extension in softmax_ext/",
+    "test_binary.py": "the symbols of the library in softmax_ext/",
     "test_compile.py": "what torch.compile makes of the operators' schemas",
     "test_cuda.py": "CUDA",
     "test_cuda_kernels.py": "CUDA",
@@ -52,7 +52,7 @@ def build_sanitized() -> None:
     shutil.rmtree(SANITIZED, ignore_errors=True)
     command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(SANITIZED)]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    (library,) = (SANITIZED / "softmax_ext").glob("_C*.so")
+    (library,) = (SANITIZED / "softmax_ext").glob("libsoftmax_ext_cpu.so")
     code = library.read_bytes()
     for function in (b"__asan_report_load", b"__ubsan_handle"):
         if function not in code:
@@ -77,7 +77,7 @@ def run_sanitized(arguments: list[str]) -> int:
 
 
 def run_isas(arguments: list[str]) -> int:
-    command = [sys.executable, "-c", "from softmax_ext import _C; print(*_C.available_isas())"]
+    command = [sys.executable, "-c", "from softmax_ext import ops; print(*ops.extension.available_isas())"]
     isas = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for isa in isas:
         print(f"kernel set {isa}", flush=True)

@@ -1,12 +1,14 @@
-"""What the built library may need from other libraries, and what its per-ISA objects may offer.
+"""What the built libraries may need from other libraries, and what the per-ISA objects may offer.
 
-Two promises stand on this. One build serves every torch from 2.10 on: so the library takes nothing
-from torch but the stable C shims. One build runs on every x86-64: so an inline function compiled
+Three promises stand on this. One build serves every Python and every torch from 2.10 on: so the
+libraries take nothing from Python, and from torch nothing but the stable C shims. One build runs on
+every Linux that torch's wheels run on: so of the C and C++ libraries they take what was there in
+2018. One build runs on every x86-64: so an inline function compiled
 with -mavx512f must not be a weak symbol under a name that baseline code uses too, since the linker
 keeps one copy of each name, and baseline code would then die of SIGILL on an older CPU.
 """
 
-import importlib.util
+import platform
 import re
 import shutil
 import subprocess
@@ -15,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from softmax_ext import cuda
+from softmax_ext import cuda, libraries
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -28,7 +31,6 @@ ALLOWED = re.compile(
     r"""
       (aoti_torch|torch)_\w+            # torch's stable C shims
     | Sleef_\w+                         # libtorch_cpu exports the vectorised exp of double
-    | _?Py\w+                           # Python's C API
     | .+@(GLIBC|GLIBCXX|CXXABI|GCC)_.+  # the C and C++ runtime
     | __gmon_start__ | _ITM_\w+TMCloneTable
     """,
@@ -70,16 +72,15 @@ def demangled(names: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def library() -> str:
-    spec = importlib.util.find_spec("softmax_ext._C")
-    assert spec is not None, "softmax_ext is installed without its extension"
-    assert spec.origin is not None
-    return spec.origin
+    path = libraries.find("cpu")
+    assert path is not None, "softmax_ext is installed without its library"
+    return path
 
 
 @pytest.fixture(scope="module")
 def cuda_library() -> str:
     """The one that the package would load, or one built beside it to see that it links."""
-    built = [cuda.path(), *sorted(map(str, (ROOT / "build" / "ninja-cuda").glob("_cuda*.so")))]
+    built = [cuda.path(), *sorted(map(str, (ROOT / "build" / "ninja-cuda").glob("libsoftmax_ext_cuda.so")))]
     found = [path for path in built if path is not None]
     if not found:
         pytest.skip("the CUDA library is not built")
@@ -112,6 +113,18 @@ def test_links_no_other_library_and_no_path_of_this_machine(library):
     assert not unexpected
 
 
+@pytest.mark.parametrize("kind", ["library", "cuda_library"])
+def test_names_no_folder_of_this_machine(kind, request):
+    """As torch's checks would, with the files they stand in: the same sources give the same bytes in any folder."""
+    content = Path(request.getfixturevalue(kind)).read_bytes()
+    assert b"torch/csrc/stable/" in content, "no name of a file is in it"
+    # nvcc's: a name made from the folder of the source, in the place of an unnamed namespace, and its temporary files.
+    assert b"_GLOBAL__N__" not in content
+    assert b"tmpxft" not in content
+    folders = {str(ROOT), str(Path(torch.__file__).parent), str(Path.home())}
+    assert not [folder for folder in folders if folder.encode() in content]
+
+
 def test_cuda_library_needs_only_the_stable_abi_and_the_runtime(cuda_library):
     """CUDA's run-time library is in it."""
     undefined = [s.name for s in symbols("-D", "--undefined-only", cuda_library)]
@@ -120,16 +133,52 @@ def test_cuda_library_needs_only_the_stable_abi_and_the_runtime(cuda_library):
     assert not unexpected, f"outside torch's stable ABI and the C and C++ runtime:{demangled(unexpected)}"
 
 
+def offered(library: str) -> set[str]:
+    """All but the weak symbols of the C++ library, which are the same everywhere."""
+    return {s.name for s in symbols("-D", "--defined-only", library) if s.kind in "TD" and s.name[0] != "_"}
+
+
+def test_offers_only_what_python_asks(library):
+    declared = re.findall(r"\b(softmax_ext_cpu_\w+)\(", (ROOT / "csrc" / "cpu_questions.h").read_text())
+    assert len(declared) > 5
+    assert offered(library) == set(declared)
+
+
 def test_cuda_library_offers_only_what_the_report_asks(cuda_library):
-    """And the weak symbols of the C++ library, which are the same everywhere."""
-    own = {s.name for s in symbols("-D", "--defined-only", cuda_library) if s.kind in "TD" and s.name[0] != "_"}
-    assert own == {"softmax_ext_cuda_architectures", "softmax_ext_cuda_kernel_for"}
+    assert offered(cuda_library) == {"softmax_ext_cuda_architectures", "softmax_ext_cuda_kernel_for"}
+
+
+# What manylinux_2_28 allows, the tag of torch's own wheels (auditwheel's policy of that name).
+NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+
+
+def too_new(library: str) -> list[str]:
+    found = re.findall(r"(\S+)@(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)", run("nm", "-D", "--undefined-only", library))
+    assert found, "nm prints no symbol versions here"
+    return [
+        f"{name}@{family}_{version}"
+        for name, family, version in found
+        if tuple(map(int, version.split("."))) > NEWEST[family]
+    ]
+
+
+old_systems = pytest.mark.skipif(platform.machine() != "x86_64", reason="csrc/old_runtime.cpp is for x86-64")
+
+
+@old_systems
+def test_asks_for_no_newer_system_than_torch(library):
+    assert not too_new(library), "csrc/old_runtime.cpp must name these"
+
+
+@old_systems
+def test_cuda_library_asks_for_no_newer_system_than_torch(cuda_library):
+    assert not too_new(cuda_library), "csrc/old_runtime.cpp must name these"
 
 
 def test_cuda_library_links_no_other_library_and_no_path_of_this_machine(cuda_library):
     dynamic = re.findall(r"\((NEEDED|RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "--dynamic", "--wide", cuda_library))
     needed = re.compile(rf"{NEEDED.pattern}|(libtorch_cuda|libdl|librt)\.so.*")
-    assert ("NEEDED", "libtorch_cpu.so") in dynamic
+    assert {("NEEDED", "libtorch_cpu.so"), ("NEEDED", "libtorch_cuda.so")} <= set(dynamic)
     unexpected = [(tag, value) for tag, value in dynamic if tag != "NEEDED" or not needed.fullmatch(value)]
     assert not unexpected
 

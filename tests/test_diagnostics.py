@@ -1,4 +1,4 @@
-"""``python -m softmax_ext``, a broken or missing extension, and the choice of the instruction set by the environment.
+"""``python -m softmax_ext``, a broken or missing library, and the choice of the instruction set by the environment.
 
 Each case is a Python process of its own, on a copy of the package where something is broken.
 """
@@ -27,7 +27,7 @@ PACKAGE = Path(softmax_ext.__file__).parent
 COMMAND = "pip install --no-build-isolation"
 
 
-def python(*arguments: str, path: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, path: Path | str = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python with the package from ``path``, away from the source tree."""
     env = {k: v for k, v in os.environ.items() if k not in ("SOFTMAX_EXT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY")}
     env |= {"PYTHONPATH": str(path), **environment}
@@ -54,19 +54,18 @@ def copy_of_the_package(where: Path) -> Path:
     return where
 
 
-def the_extension(where: Path) -> Path:
-    (library,) = (where / "softmax_ext").glob("_C*.so")
-    return library
+def the_library(where: Path, device: str = "cpu") -> Path:
+    return where / "softmax_ext" / f"libsoftmax_ext_{device}.so"
 
 
 @pytest.fixture(params=["missing", "garbage", "another library"])
 def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with a package whose extension cannot be loaded."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    """A folder with a package whose library cannot be loaded."""
+    library = the_library(copy_of_the_package(tmp_path))
     library.unlink()
     if request.param == "garbage":
         library.write_bytes(b"\x7fELF and then nothing of use" * 10)
-    elif request.param == "another library":  # loads, but is no Python module of this name
+    elif request.param == "another library":  # loads, but has none of our functions
         shutil.copy(Path(torch.__file__).parent / "lib" / "libshm.so", library)
     return tmp_path
 
@@ -81,7 +80,7 @@ def test_report():
     assert lines["torch running"] == torch.__version__
     assert ops.extension.built_torch in result.stdout
     assert ops.extension.compiler in result.stdout
-    assert str(ops.extension.__file__) in result.stdout
+    assert ops.extension.path in result.stdout
     assert re.search(r"\d+", lines["threads"])
     for name in ops.extension.compiled_isas():
         assert name in lines["CPU kernels compiled"]
@@ -150,8 +149,7 @@ except NotImplementedError as error:
 def test_cuda_tensors_without_the_cuda_library(kind, tmp_path):
     """The CPU works; a CUDA tensor is refused in a sentence with the command."""
     copy_of_the_package(tmp_path)
-    suffix = the_extension(tmp_path).name.removeprefix("_C")
-    library = tmp_path / "softmax_ext" / f"_cuda{suffix}"
+    library = the_library(tmp_path, "cuda")
     library.unlink(missing_ok=True)
     if kind == "garbage":
         library.write_bytes(b"\x7fELF and then nothing of use" * 10)
@@ -166,37 +164,37 @@ def test_cuda_tensors_without_the_cuda_library(kind, tmp_path):
     assert len(result.stdout) < 600
 
 
-def test_report_without_the_extension(broken):
+def test_report_without_the_library(broken):
     """It runs, says what is wrong and what to type, and fails."""
     result = python("-m", "softmax_ext", path=broken)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     lines = report(result)
     assert lines["torch running"] == torch.__version__
-    assert "_C" in lines["extension"]
-    assert COMMAND in lines["extension"]
+    assert lines["CPU library"].startswith("NOT LOADED: the CPU library ")
+    assert COMMAND in lines["CPU library"]
 
 
-def test_import_without_the_extension(broken):
+def test_import_without_the_library(broken):
     """One sentence, with the command, and not a dump of symbols."""
     result = python("-c", "import softmax_ext", path=broken)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: softmax_ext: the extension softmax_ext._C ")
+    assert last.startswith("ImportError: softmax_ext: the CPU library ")
     assert COMMAND in last
     assert len(last) < 600
 
 
 def test_import_error_can_be_caught(tmp_path):
     """For a package to which ours is an option: it fails again at the second import, and torch works."""
-    the_extension(copy_of_the_package(tmp_path)).unlink()
+    the_library(copy_of_the_package(tmp_path)).unlink()
     program = """
 import torch
 for attempt in range(2):
     try:
         import softmax_ext
     except ImportError as error:
-        assert "softmax_ext._C" in str(error), error
+        assert "softmax_ext: the CPU library is not built" in str(error), error
     else:
         raise SystemExit("imported")
 torch.nn.functional.softmax(torch.randn(3), 0)
@@ -207,21 +205,52 @@ torch.nn.functional.softmax(torch.randn(3), 0)
 
 def test_missing_and_broken_are_told_apart(tmp_path):
     copy_of_the_package(tmp_path)
-    library = the_extension(tmp_path)
+    library = the_library(tmp_path)
     library.write_bytes(b"not a library")
-    assert "does not load with torch" in report(python("-m", "softmax_ext", path=tmp_path))["extension"]
+    assert "does not load with torch" in report(python("-m", "softmax_ext", path=tmp_path))["CPU library"]
     library.unlink()
-    assert "is not built" in report(python("-m", "softmax_ext", path=tmp_path))["extension"]
+    assert "is not built" in report(python("-m", "softmax_ext", path=tmp_path))["CPU library"]
 
 
-def test_extension_of_another_python(tmp_path):
-    """The usual case after an update of Python: the file is there, under another name."""
-    copy_of_the_package(tmp_path)
-    library = the_extension(tmp_path)
-    library.rename(library.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
-    result = python("-m", "softmax_ext", path=tmp_path)
-    assert result.returncode == 1
-    assert "not built for this Python" in report(result)["extension"]
+def test_source_folder_that_hides_an_installed_package(tmp_path):
+    """Python started in a clone where nothing is built: both folders are named, and what to do."""
+    installed = the_library(copy_of_the_package(tmp_path / "site"))
+    clone = tmp_path / "clone"
+    the_library(copy_of_the_package(clone)).unlink()
+    for start in (("-c", "import softmax_ext"), ("-m", "softmax_ext")):
+        result = python(*start, path=f"{clone}{os.pathsep}{installed.parents[1]}")
+        assert result.returncode == 1
+        said = result.stdout + result.stderr
+        assert f"the package that runs is the folder {clone / 'softmax_ext'}, where nothing is built" in said
+        assert f"hides the installed one in {installed.parent}; start Python in another folder" in said
+        assert "make build" in said
+
+
+def test_no_python_is_in_the_name_of_the_library():
+    """One file serves every version of it."""
+    assert Path(ops.extension.path).name == "libsoftmax_ext_cpu.so"
+
+
+WHEEL = """Wheel-Version: 1.0
+Generator: a test
+Root-Is-Purelib: false
+Tag: py3-none-manylinux_2_28_x86_64
+"""
+
+
+def test_report_of_the_wheel(tmp_path):
+    """By the record beside the package; one of another package, or none, is no wheel."""
+    copy_of_the_package(tmp_path / "site")
+    record = tmp_path / "site" / f"softmax_ext-{softmax_ext.__version__}.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: softmax_ext\nVersion: {softmax_ext.__version__}\n")
+    (record / "WHEEL").write_text(WHEEL)
+    wheel = f"softmax_ext-{softmax_ext.__version__}-py3-none-manylinux_2_28_x86_64.whl"
+    said = report(python("-m", "softmax_ext", path=tmp_path / "site"))["installed from"]
+    assert said == f"{wheel} in {tmp_path / 'site' / 'softmax_ext'}"
+    copy_of_the_package(tmp_path / "clone")
+    said = report(python("-m", "softmax_ext", path=f"{tmp_path / 'clone'}{os.pathsep}{tmp_path / 'site'}"))
+    assert said["installed from"] == f"no wheel: it runs from {tmp_path / 'clone' / 'softmax_ext'}"
 
 
 # ---- the instruction set -------------------------------------------------------------------------------------------
@@ -289,7 +318,7 @@ print(loss.item(), x.grad.abs().sum().item())
         torch.testing.assert_close(other, numbers[0])
 
 
-# ---- the select_isa of the extension -------------------------------------------------------------------------------
+# ---- select_isa in this process ------------------------------------------------------------------------------------
 
 
 def test_select_isa_in_the_process():

@@ -1,6 +1,6 @@
-"""When something breaks: memory that can't be had, an extension file that is damaged or of another build.
+"""When something breaks: memory that can't be had, a library file that is damaged or of another build.
 
-Each case is a process of its own. test_diagnostics.py has the extension that is missing or no library at all.
+Each case is a process of its own. test_diagnostics.py has the library that is missing or no library at all.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import starved
 import torch
-from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_extension
+from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_library
 
 import softmax_ext
 from softmax_ext import library_file, ops
@@ -55,7 +55,7 @@ def test_no_memory():
             assert any(OURS.fullmatch(text) for _, text in said), (name, said)
 
 
-# ---- the extension's file ----
+# ---- the CPU library's file ----
 
 
 def assert_refused(where: Path, built: str, running: str = torch.__version__) -> None:
@@ -63,9 +63,8 @@ def assert_refused(where: Path, built: str, running: str = torch.__version__) ->
     imported = python("-c", "import softmax_ext", path=where)
     assert imported.returncode == 1, imported
     sentence = imported.stderr.strip().splitlines()[-1]
-    assert sentence.startswith(
-        "ImportError: softmax_ext: the extension softmax_ext._C was found but does not load with "
-    )
+    library = the_library(where)
+    assert sentence.startswith(f"ImportError: softmax_ext: the CPU library {library} was found but does not load with ")
     assert f"torch {running}: it was built as {built} (" in sentence
     assert COMMAND in sentence
     assert len(sentence) < 600
@@ -74,8 +73,8 @@ def assert_refused(where: Path, built: str, running: str = torch.__version__) ->
     assert not result.stderr
     lines = report(result)
     assert lines["torch running"] == running
-    assert lines["extension"].startswith("NOT LOADED: ")
-    assert f"it was built as {built} (" in lines["extension"]
+    assert lines["CPU library"].startswith("NOT LOADED: ")
+    assert f"it was built as {built} (" in lines["CPU library"]
 
 
 def replace(file: Path, old: bytes, new: bytes) -> None:
@@ -98,7 +97,7 @@ BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.extension.built_torc
 @linux
 def test_built_for_another_torch(tmp_path):
     """One that had a function which this torch has not."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     replace(library, b"\0aoti_torch_empty_strided\0", b"\0aoti_torch_empty_stridex\0")
     other = re.sub(r"torch \d", "torch 9", BUILT)
     replace(library, BUILT.encode(), other.encode())
@@ -119,7 +118,7 @@ def test_of_another_version_of_the_package(tmp_path):
 @pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.1])
 def test_cut_short(share, tmp_path):
     """By a full disk or a broken copy. The system's loader would end the process with SIGBUS."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     content = library.read_bytes()
     content = content[: int(share * len(content))]
     library.write_bytes(content)
@@ -131,7 +130,7 @@ def test_cut_short(share, tmp_path):
 @pytest.mark.parametrize(("begin", "end"), [(0.9, 1), (0.5, 1), (0.01, 0.02), (0.5, 0.500001)])
 def test_zeroed(begin, end, tmp_path):
     """Pages that never reached the disk, or a few bytes: the loader would not see it, and end the process or worse."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     content = bytearray(library.read_bytes())
     first, last = int(begin * len(content)), int(end * len(content))
     assert any(content[first:last])
@@ -144,7 +143,7 @@ def test_zeroed(begin, end, tmp_path):
 @linux
 def test_stripped(tmp_path):
     """As packagers do: the checksum is gone, and the library loads."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     sealed = library.read_bytes()
     subprocess.run(["strip", library], check=True)
     assert len(library.read_bytes()) < len(sealed)
@@ -155,7 +154,7 @@ def test_stripped(tmp_path):
 @linux
 @pytest.mark.parametrize("size", [0, 1, 40, 63])
 def test_less_than_a_header(size, tmp_path):
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     library.write_bytes(library.read_bytes()[:size])
     assert_refused(tmp_path, "unknown versions (it is damaged, or another library)")
 
@@ -163,13 +162,13 @@ def test_less_than_a_header(size, tmp_path):
 @linux
 def test_no_file(tmp_path):
     """Something of that name that can't be read as a file."""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     library.unlink()
     library.symlink_to("nowhere.so")
     result = python("-m", "softmax_ext", path=tmp_path)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert COMMAND in report(result)["extension"]
+    assert COMMAND in report(result)["CPU library"]
 
 
 # ---- the CUDA library's file ----
@@ -196,11 +195,11 @@ def not_loaded(kind: str, content: bytes) -> tuple[bytes, str, str]:
 @pytest.mark.parametrize("kind", ["another version", "another torch", "cut short"])
 def test_cuda_library_that_is_not_loaded(kind, tmp_path):
     """The CPU works, CUDA tensors are refused with both versions, and the report fails. (It is the CPU's.)"""
-    library = the_extension(copy_of_the_package(tmp_path))
+    library = the_library(copy_of_the_package(tmp_path))
     content, built, reason = not_loaded(kind, library.read_bytes())
     assert content != library.read_bytes()
     write = Path.write_bytes if kind == "cut short" else write_sealed
-    write(library.with_name(library.name.replace("_C", "_cuda")), content)
+    write(the_library(tmp_path, "cuda"), content)
     refused = python("-c", REFUSED, path=tmp_path)
     assert refused.returncode == 0, refused.stderr
     assert f"with torch {torch.__version__}: they were built as {built} (" in refused.stdout
@@ -216,4 +215,4 @@ def test_cuda_library_that_is_not_loaded(kind, tmp_path):
 
 def test_the_record_is_in_the_built_file():
     """What the sentences above are read from."""
-    assert Path(ops.extension.__file__).read_bytes().count(f"build record: {BUILT}\0".encode()) == 1
+    assert Path(ops.extension.path).read_bytes().count(f"build record: {BUILT}\0".encode()) == 1

@@ -10,17 +10,17 @@ from test_cross_entropy import KINDS, LAYOUTS, Strategy, check_product
 from torch import Tensor
 
 import softmax_ext
-from softmax_ext import _C, cross_entropy
+from softmax_ext import cross_entropy, ops
 
 of_the_cpu = pytest.mark.devices("cpu")
 
 
-@pytest.fixture(params=_C.available_isas())
+@pytest.fixture(params=ops.extension.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.selected_isa()
-    _C.select_isa(request.param)
+    before = ops.extension.selected_isa()
+    ops.extension.select_isa(request.param)
     yield request.param
-    _C.select_isa(before)
+    ops.extension.select_isa(before)
 
 
 # ---- exp -------------------------------------------------------------------------------------------------------------
@@ -29,6 +29,8 @@ SMALLEST_NORMAL = -87.3365402  # the float32 of which the exponential is the sma
 
 
 def kernel_exp(x: Tensor) -> Tensor:
+    from softmax_ext import _C  # here, since it is in the source folder alone
+
     return torch.tensor(_C.exp_nonpositive(x.tolist()), dtype=torch.float32)
 
 
@@ -91,24 +93,24 @@ def test_exp_treats_every_position_alike(isa):
 
 @of_the_cpu
 def test_an_isa_that_is_not_there_is_refused():
-    before = _C.selected_isa()
+    before = ops.extension.selected_isa()
     with pytest.raises(ValueError, match=r"select_isa: isa must be one of .*; got ALTIVEC\."):
-        _C.select_isa("ALTIVEC")
-    assert _C.selected_isa() == before
+        ops.extension.select_isa("ALTIVEC")
+    assert ops.extension.selected_isa() == before
 
 
 @of_the_cpu
 def test_available_isas_are_among_the_compiled():
-    assert _C.selected_isa() in _C.available_isas()
-    assert set(_C.available_isas()) <= set(_C.compiled_isas())
-    assert _C.compiled_isas()[0] == "DEFAULT"
+    assert ops.extension.selected_isa() in ops.extension.available_isas()
+    assert set(ops.extension.available_isas()) <= set(ops.extension.compiled_isas())
+    assert ops.extension.compiled_isas()[0] == "DEFAULT"
 
 
 @of_the_cpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_cross_entropy_on_every_isa(isa, dtype, kind):
-    assert _C.selected_isa() == isa
+    assert ops.extension.selected_isa() == isa
     strategies = [Strategy(False, False, False), Strategy(True, True, True)]
     for shape in [(9,), (131, 3), (2, 33), (2, 40, 3), (1, 5000)]:
         check_product(shape, dtype, kind, torch.device("cpu"), LAYOUTS[:2], strategies)

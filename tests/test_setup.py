@@ -1,6 +1,12 @@
-"""What setup.py decides about CUDA: which nvcc, whether it fits torch, which GPUs. The nvcc here only answers."""
+"""What setup.py decides about CUDA: which nvcc, whether it fits torch, which GPUs. The nvcc here only answers.
 
+And what it says where the build can't be: in pip's isolation, where there is no torch.
+"""
+
+import importlib.metadata
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +134,33 @@ def test_home_without_nvcc(decide, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"CUDA_PATH is .*no bin/nvcc"):
         runpy.run_path(str(SETUP))["find_toolkit"]()
+
+
+# ---- what a build needs ----------------------------------------------------------------------------------------------
+
+
+def test_without_torch_it_stops_at_once(tmp_path):
+    """As in pip's build isolation: one sentence, with what to type, before anything is compiled or asked for."""
+    for name, packages in {"setuptools": ["setuptools", "_distutils_hack"], "ninja": ["ninja"]}.items():  # not torch
+        found = importlib.metadata.distribution(name)
+        for path in (*map(found.locate_file, packages), found.locate_file(f"{name}-{found.version}.dist-info")):
+            (tmp_path / path.name).symlink_to(path)
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {HOOK}"]
+    result = subprocess.run(command, cwd=SETUP.parent, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1, result
+    said = result.stderr.strip()
+    assert said.startswith("softmax_ext: cannot build, since torch is not installed in the environment"), said
+    assert "type pip install 'torch>=2.10'" in said
+    assert "then pip install --no-build-isolation ." in said
+    assert "\n" not in said
+
+
+# What pip, uv and build call first.
+HOOK = "from setuptools import build_meta; build_meta.get_requires_for_build_wheel()"
+
+
+def test_pybind11_is_not_needed():
+    """It is for tests of the kernels alone."""
+    assert "pybind11" not in runpy.run_path(str(SETUP))["BUILD_TOOLS"]
+    build_system = (SETUP.parent / "pyproject.toml").read_text().partition("[project]")[0]
+    assert "pybind11" not in build_system

@@ -1,4 +1,4 @@
-"""Pinned tools, an sdist of the same bytes, and nothing that is fetched, started or written at run time."""
+"""Pinned tools, an sdist and a wheel of the same bytes, and nothing that is fetched, started or written at run time."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -139,6 +140,51 @@ def test_sdist_holds_the_sources(tmp_path):
         assert set(tracked.stdout.split()) <= names
 
 
+# ---- wheel -----------------------------------------------------------------------------------------------------------
+
+
+def wheel(where: Path, umask: int) -> Path:
+    """Of the library that is built here: what the compiler makes of the sources elsewhere is compared by .ci/run."""
+    import softmax_ext
+
+    copy = where / "another name"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*IGNORED), copy_function=shutil.copy)
+    built = copy / "built" / "softmax_ext"
+    built.mkdir(parents=True)
+    for library_here in Path(softmax_ext.__file__).parent.glob("libsoftmax_ext_*.so"):
+        shutil.copy(library_here, built)
+        (built / library_here.name).chmod(0o777 & ~umask)
+    (copy / "setup.cfg").write_text("[build]\nbuild_lib = built\n")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build", "--dist-dir", where],
+        cwd=copy,
+        check=True,
+        timeout=120,
+        umask=umask,
+        env={k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"} | {"FORCE_CPU": "1"},
+    )
+    (archive,) = where.glob("*.whl")
+    return archive
+
+
+def test_wheel_is_for_every_python_and_the_same_bytes_twice(tmp_path):
+    """By its name, by what it says and holds; at another time, in another place, by another umask."""
+    needs_the_checkout()
+    path = wheel(tmp_path / "one", 0o022)
+    assert path.read_bytes() == wheel(tmp_path / "elsewhere" / "two", 0o077).read_bytes()
+    assert re.fullmatch(r"softmax_ext-[\d.]+-py3-none-linux_\w+\.whl", path.name)
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        (record,) = (name for name in names if name.endswith("/WHEEL"))
+        text = archive.read(record).decode()
+    assert f"Tag: {path.stem.partition('-')[2].partition('-')[2]}\n" in text
+    assert "Root-Is-Purelib: false\n" in text
+    libraries = {name for name in names if ".so" in name}
+    assert "softmax_ext/libsoftmax_ext_cpu.so" in libraries
+    assert not [name for name in libraries if "cpython" in name or "_C" in name]
+    assert {f"softmax_ext/{file.name}" for file in (ROOT / "softmax_ext").glob("*.py")} <= names
+
+
 def test_license():
     needs_the_checkout()
     text = (ROOT / "LICENSE").read_text()
@@ -246,5 +292,5 @@ FORBIDDEN = re.compile(
 def test_the_library_cannot_connect_open_or_start(library):
     """Of the C library it names nothing that could."""
     names = {line.split()[-1].partition("@")[0] for line in run("nm", "-D", "--undefined-only", library).splitlines()}
-    assert {"mmap", "free"} <= names, "nm's format is another"
+    assert {"mmap", "munmap"} <= names, "nm's format is another"
     assert not {name for name in names if FORBIDDEN.fullmatch(name)}

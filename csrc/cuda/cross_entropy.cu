@@ -5,7 +5,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-namespace {
+// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
+inline namespace cross_entropy_cu {
 
 template <typename T>
 CrossEntropyArguments<T> arguments(const CrossEntropy& call) {
@@ -71,7 +72,7 @@ void launch_typed(const CrossEntropy& call, Stream stream) {
   }
 }
 
-}  // namespace
+}  // namespace cross_entropy_cu
 
 void cross_entropy(const CrossEntropy& call, Stream stream) {
   switch (call.logits_type) {

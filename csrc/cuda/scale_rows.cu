@@ -4,7 +4,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-namespace {
+// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
+inline namespace scale_rows_cu {
 
 template <typename S>
 struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
@@ -54,7 +55,7 @@ void launch_typed(const ScaleRows& call, Stream stream) {
   launch_op("scale_rows", op, call.layout, true, stream);
 }
 
-}  // namespace
+}  // namespace scale_rows_cu
 
 void scale_rows(const ScaleRows& call, Stream stream) {
   switch (call.type) {

@@ -5,7 +5,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-namespace {
+// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
+inline namespace softmax_cu {
 
 template <typename S, typename O>
 void launch_forward(const Softmax& call, Stream stream) {
@@ -42,7 +43,7 @@ void launch_backward_to(const SoftmaxBackward& call, Stream stream) {
   launch_backward<O, O>(call, stream);
 }
 
-}  // namespace
+}  // namespace softmax_cu
 
 void softmax(const Softmax& call, Stream stream) {
   switch (call.input_type) {

@@ -9,7 +9,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-namespace {
+// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
+inline namespace sums_cu {
 
 constexpr int kThreads = 512;
 constexpr int64_t kElementsEach = 16;  // that a thread adds before more blocks, and a second kernel, pay
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) find_first(const int64_t* index, con
     atomicMin(reinterpret_cast<long long*>(first), static_cast<long long>(row));
 }
 
-}  // namespace
+}  // namespace sums_cu
 
 void sum_weights(const void* weight, bool is_double, int64_t n, double* total, double* scratch, Stream stream) {
   Results results;

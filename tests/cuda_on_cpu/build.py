@@ -2,7 +2,7 @@
 
     selftest           the program of selftest.cu
     libemulated.so     the kernels of csrc/cuda and the operators of csrc/ops/cuda, unmodified, on CPU tensors: loaded
-                       after softmax_ext._C it replaces the CPU kernels
+                       after softmax_ext it replaces the CPU kernels
 
 Both come in two builds: plain, and sanitized by AddressSanitizer and UBSan. A process that loads the sanitized library
 must have been started with ``sanitizer_environment()``.

@@ -2,7 +2,7 @@
 
     python tests/native/run.py [--trials N] [BUILD ...]
 
-    plain      as the extension is compiled
+    plain      as the CPU library is compiled
     address    with AddressSanitizer and UBSan
     thread     with ThreadSanitizer
     aarch64    cross-compiled by aarch64-linux-gnu-g++, on an emulated ARM processor
@@ -81,7 +81,7 @@ def build(folder: str) -> Path:
     target = BUILD / folder
 
     def placed(unit: Any) -> Any:
-        name = unit.object.removeprefix(f"{setup.BUILD['_C']}/")
+        name = unit.object.removeprefix(f"{setup.BUILD[setup.CPU]}/")
         return unit._replace(object=str(target / name), flags=[*unit.flags, *extra])
 
     own = [*setup.common_flags(), f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}", *setup.torch_headers()]
@@ -90,10 +90,9 @@ def build(folder: str) -> Path:
     units += [placed(unit) for unit in setup.kernel_units(isas, compiler)]
     target.mkdir(parents=True, exist_ok=True)
     program = target / "native_kernels"
-    setup.write_ninja(
-        target / "build.ninja", {"compile": command}, setup.Library(units, [*extra, "-pthread"]), str(program)
-    )
-    setup.run_ninja(target / "build.ninja", None)
+    library = setup.Library(units, [*extra, "-pthread"])
+    setup.write_ninja(target / "build.ninja", {"compile": command}, library, str(program))
+    setup.run_ninja(target / "build.ninja", library)
     return program
 
 

@@ -23,6 +23,10 @@ def check_installation() -> None:
     assert (package / "py.typed").exists()
     said = subprocess.run([sys.executable, "-m", "softmax_ext"], capture_output=True, text=True, check=True).stdout
     assert softmax_ext.__version__ in said, said
+    # A library for any Python; and the CUDA kernels, where the wheel has them and torch has CUDA (or the report fails).
+    assert f"softmax_ext-{softmax_ext.__version__}-py3-none-" in said, said
+    if torch.version.cuda and (package / "libsoftmax_ext_cuda.so").exists():
+        assert "CUDA kernels compiled" in said, said
     print(said)
 
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../../cuda/kernels.h"
+#include "../../export.h"
 #include "../operators.h"
 
 #ifndef SOFTMAX_EXT_CUDA_KEY
@@ -15,8 +16,6 @@ STABLE_TORCH_LIBRARY_IMPL(softmax_ext, SOFTMAX_EXT_CUDA_KEY, m) {
   softmax_ext::add_cross_entropy(m);
   softmax_ext::add_softmax(m);
 }
-
-#define SOFTMAX_EXT_EXPORT extern "C" __attribute__((visibility("default")))
 
 // The architectures that were compiled: "75;80;86".
 SOFTMAX_EXT_EXPORT const char* softmax_ext_cuda_architectures() { return softmax_ext::cuda::compiled_architectures(); }

@@ -1,0 +1,111 @@
+"""Finds the libraries with the kernels beside this file, loads them, and asks them what they are.
+
+No Python is in them: torch loads the operators by the library's path, and what the report and the choice of the
+instruction set need is asked by ctypes. So one file serves every Python and every torch from 2.10 on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+
+import torch
+
+from . import library_file
+from ._version import __version__
+
+PACKAGE = Path(__file__).resolve().parent
+INSTALL = "pip install --no-build-isolation ."
+"""Builds and installs; to be typed in the project's folder."""
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def find(device: str) -> str | None:
+    """The path of the library for "cpu" or "cuda", if it is there. A link to nowhere counts, and is then said."""
+    path = PACKAGE / f"libsoftmax_ext_{device}.so"
+    return str(path) if path.exists() or path.is_symlink() else None
+
+
+def load(path: str) -> ctypes.CDLL:
+    """Loads the library, which registers its operators. OSError, whose first line says why, if that can't be."""
+    library_file.check(path)
+    if not library_file.built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may be other ones
+        raise OSError(f"the rest of the package is softmax_ext {__version__}")
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise OSError(str(error.__cause__ or error)) from error  # torch's own text names nothing but the path
+    return ctypes.CDLL(path)
+
+
+class CpuLibrary:
+    """The library of the CPU kernels."""
+
+    def __init__(self, path: str) -> None:
+        """OSError or AttributeError if it does not load, or is another."""
+        self.path = path
+        library = load(path)
+        built_torch, compiler = library.softmax_ext_cpu_built_torch, library.softmax_ext_cpu_compiler
+        self._compiled_isa = library.softmax_ext_cpu_compiled_isa
+        self._isa_available = library.softmax_ext_cpu_isa_available
+        self._selected_isa = library.softmax_ext_cpu_selected_isa
+        self._select_isa = library.softmax_ext_cpu_select_isa
+        for text in (built_torch, compiler, self._compiled_isa, self._selected_isa):
+            text.restype = ctypes.c_char_p
+        for flag in (self._isa_available, self._select_isa):
+            flag.restype = ctypes.c_bool
+        self.built_torch: str = built_torch().decode()
+        self.compiler: str = compiler().decode()
+
+    def compiled_isas(self) -> list[str]:
+        """Names of the instruction sets that were compiled, weakest first."""
+        names: list[str] = []
+        while (name := self._compiled_isa(len(names))) is not None:
+            names.append(name.decode())
+        return names
+
+    def available_isas(self) -> list[str]:
+        """Those of them that this processor runs."""
+        return [name for name in self.compiled_isas() if self._isa_available(name.encode())]
+
+    def selected_isa(self) -> str:
+        """The one in use."""
+        return str(self._selected_isa().decode())
+
+    def select_isa(self, isa: str) -> None:
+        """Uses this one from now on; ValueError if it can't run here."""
+        if not self._select_isa(isa.encode()):
+            raise ValueError(f"select_isa: isa must be one of {', '.join(self.available_isas())}; got {isa}.")
+
+
+def load_cpu() -> tuple[CpuLibrary | None, str | None]:
+    """The library, or why it can't be had, in a sentence."""
+    path = find("cpu")
+    if path is None:
+        return None, _not_built()
+    try:
+        return CpuLibrary(path), None
+    except (OSError, AttributeError) as error:
+        return None, (
+            f"the CPU library {path} was found but does not load with torch {torch.__version__}: "
+            f"it was built as {library_file.built_as(path)} ({first_line(error)}); "
+            f"build it again with this torch: {REINSTALL}"
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What the error says, without a dump of symbols."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _not_built() -> str:
+    """Names an installed package that this one hides, as when Python is started in the project's folder."""
+    for folder in sys.path:
+        other = Path(folder or ".").resolve() / PACKAGE.name
+        if other != PACKAGE and any(other.glob("libsoftmax_ext_cpu.so")):
+            return (
+                f"the package that runs is the folder {PACKAGE}, where nothing is built, and hides the installed one "
+                f"in {other}; start Python in another folder, or build in this one: make build"
+            )
+    return f"the CPU library is not built: it is not in {PACKAGE}; in the project's folder type: {INSTALL}"
