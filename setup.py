@@ -257,7 +257,7 @@ def torch_headers() -> list[str]:
 
     headers = str(Path(torch.__file__).parent / "include")
     return [
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         # Their checks hold the names of their files: the library is to name no folder of this machine.
         f"-ffile-prefix-map={headers}=torch",
         *("-isystem", headers),
