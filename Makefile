@@ -1,5 +1,5 @@
 # Every target works from a fresh clone with Python >= 3.10, a C++17 compiler and make: it creates
-# .venv, installs there what it needs and builds the extension. What is up to date stays.
+# .venv, installs there what it needs and builds the libraries. What is up to date stays.
 #
 #   PYTHON=python3.12              the interpreter of a new .venv
 #   TORCH='torch==2.11.0'          another torch, or other arguments of pip install; without it the next make changes back
@@ -52,7 +52,7 @@ test: $(VENV)/.test $(VENV)/.built ## run the tests
 	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
 
 # What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the libraries load.
-VERSIONED := compile compile_cache transforms linear inplace integration errors modules diagnostics
+VERSIONED := compile compile_cache compiled_derivatives transforms linear inplace integration errors modules diagnostics
 
 # The library is the one of .venv: built with one torch it serves every other, which is a part of what this tests.
 test-torch: $(VENV)-torch-$(VERSION)/.installed $(VENV)/.built ## run what depends on the torch with VERSION=2.11.0, in .venv-torch-2.11.0
@@ -163,7 +163,7 @@ $(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
 	$(EDITABLE) '.[$*]'
 	touch $@
 
-# Another torch and the group "test", of which .venv has the list; by the interpreter of .venv, for whose Python the library is.
+# Another torch and the group "test", of which .venv has the list.
 $(VENV)-torch-%/.installed: $(VENV)/.test constraints.txt
 	test -d $(@D) || $(BIN)/python -m venv $(@D)
 	$(BIN)/python -c 'from importlib.metadata import requires; print(*(one.partition(";")[0] for one in \

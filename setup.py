@@ -518,6 +518,9 @@ class NinjaBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         if isinstance(self.toolkit, str):
             (ROOT / "softmax_ext" / f"{CUDA}.so").unlink(missing_ok=True)
+        if self.without_module is not None:
+            for old in (ROOT / "softmax_ext").glob(f"{MODULE}.*.so"):
+                old.unlink()
         super().copy_extensions_to_source()
 
     def build_extension(self, ext: Extension) -> None:

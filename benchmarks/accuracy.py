@@ -282,7 +282,7 @@ def table(dtype: torch.dtype, found: list[Cell]) -> str:
 
 
 def _environment() -> str:
-    isa = ops.extension.selected_isa()
+    isa = ops.library.selected_isa()
     return f"softmax_ext {softmax_ext.__version__} with {isa} kernels, torch {torch.__version__}."
 
 

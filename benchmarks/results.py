@@ -132,14 +132,14 @@ def describe_environment(peer_versions: dict[str, str]) -> Environment:
     import softmax_ext
     from softmax_ext import ops
 
-    if ops.load_error is not None or ops.extension is None:
+    if ops.load_error is not None or ops.library is None:
         raise RuntimeError(str(ops.load_error))
     name = re.search(r"^model name\s*: (.+)$", read_text("/proc/cpuinfo"), re.MULTILINE)
     huge_pages = re.search(r"\[(\w+)\]", read_text("/sys/kernel/mm/transparent_hugepage/enabled"))
     return Environment(
         cpu=name[1].strip() if name else platform.processor() or platform.machine(),
         processors=os.cpu_count() or 1,
-        isa=ops.extension.selected_isa(),
+        isa=ops.library.selected_isa(),
         huge_pages=huge_pages[1] if huge_pages else "unknown",
         python=platform.python_version(),
         torch=torch.__version__,

@@ -59,11 +59,11 @@ def _report() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("CPU as torch sees it", torch.backends.cpu.get_cpu_capability()),
     ]
-    if ops.extension is None:
+    if ops.library is None:
         return [*lines, ("CPU library", f"NOT LOADED: {ops.load_error}")]
     if ops.load_error is not None:
         lines.append(("NOT USABLE", ops.load_error))
-    built = ops.extension
+    built = ops.library
     return [
         *lines,
         ("CPU library", built.path),

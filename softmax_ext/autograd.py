@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from . import compiled_backward, internals, ops
+from . import internals, ops, traced
 from .ops import MEAN, NONE
 from .reference import Options, Rows, row_weights, total_weight
 
@@ -128,9 +128,9 @@ def _gradients(
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors  # once: non-reentrant checkpoints let go of what has been unpacked
-    if internals.is_tracing():
+    if traced.is_backward_traced():
         upstream = next(g for g in (loss, lse, nll, entropy) if g is not None)
-        saved = [*saved[:4], compiled_backward.refusing(saved[4], upstream, "cross_entropy"), saved[5]]
+        saved = [*saved[:4], traced.refusing(saved[4], upstream, "cross_entropy"), saved[5]]
     call = (loss, lse, nll, entropy, *saved, *ctx.options, needs_input, needs_target)
     if not _plain_backward():
         if _is_batched(call[:4]):
@@ -498,8 +498,8 @@ class Softmax(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient: Any = ops.softmax_backward
-        if internals.is_tracing() and not torch.is_grad_enabled():
-            gradient = compiled_backward.softmax_backward
+        if traced.is_backward_traced():
+            gradient = traced.softmax_backward
         elif not _plain_backward():
             gradient = _softmax_gradient if _is_batched((grad,)) else SoftmaxBackward.apply
         return gradient(grad, *ctx.saved_tensors, ctx.dim, ctx.log, ctx.dtype), None, None, None

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import checks, compiled_backward, internals, ops
+from . import checks, internals, ops, traced
 from .autograd import CrossEntropy, Softmax, eager_cross_entropy, eager_softmax, overwriting_cross_entropy
 from .reference import Options
 from .reference import cross_entropy as plain_cross_entropy
@@ -98,7 +98,7 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if torch.compiler.is_compiling():
         if in_transform:  # as in _needs_plain_formulas
             return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-        result = ops.softmax_traced(input, dim, log, dtype, ops.VERSION)
+        result = traced.softmax(input, dim, log, dtype, ops.VERSION)
     elif in_transform:
         result = Softmax.apply(input, dim, log, dtype)
     elif input.requires_grad and torch.is_grad_enabled():
@@ -319,14 +319,14 @@ def _run(
         plain = plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
         if in_transform or not compiling:
             return plain
-        return [compiled_backward.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
+        return [traced.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
     results: Any
     if in_transform:
         results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
     elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
         dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
         call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
-        results = ops.cross_entropy_traced(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
+        results = traced.cross_entropy(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
     elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
         results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
     else:

@@ -2,8 +2,8 @@
 
 Each entry says what it is for and what is done where a torch does not have it: something public, something slower, or a
 refusal; never an AttributeError at a user's first call. ``missing()`` names the entries that this torch lacks, which
-``python -m softmax_ext`` reports. All were there in torch 2.10.0, 2.11.0, 2.12.1, 2.13.0 and 2.14.1, unless ``since``
-says otherwise.
+``python -m softmax_ext`` reports. What only a build needs (torch's headers) is not here. All were there in torch
+2.10.0, 2.11.0, 2.12.1, 2.13.0 and 2.14.1, unless ``since`` says otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import platform
 from collections.abc import Callable
 from functools import reduce
 from importlib.util import find_spec
@@ -68,7 +69,10 @@ def _exists(name: str) -> bool:
             return False
     if kind == "frame":
         module, function = rest.split(":")
-        spec = find_spec(module)
+        try:
+            spec = find_spec(module)
+        except ImportError:  # of a package around it
+            return False
         return spec is not None and spec.origin is not None and f"def {function}(" in Path(spec.origin).read_text()
     return _look_up(name) is not _MISSING
 
@@ -206,21 +210,37 @@ def forward_mode_enabled() -> contextlib.AbstractContextManager[Any]:
 
 # ---- compiled code ----
 
-_dispatch_mode = _take(
+_get_dispatch_mode = _take(
     "torch._C._get_dispatch_mode",
     "whether a backward is being traced, of which torch.compiler.is_compiling() knows from torch 2.13 on",
-    "second derivatives of compiled code are torch's own affair",
-    lambda key: None,
+    "second derivatives of compiled code are what torch makes of them",
 )
 _FAKE = _take("torch._C._TorchDispatchModeKey.FAKE", "the mode in which it is traced", "as above")
 
 
 def is_tracing() -> bool:
     """Whether tensors stand for others: for torch.compile, forward and backward, torch.export or a FakeTensorMode."""
-    return torch.compiler.is_compiling() or _dispatch_mode(_FAKE) is not None
+    if torch.compiler.is_compiling() or _get_dispatch_mode is None or _FAKE is None:
+        return torch.compiler.is_compiling()
+    return _get_dispatch_mode(_FAKE) is not None
 
 
-_DOUBLE_BACKWARD = "_double_backward"
+graph_task: Callable[[], int] = _take(
+    "torch._C._current_graph_task_id",
+    "whether autograd runs a backward, -1 if not: a gradient that was traced into other code may run outside of one",
+    "a traced gradient that runs with grad mode on is refused",
+    lambda: 0,
+)
+
+
+_DOUBLE_BACKWARD, _ENGINE = "_double_backward", "_engine_run_backward"
+TABLE.append(
+    Internal(
+        f"frame torch.autograd.graph:{_ENGINE}",
+        "where the search for the next one ends",
+        "it goes on to the callers of the backward, which takes longer",
+    )
+)
 TABLE.append(
     Internal(
         f"frame torch._functorch._aot_autograd.runtime_wrappers:{_DOUBLE_BACKWARD}",
@@ -236,7 +256,7 @@ def in_double_backward() -> bool:
     Torch calls it within a Function then, which switches grad mode off, so that only the callers tell.
     """
     frame: FrameType | None = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+    while frame is not None and frame.f_code.co_name != _ENGINE:
         if frame.f_code.co_name == _DOUBLE_BACKWARD:
             return True
         frame = frame.f_back
@@ -289,3 +309,10 @@ TABLE.append(
         since="2.11",
     )
 )
+
+# What at::vec's headers, from which the kernels are compiled, call in libtorch_cpu on x86-64.
+if platform.machine() == "x86_64":
+    TABLE += [
+        Internal(f"symbol Sleef_{name}_u10", "vectors of that function", "the CPU library does not load, and says so")
+        for name in ("expd4", "expd8", "log1pd4", "log1pd8", "tanhd4", "tanhd8", "tanhf8", "tanhf16")
+    ]

@@ -18,7 +18,9 @@ from ._version import __version__
 PACKAGE = Path(__file__).resolve().parent
 INSTALL = "pip install --no-build-isolation ."
 """Builds and installs; to be typed in the project's folder."""
+INSTALL_HERE = "pip install --no-build-isolation --editable ."
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+"""The same, in the place of what is there. A wheel is installed again by its name instead of the dot."""
 
 
 def find(device: str) -> str | None:
@@ -105,7 +107,7 @@ def _not_built() -> str:
         other = Path(folder or ".").resolve() / PACKAGE.name
         if other != PACKAGE and any(other.glob("libsoftmax_ext_cpu.so")):
             return (
-                f"the package that runs is the folder {PACKAGE}, where nothing is built, and hides the installed one "
-                f"in {other}; start Python in another folder, or build in this one: make build"
+                f"the CPU library is not built: it is not in {PACKAGE}, the folder of the package that runs, which "
+                f"hides the one in {other}; start Python in another folder, or build in this one: {INSTALL_HERE}"
             )
     return f"the CPU library is not built: it is not in {PACKAGE}; in the project's folder type: {INSTALL}"

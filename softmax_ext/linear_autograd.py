@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import chunks, compiled_backward, internals, ops
+from . import chunks, internals, ops, traced
 from .autograd import (
     CrossEntropy,
     CrossEntropyBackward,
@@ -101,6 +101,7 @@ def _forward(
     needs: Sequence[bool],
     version: int,
 ) -> list[Tensor]:
+    traced.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
     call = Call(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, dtype, stats, chunk_rows)
     wide = _arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     problem = _problem((input, linear_weight, linear_bias, target, weight), call)
@@ -301,9 +302,9 @@ def _gradients(ctx: Any, tensors: Sequence[Any], upstream: Upstream, total: Tens
     if all(g is None for g in upstream) or not any(needs):
         return [None] * 4
     call: Call = ctx.call
-    if internals.is_tracing():
+    if traced.is_backward_traced():
         given = next(g for g in upstream if g is not None)
-        total = compiled_backward.refusing(total, given, "linear_cross_entropy")
+        total = traced.refusing(total, given, "linear_cross_entropy")
     if torch.compiler.is_compiling() or _is_plain(upstream):
         results = _backward_op(*upstream, total, *tensors, *call[:6], call.chunk_rows, needs)
     elif internals.forward_mode_level() >= 0 or _is_batched(upstream):
@@ -455,8 +456,8 @@ def _traced_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
         return *[None] * _TENSORS, *nothing
     computed = _spread(tuple(saved[_TENSORS + 1 :]), tuple(ctx.needs))
     grad_loss = grads[0]
-    if internals.is_tracing():
-        grad_loss = compiled_backward.refusing(grad_loss, grad_loss, "linear_cross_entropy")
+    if traced.is_backward_traced():
+        grad_loss = traced.refusing(grad_loss, grad_loss, "linear_cross_entropy")
     return *_handed_on(computed, tensors, ctx.call, grad_loss, total, False), None, None, *nothing
 
 

@@ -40,9 +40,9 @@ def _choose_isa(library: libraries.CpuLibrary) -> str | None:
     return None
 
 
-extension, load_error = libraries.load_cpu()
-if extension is not None:
-    load_error = _choose_isa(extension)
+library, load_error = libraries.load_cpu()
+if library is not None:
+    load_error = _choose_isa(library)
 
 
 def _arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -129,27 +129,23 @@ def _fake_writes_in_place(*args: object) -> None:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": _fake_cross_entropy,
-    "cross_entropy_traced": lambda *arguments: _fake_cross_entropy(*arguments[:-1]),
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_backward_": _fake_writes_in_place,
     "softmax": _fake_softmax,
-    "softmax_traced": lambda *arguments: _fake_softmax(*arguments[:-1]),
     "softmax_backward": _fake_softmax_backward,
     "scale_rows_": _fake_writes_in_place,
 }
 
 
-if extension is not None:
+if library is not None:
     for _name, _fake in _FAKES.items():
         torch.library.register_fake(f"softmax_ext::{_name}", _fake)
     cuda.load(_FAKES)
     cross_entropy = torch.ops.softmax_ext.cross_entropy.default
-    cross_entropy_traced = torch.ops.softmax_ext.cross_entropy_traced.default
     cross_entropy_ = torch.ops.softmax_ext.cross_entropy_.default
     cross_entropy_backward = torch.ops.softmax_ext.cross_entropy_backward.default
     cross_entropy_backward_ = torch.ops.softmax_ext.cross_entropy_backward_.default
     softmax = torch.ops.softmax_ext.softmax.default
-    softmax_traced = torch.ops.softmax_ext.softmax_traced.default
     softmax_backward = torch.ops.softmax_ext.softmax_backward.default
     scale_rows_ = torch.ops.softmax_ext.scale_rows_.default

@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _check_sanitized() -> None:
-    library = Path(ops.extension.path)
+    library = Path(ops.library.path)
     if b"__asan_" not in library.read_bytes():
         raise pytest.UsageError(f"--sanitized: start it by tests/kernel_suite.py; {library} is not sanitized")
 

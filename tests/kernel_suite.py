@@ -77,7 +77,7 @@ def run_sanitized(arguments: list[str]) -> int:
 
 
 def run_isas(arguments: list[str]) -> int:
-    command = [sys.executable, "-c", "from softmax_ext import ops; print(*ops.extension.available_isas())"]
+    command = [sys.executable, "-c", "from softmax_ext import ops; print(*ops.library.available_isas())"]
     isas = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for isa in isas:
         print(f"kernel set {isa}", flush=True)

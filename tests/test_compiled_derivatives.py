@@ -5,11 +5,13 @@ backend, torch.export, checkpoints, compiled autograd. A derivative is asked for
 taken from eager code, which other tests hold against torch. ``torch.func`` within compiled code is in test_compile.py.
 
 This torch's own compiled code is silently wrong in some of these cells, and in more before 2.13: see
-softmax_ext/compiled_backward.py.
+softmax_ext/traced.py.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fresh
@@ -19,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as fw
 from torch import Tensor, nn
 from torch.autograd import functional, grad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -93,9 +96,9 @@ def tangent(value: Tensor) -> Tensor:
     return torch.zeros_like(value) if found is None else found
 
 
-def forward(f: Function) -> Tensor:
+def forward(f: Function, x: Tensor | None = None) -> Tensor:
     with fw.dual_level():
-        return tangent(f(fw.make_dual(leaf(), TANGENT)))
+        return tangent(f(fw.make_dual(leaf() if x is None else x, TANGENT)))
 
 
 def forward_over_reverse(f: Function) -> Tensor:
@@ -128,6 +131,7 @@ DERIVATIVES: dict[str, Callable[[Function], Any]] = {
     "hessian": lambda f: functional.hessian(lambda x: total(f(x)), X),
     "hessian, vectorized": lambda f: functional.hessian(lambda x: total(f(x)), X, vectorize=True),
     "forward": forward,
+    "forward, nothing requires grad": lambda f: forward(f, X),
     "forward over reverse": forward_over_reverse,
     "tangent of the upstream gradient": tangent_of_upstream,
     "batched": batched,
@@ -189,6 +193,8 @@ def outcome(derivative: Callable[[], Any], expected: Any) -> str:
     """ "right", "wrong" or the text of an exception."""
     try:
         found = derivative()
+    except (AttributeError, NameError):  # a mistake of ours
+        raise
     except Exception as error:  # whichever: each part of torch has its own
         return str(error) or type(error).__name__
     try:
@@ -221,12 +227,13 @@ def test_right_or_refused(wrapper, name):
     assert found["gradient"] == "right"
     if wrapper in ("aot_eager", "checkpoint of compiled"):
         assert all(REFUSED in found[derivative] for derivative in TWICE), found
+    if wrapper == "aot_eager":
+        assert found["forward, nothing requires grad"] == "right"
+        assert "has no derivative in forward mode" in found["tangent of the upstream gradient"]
+    if wrapper == "export":
+        assert "has no derivative in forward mode" in found["forward, nothing requires grad"]
     if wrapper in ("eager", "export", "checkpoint"):
         assert all(found[derivative] == "right" for derivative in TWICE), found
-
-
-# What every torch's inductor loses: tangents of what its code is given, and torch's own functions there too.
-LOST_BY_INDUCTOR = ("forward",)
 
 
 @pytest.mark.slow
@@ -235,7 +242,38 @@ def test_right_or_refused_by_inductor(name):
     found = outcomes("inductor", compiled("inductor"), name)
     assert found["gradient"] == "right"
     assert all(REFUSED in found[derivative] for derivative in TWICE), found
-    assert "wrong" not in [found[derivative] for derivative in found if derivative not in LOST_BY_INDUCTOR], found
+    assert {derivative for derivative, what in found.items() if what == "wrong"} <= {"forward, nothing requires grad"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softmax", [softmax_ext.softmax, torch.softmax])
+def test_what_inductor_loses(softmax):
+    """Of code that it compiles itself, torch's too: the tangent of what that is given. docs/trust.md says so."""
+    function = torch.compile(lambda x: softmax(x, 1))
+    with fw.dual_level():
+        assert fw.unpack_dual(function(fw.make_dual(X, TANGENT))).tangent is None
+
+
+# ---- not compiled, but traced ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear", "softmax"])
+def test_a_gradient_that_is_traced_into_other_code(name):
+    """Nothing is differentiated twice there, whether grad mode is on or not."""
+    step = make_fx(lambda x: grad(total(FUNCTIONS[name](x)), x)[0], tracing_mode="fake", _allow_non_fake_inputs=True)(
+        leaf()
+    )
+    assert_close(step(X), grad(total(FUNCTIONS[name](x := leaf())), x)[0])
+
+
+def test_a_backward_under_any_grad_mode():
+    function = torch.compile(FUNCTIONS["softmax"], backend="aot_eager")
+    for mode in (torch.enable_grad, torch.no_grad):
+        x = leaf()
+        loss = function(x)
+        with mode():
+            loss.backward()
+        assert_close(x.grad, grad(FUNCTIONS["softmax"](y := leaf()), y)[0])
 
 
 # ---- torch's inside -------------------------------------------------------------------------------------------------
@@ -243,9 +281,24 @@ def test_right_or_refused_by_inductor(name):
 
 def test_this_torch_has_all_that_is_taken_from_its_inside():
     """Where it lacks one, the package does without, by a slower way or a refusal: see softmax_ext/internals.py."""
-    assert len(internals.TABLE) > 15
     missing = internals.missing()
     assert not missing, "\n".join(f"{i.name}, for {i.purpose}; without it: {i.without}" for i in missing)
+
+
+PRIVATE = re.compile(r"torch\.(\w+\.)*_(?!_)|\b_C\.|forward_ad\._|\._base\b")
+
+
+def test_torchs_inside_is_named_in_one_place():
+    package = Path(softmax_ext.__file__).parent
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in package.glob("*.py")
+        if path.name != "internals.py"
+        for line in path.read_text().splitlines()
+        if PRIVATE.search(line)
+    ]
+    assert not found
+    assert PRIVATE.search((package / "internals.py").read_text()), "nothing would be found"
 
 
 WITHOUT = """

@@ -91,7 +91,7 @@ def write_sealed(file: Path, content: bytes) -> None:
     library_file.seal(str(file))
 
 
-BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.extension.built_torch}"
+BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.library.built_torch}"
 
 
 @linux
@@ -215,4 +215,4 @@ def test_cuda_library_that_is_not_loaded(kind, tmp_path):
 
 def test_the_record_is_in_the_built_file():
     """What the sentences above are read from."""
-    assert Path(ops.extension.path).read_bytes().count(f"build record: {BUILT}\0".encode()) == 1
+    assert Path(ops.library.path).read_bytes().count(f"build record: {BUILT}\0".encode()) == 1

@@ -68,7 +68,7 @@ def parts(isas: list[str] | list[None]) -> list[Part]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "part" in metafunc.fixturenames:
         on_the_cpu = metafunc.config.getoption("--device") == "cpu"
-        metafunc.parametrize("part", parts(ops.extension.available_isas() if on_the_cpu else [None]), ids=str)
+        metafunc.parametrize("part", parts(ops.library.available_isas() if on_the_cpu else [None]), ids=str)
 
 
 def check(case: SoftmaxCase | LossCase, kind: str, device: Any) -> None:
@@ -102,13 +102,13 @@ def test_against_torch(part, device, record_property):
         count += 1
         check(case, part.kind, device)
 
-    before = ops.extension.selected_isa()
-    ops.extension.select_isa(part.isa or before)
+    before = ops.library.selected_isa()
+    ops.library.select_isa(part.isa or before)
     try:
         examples()
         assert count >= part.examples
     finally:
-        ops.extension.select_isa(before)
+        ops.library.select_isa(before)
         record_property("examples", count)
 
 

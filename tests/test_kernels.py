@@ -15,12 +15,12 @@ from softmax_ext import cross_entropy, ops
 of_the_cpu = pytest.mark.devices("cpu")
 
 
-@pytest.fixture(params=ops.extension.available_isas())
+@pytest.fixture(params=ops.library.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = ops.extension.selected_isa()
-    ops.extension.select_isa(request.param)
+    before = ops.library.selected_isa()
+    ops.library.select_isa(request.param)
     yield request.param
-    ops.extension.select_isa(before)
+    ops.library.select_isa(before)
 
 
 # ---- exp -------------------------------------------------------------------------------------------------------------
@@ -93,24 +93,24 @@ def test_exp_treats_every_position_alike(isa):
 
 @of_the_cpu
 def test_an_isa_that_is_not_there_is_refused():
-    before = ops.extension.selected_isa()
+    before = ops.library.selected_isa()
     with pytest.raises(ValueError, match=r"select_isa: isa must be one of .*; got ALTIVEC\."):
-        ops.extension.select_isa("ALTIVEC")
-    assert ops.extension.selected_isa() == before
+        ops.library.select_isa("ALTIVEC")
+    assert ops.library.selected_isa() == before
 
 
 @of_the_cpu
 def test_available_isas_are_among_the_compiled():
-    assert ops.extension.selected_isa() in ops.extension.available_isas()
-    assert set(ops.extension.available_isas()) <= set(ops.extension.compiled_isas())
-    assert ops.extension.compiled_isas()[0] == "DEFAULT"
+    assert ops.library.selected_isa() in ops.library.available_isas()
+    assert set(ops.library.available_isas()) <= set(ops.library.compiled_isas())
+    assert ops.library.compiled_isas()[0] == "DEFAULT"
 
 
 @of_the_cpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_cross_entropy_on_every_isa(isa, dtype, kind):
-    assert ops.extension.selected_isa() == isa
+    assert ops.library.selected_isa() == isa
     strategies = [Strategy(False, False, False), Strategy(True, True, True)]
     for shape in [(9,), (131, 3), (2, 33), (2, 40, 3), (1, 5000)]:
         check_product(shape, dtype, kind, torch.device("cpu"), LAYOUTS[:2], strategies)

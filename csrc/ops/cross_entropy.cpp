@@ -98,14 +98,6 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
   return outputs;
 }
 
-std::vector<Tensor> cross_entropy_traced(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
-                                         int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                         std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-                                         double logit_scale, bool stats, bool precompute_grad, int64_t /* version */) {
-  return cross_entropy(input, target, weight, dim, reduction, ignore_index, label_smoothing, dtype, z_loss, softcap,
-                       logit_scale, stats, precompute_grad);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
     Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
@@ -199,7 +191,6 @@ void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tens
 
 void add_cross_entropy(torch::stable::detail::StableLibrary& library) {
   library.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  library.impl("cross_entropy_traced", TORCH_BOX(&cross_entropy_traced));
   library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
   library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
   library.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));

@@ -14,10 +14,6 @@ Tensor softmax(Tensor input, int64_t dim, bool log, std::optional<ScalarType> dt
   return output;
 }
 
-Tensor softmax_traced(Tensor input, int64_t dim, bool log, std::optional<ScalarType> dtype, int64_t /* version */) {
-  return softmax(input, dim, log, dtype);
-}
-
 Tensor softmax_backward(Tensor grad_output, Tensor output, int64_t dim, bool log, ScalarType dtype) {
   const char* op = "softmax_backward";
   dtype_of(output, op, "output");
@@ -47,7 +43,6 @@ void scale_rows_(Tensor tensor, Tensor factor, int64_t dim) {
 
 void add_softmax(torch::stable::detail::StableLibrary& library) {
   library.impl("softmax", TORCH_BOX(&softmax));
-  library.impl("softmax_traced", TORCH_BOX(&softmax_traced));
   library.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   library.impl("scale_rows_", TORCH_BOX(&scale_rows_));
 }

@@ -14,12 +14,6 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
       "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
       "bool precompute_grad) -> Tensor[]");
-  // The same for torch.compile and torch.export, which see one operator and its derivative, registered in autograd.py. (On
-  // the one above that registration would cost every eager call more than a small kernel takes.)
-  m.def(
-      "cross_entropy_traced(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
-      "bool precompute_grad, int version) -> Tensor[]");
   // The same over the input, without grad_input; the statistics are empty if not asked for. (No list: torch
   // functionalises only operators that return tensors.) Where grad_divisor is given, a float64 scalar, the gradient is
   // divided by that and not by the mean's denominator: for rows that are part of a larger mean.
@@ -40,7 +34,6 @@ STABLE_TORCH_LIBRARY(softmax_ext, m) {
       "Tensor(a!) input, Tensor target, Tensor? weight, Tensor state, Tensor total_weight, Tensor? entropy, int dim, "
       "int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale) -> ()");
   m.def("softmax(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");
-  m.def("softmax_traced(Tensor input, int dim, bool log, ScalarType? dtype, int version) -> Tensor");  // as above
   m.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor");
   m.def("scale_rows_(Tensor(a!) tensor, Tensor factor, int dim) -> ()");
 }
