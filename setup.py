@@ -283,6 +283,8 @@ def link_flags(name: str, libraries: list[str]) -> list[str]:
         *sanitizers(),
         *shlex.split(os.environ.get("LDFLAGS", "")),
         *("-shared", f"-Wl,-soname,{name}.so", "-Wl,--as-needed", "-lstdc++"),
+        # What nobody defines ends the build, not the user's import. (The sanitizers' functions are in the process.)
+        *([] if SANITIZE else ["-Wl,-z,defs"]),
         *(f"-L{Path(torch.__file__).parent / 'lib'}", *libraries),
     ]
 
@@ -314,8 +316,13 @@ def old_runtime(library: str) -> tuple[list[Unit], list[str]]:
     if platform.machine() != "x86_64" or SANITIZE:
         return [], []
     source = Path("csrc/old_runtime.cpp")
-    names = re.findall(r"^(?:OLD_FUNCTION|REPLACED)\((\w+)", source.read_text(), re.MULTILINE)
-    runtime = ["-DSOFTMAX_EXT_CUDA_RUNTIME"] if library == CUDA else []
+    text, runtime = source.read_text(), ["-DSOFTMAX_EXT_CUDA_RUNTIME"]
+    if library != CUDA:
+        text, runtime = (
+            re.sub(r"^#ifdef SOFTMAX_EXT_CUDA_RUNTIME\n.*?^#endif", "", text, flags=re.MULTILINE | re.DOTALL),
+            [],
+        )
+    names = re.findall(r"^(?:OLD_FUNCTION|REPLACED)\((\w+)", text, re.MULTILINE)
     unit = Unit(str(source), object_of(library, source), [*common_flags(), *runtime])
     return [unit], [f"-Wl,--wrap={name}" for name in names]
 

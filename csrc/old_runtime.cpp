@@ -14,16 +14,15 @@
           "@GOTPCREL(%rip)\n.size __wrap_" #name ", .-__wrap_" #name "\n.popsection");
 
 OLD_FUNCTION(pthread_mutex_trylock, "2.2.5")
-
-#ifndef SOFTMAX_EXT_CUDA_RUNTIME
+OLD_FUNCTION(dlsym, "2.2.5")  // from torch 2.14's headers on
 OLD_FUNCTION(exp, "2.2.5")
-#else
+
+#ifdef SOFTMAX_EXT_CUDA_RUNTIME
 // What CUDA's run-time library asks for, which is linked into ours.
 OLD_FUNCTION(dlclose, "2.2.5")
 OLD_FUNCTION(dlerror, "2.2.5")
 OLD_FUNCTION(dlmopen, "2.3.4")
 OLD_FUNCTION(dlopen, "2.2.5")
-OLD_FUNCTION(dlsym, "2.2.5")
 OLD_FUNCTION(dlvsym, "2.2.5")
 OLD_FUNCTION(pthread_condattr_setpshared, "2.2.5")
 OLD_FUNCTION(pthread_create, "2.2.5")
