@@ -231,12 +231,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        input, target, weight, dim, reduction, ignore, smoothing, z_loss, softcap, scale, dtype, stats = args
-        return tuple(
-            ops.cross_entropy(
-                input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
-            )
-        )
+        return tuple(ops.cross_entropy(*args, False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -299,10 +294,7 @@ class EagerCrossEntropy(Function):
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
         ctx.options, dtype, stats = call
         ctx.set_materialize_grads(False)
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
-        loss, state, total, *rest = ops.cross_entropy(
-            input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False
-        )
+        loss, state, total, *rest = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, False)
         if not stats:
             ctx.save_for_backward(input, target, weight, state, total, None)
             return loss
@@ -347,8 +339,7 @@ class OverwritingCrossEntropy(Function):
         ctx.options, dtype, stats, precompute_grad, inplace = call
         ctx.precomputed, ctx.inplace, ctx.overwritten = precompute_grad, inplace, precompute_grad and inplace
         ctx.set_materialize_grads(False)
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = ctx.options
-        operands = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats)
+        operands = (input, target, weight, *ctx.options, dtype, stats)
         if ctx.overwritten:
             written = True
             try:
@@ -556,9 +547,7 @@ def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None)
 
 
 def _trace_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, _, _ = inputs
-    options = (dim, reduction, ignore, smoothing, z_loss, softcap, scale)
-    CrossEntropy.setup_context(ctx, (input, target, weight, *options, dtype, stats), output)
+    CrossEntropy.setup_context(ctx, inputs[:12], output)
 
 
 def _traced_cross_entropy_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:

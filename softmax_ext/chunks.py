@@ -314,7 +314,8 @@ def forward(
     if stats:
         results.append(problem.input.new_zeros(shape, dtype=torch.int64))
     for rows, x, target, logits in chunks:
-        options = (*_operands(problem, target), wide, problem.z_loss, problem.softcap, problem.logit_scale, stats)
+        numbers = (problem.z_loss, problem.softcap, problem.logit_scale)
+        options = (*_operands(problem, target), *numbers, wide, stats)
         if any(needs):
             loss, _, _, *of_rows = ops.cross_entropy_(logits, *options, grad_divisor)
             sums.add(rows, x, target, logits)
@@ -346,7 +347,7 @@ def gradients(
     for rows, x, target, logits in chunks:
         operands = _operands(problem, target)
         options = (problem.z_loss, problem.softcap, problem.logit_scale)
-        _, state, _, *of_rows = ops.cross_entropy(logits, *operands, wide, *options, stats, False)
+        _, state, _, *of_rows = ops.cross_entropy(logits, *operands, *options, wide, stats, False)
         of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
         entropy = of_rows[2] if upstream.entropy is not None else None
         gradient = logits

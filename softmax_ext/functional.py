@@ -324,8 +324,7 @@ def _run(
     if in_transform:
         results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
     elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
+        call = (input, target, weight, *options, dtype, stats, False)
         results = traced.cross_entropy(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
     elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
         results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)

@@ -57,10 +57,10 @@ def _fake_cross_entropy(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
-    dtype: torch.dtype | None,
     z_loss: float,
     softcap: float | None,
     logit_scale: float,
+    dtype: torch.dtype | None,
     stats: bool,
     precompute_grad: bool = False,
 ) -> list[Tensor]:

@@ -82,7 +82,7 @@ def _softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, vers
 cross_entropy = _define(
     "cross_entropy_traced",
     "(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, float label_smoothing, "
-    "ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, bool precompute_grad, int version)"
+    "float z_loss, float? softcap, float logit_scale, ScalarType? dtype, bool stats, bool precompute_grad, int version)"
     " -> Tensor[]",
     _cross_entropy,
     lambda *arguments: ops._fake_cross_entropy(*arguments[:-1]),

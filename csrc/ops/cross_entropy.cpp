@@ -84,9 +84,9 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
 }
 
 std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-                                  double logit_scale, bool stats, bool precompute_grad) {
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
+                                  std::optional<double> softcap, double logit_scale, std::optional<ScalarType> dtype,
+                                  bool stats, bool precompute_grad) {
   const Call call = checked_call("cross_entropy", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
   std::optional<Tensor> grad;
@@ -100,8 +100,8 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
     Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-    double logit_scale, bool stats, std::optional<Tensor> grad_divisor) {
+    double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale,
+    std::optional<ScalarType> dtype, bool stats, std::optional<Tensor> grad_divisor) {
   const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
                                  z_loss, softcap, logit_scale);
   if (grad_divisor) {

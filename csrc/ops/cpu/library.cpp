@@ -8,18 +8,18 @@
 STABLE_TORCH_LIBRARY(softmax_ext, m) {
   // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
   //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
-  //    state [2, *batch] (class indices: max, log_sum) or [4, *batch] (probabilities: also sum b, sum q)
+  //    state [2, *batch] (class indices: max, rest; csrc/cpu/kernels.h) or [4, *batch] (probabilities: also sum b, sum q)
   //    total_weight [] float64, the mean's denominator; [0] without a mean
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
+      "float label_smoothing, float z_loss, float? softcap, float logit_scale, ScalarType? dtype, bool stats, "
       "bool precompute_grad) -> Tensor[]");
   // The same over the input, without grad_input; the statistics are empty if not asked for. (No list: torch
   // functionalises only operators that return tensors.) Where grad_divisor is given, a float64 scalar, the gradient is
   // divided by that and not by the mean's denominator: for rows that are part of a larger mean.
   m.def(
       "cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType? dtype, float z_loss, float? softcap, float logit_scale, bool stats, "
+      "float label_smoothing, float z_loss, float? softcap, float logit_scale, ScalarType? dtype, bool stats, "
       "Tensor? grad_divisor=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
   //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.
