@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import chunks, cuda, internals, libraries, ops
+from . import cuda, internals, libraries, matmul, ops
 from ._version import __version__
 
 # Row lengths at which the report says which kernel takes them.
@@ -72,7 +72,7 @@ def _report() -> list[tuple[str, str]]:
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
-        ("float32 products", f"{'oneDNN for X W^T, ' if chunks.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
+        ("float32 products", f"{'oneDNN for X W^T, ' if matmul.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
         *(("not in this torch", f"{i.name}, for {i.purpose}; instead: {i.without}") for i in internals.missing()),
         *_report_cuda(),
     ]

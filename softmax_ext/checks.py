@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import internals
+from .options import REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _STRIDED = torch.strided
@@ -90,24 +91,23 @@ def integer(op: str, argument: str, value: Any) -> int:
     return value  # type: ignore[no-any-return]
 
 
-def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> tuple[int, Tensor]:
-    """The class dimension, and the target in the shape the operator takes."""
+def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The target in the shape the operator takes."""
     check_dense(op, "target", target)
     check_device(op, "target", target, input)
     shape = input.shape
-    dim = 0 if len(shape) == 1 else 1
     batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
     if target.shape == batch and target.dtype in _CLASSES:
-        return dim, target
+        return target
     if target.shape == shape:
         if not target.is_floating_point():
             need = "be floating (class probabilities) if it has the input's shape"
-            way_out = "Class indices have the input's shape without the dimension of the classes."
-            refuse(RuntimeError, op, "target", need, describe(target), way_out)
+            way_out = "If it is one-hot, use target.float() (probabilities) or target.argmax({}) (class indices)."
+            refuse(RuntimeError, op, "target", need, describe(target), way_out.format(0 if len(shape) == 1 else 1))
         check_floating(op, "target", target)
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
-        return dim, target
+        return target
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
     if target.dtype not in _CLASSES or target.shape != batch:
@@ -118,9 +118,25 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> t
             other_size = target.shape[:1] != input.shape[:1]
         error = ValueError if other_size else RuntimeError
         need = f"be int64 or uint8 of shape {list(batch)}, or floating of the input's shape {list(input.shape)}"
-        way_out = "" if target.shape != batch else "Use target.long()."
+        way_out = "Use target.long()." if target.shape == batch else _classes_elsewhere(op, shape, target)
         refuse(error, op, "target", need, describe(target), way_out)
-    return dim, target
+    return target
+
+
+def _classes_elsewhere(op: str, shape: torch.Size, target: Tensor) -> str:
+    """The way out where the classes are in the input's last dimension, as a language model has them."""
+    if op == "cross_entropy" and len(shape) > 2 and target.shape == shape[:-1]:
+        return "The classes are dimension 1 of the input, not the last one: use input.movedim(-1, 1)."
+    return ""
+
+
+def check_logits(op: str, input: Tensor, target: object) -> None:
+    """As ``check_floating``, with a word on arguments that were swapped."""
+    if input.dtype not in _FLOATING and isinstance(target, Tensor) and target.is_floating_point():
+        need = "be float64, float32, bfloat16 or float16"
+        way_out = "The logits come first, the target second: are the two swapped?"
+        refuse(NotImplementedError, op, "input", need, describe(input), way_out)
+    check_floating(op, "input", input)
 
 
 def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
@@ -143,9 +159,18 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
 
 
 def check_options(
-    op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
-) -> tuple[float, float, float | None, float]:
-    """The options that are numbers, within their ranges."""
+    op: str,
+    dim: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Options:
+    """The options as the operators take them: plain numbers within their ranges, and a code for the reduction."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
     if not type(label_smoothing) is type(z_loss) is type(logit_scale) is float:
         label_smoothing = number(op, "label_smoothing", label_smoothing)
         z_loss = number(op, "z_loss", z_loss)
@@ -156,12 +181,14 @@ def check_options(
         refuse(ValueError, op, "z_loss", "be finite and not negative", f"{z_loss}")
     if not -_LARGEST <= logit_scale <= _LARGEST:
         refuse(ValueError, op, "logit_scale", "be finite (in float32)", f"{logit_scale}")
-    if softcap is not None:
-        softcap = number(op, "softcap", softcap)
-        if not _SMALLEST <= softcap <= _LARGEST or abs(logit_scale / softcap) > _LARGEST:
+    cap = softcap
+    if cap is not None:
+        cap = number(op, "softcap", cap)
+        if not _SMALLEST <= cap <= _LARGEST or abs(logit_scale / cap) > _LARGEST:
             need = "be finite and positive (and so logit_scale / softcap, in float32), or None"
-            refuse(ValueError, op, "softcap", need, f"{softcap}")
-    return label_smoothing, z_loss, softcap, logit_scale
+            refuse(ValueError, op, "softcap", need, f"{cap}")
+    ignore_index = integer(op, "ignore_index", ignore_index)
+    return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:

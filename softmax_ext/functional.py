@@ -7,17 +7,21 @@ directly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, internals, ops, traced
-from .autograd import CrossEntropy, Softmax, eager_cross_entropy, eager_softmax, overwriting_cross_entropy
-from .reference import Options
-from .reference import cross_entropy as plain_cross_entropy
+from . import checks, internals, ops, reference
+from .autograd import compiled, refusals
+from .autograd.cross_entropy import CrossEntropy, eager_cross_entropy
+from .autograd.softmax import Softmax, eager_softmax
+from .autograd.transforms import in_transform, needs_plain_formulas
+from .dtypes import default_loss_dtype
+from .options import Keywords, Options
 
-_REDUCTIONS = {"none": ops.NONE, "mean": ops.MEAN, "sum": ops.SUM}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CrossEntropyStats(NamedTuple):
@@ -43,37 +47,6 @@ class CrossEntropyStats(NamedTuple):
 internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
 
 
-# ---- what runs underneath ----
-
-
-def _in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only the full Functions understand."""
-    return internals.transforms_active() or internals.forward_mode_level() >= 0
-
-
-def _needs_plain_formulas(target: Tensor, weight: Tensor | None, in_transform: bool, compiling: bool) -> bool:
-    """Whether a derivative may be asked for that no Function has.
-
-    That is one in the class weights, which torch has for probabilities only, and any within a transform that is itself
-    compiled: Dynamo takes no ``jvp`` and would lose the derivatives of a Function in silence.
-    """
-    if in_transform:
-        return compiling or (weight is not None and target.is_floating_point())
-    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
-
-
-def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
-    """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
-    wanted = inplace or (precompute_grad and not target.requires_grad)
-    return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
-
-
-def autocasts(tensor: Tensor) -> bool:
-    """Whether torch.autocast is on for the tensor's device; meta tensors have none."""
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 # ---- softmax ----
 
 
@@ -93,13 +66,13 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if not input.shape:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
-    in_transform = _in_transform()
+    transformed = in_transform()
     result: Tensor
     if torch.compiler.is_compiling():
-        if in_transform:  # as in _needs_plain_formulas
+        if transformed:  # as in needs_plain_formulas
             return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-        result = traced.softmax(input, dim, log, dtype, ops.VERSION)
-    elif in_transform:
+        result = compiled.softmax(input, dim, log, dtype, ops.VERSION)
+    elif transformed:
         result = Softmax.apply(input, dim, log, dtype)
     elif input.requires_grad and torch.is_grad_enabled():
         result = eager_softmax(input, dim, log, dtype)
@@ -141,17 +114,9 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 # ---- cross entropy ----
 
 
-def _default_loss_dtype(
-    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool
-) -> torch.dtype | None:
-    """The dtype of the loss where it is not the input's: promoted with probabilities, or autocast's."""
-    own = input.dtype
-    if probabilities:
-        for other in (target, weight):
-            own = own if other is None else torch.promote_types(own, other.dtype)
-    if own.itemsize == 2 and autocasts(input):
-        return torch.float32  # cross entropy is on autocast's float32 list
-    return None if own == input.dtype else own
+class _Keywords(Keywords, total=False):
+    precompute_grad: bool
+    inplace: bool
 
 
 @overload
@@ -165,13 +130,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    precompute_grad: bool = False,
-    inplace: bool = False,
     return_stats: Literal[False] = False,
+    **options: Unpack[_Keywords],
 ) -> Tensor: ...
 
 
@@ -186,13 +146,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    precompute_grad: bool = False,
-    inplace: bool = False,
     return_stats: Literal[True],
+    **options: Unpack[_Keywords],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -275,59 +230,62 @@ def cross_entropy(
     """
     op = "cross_entropy"
     checks.check_dense(op, "input", input)
-    label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
-        op, label_smoothing, z_loss, softcap, logit_scale
-    )
-    ignore_index = checks.integer(op, "ignore_index", ignore_index)
     if size_average is not None or reduce is not None:
         reduction = internals.legacy_reduction(size_average, reduce)
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
+    rank = input.dim()
+    dim = 0 if rank < 2 else 1
+    options = checks.check_options(op, dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is not None:
         checks.check_dtype(op, dtype)
-    checks.check_floating(op, "input", input)
-    if not input.shape:
+    checks.check_logits(op, input, target)
+    if rank == 0:
         error = IndexError if target.is_floating_point() else RuntimeError
         checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
-    dim, target = checks.check_target(op, input, target, ignore_index)
+    target = checks.check_target(op, input, target, ignore_index)
     probabilities = target.dtype.is_floating_point
     if weight is not None:
         checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
     if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
-
-    options = (dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is None and (probabilities or input.dtype.itemsize == 2):
-        dtype = _default_loss_dtype(input, target, weight, probabilities)
-    results = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
+        dtype = default_loss_dtype(input, target, weight)
+    results = _run(input, target, weight, options, dtype, return_stats, precompute_grad, inplace)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
+
+
+def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
+    """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
+    wanted = inplace or (precompute_grad and not target.requires_grad)
+    return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
 
 
 def _run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: tuple[Any, ...],
+    options: Options,
     dtype: torch.dtype | None,
+    stats: bool,
     precompute_grad: bool,
     inplace: bool,
-    stats: bool,
 ) -> Sequence[Tensor]:
     """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
-    in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
-    if (in_transform or weight is not None) and _needs_plain_formulas(target, weight, in_transform, compiling):
-        plain = plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
-        if in_transform or not compiling:
+    transformed, compiling = in_transform(), torch.compiler.is_compiling()
+    if (transformed or weight is not None) and needs_plain_formulas(target, weight, transformed, compiling):
+        plain = reference.cross_entropy(input, target, weight, options, dtype, stats)
+        if transformed or not compiling:
             return plain
-        return [traced.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
-    results: Any
-    if in_transform:
-        results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
-    elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        call = (input, target, weight, *options, dtype, stats, False)
-        results = traced.cross_entropy(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
-    elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
-        results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+        return [refusals.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
+    results: Sequence[Tensor]
+    if transformed:
+        results = CrossEntropy.apply(input, target, weight, options, dtype, stats)
+    elif compiling:
+        results = compiled.cross_entropy(input, target, weight, *options, dtype, stats, False, ops.VERSION)
+    elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False)
     else:
-        results = eager_cross_entropy(input, target, weight, options, dtype, stats)
-    return results  # type: ignore[no-any-return]
+        if precompute_grad or inplace:
+            may = _may_overwrite(input, target, precompute_grad, inplace)
+            precompute_grad, inplace = precompute_grad and may, inplace and may
+        results = eager_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+    return results

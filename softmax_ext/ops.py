@@ -17,9 +17,8 @@ from torch import Tensor
 
 from . import cuda, libraries
 from ._version import __version__
-
-NONE, MEAN, SUM = 0, 1, 2
-"""The operators' codes for ``reduction``."""
+from .dtypes import arithmetic_dtype
+from .options import MEAN, NONE, Options
 
 VERSION = sum(int(part) * 10000 ** (2 - i) for i, part in enumerate(__version__.split(".")))
 """An argument of every operator that torch.compile sees the derivative of, which computes nothing.
@@ -45,34 +44,18 @@ if library is not None:
     load_error = _choose_isa(library)
 
 
-def _arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _fake_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    dim: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    dtype: torch.dtype | None,
-    stats: bool,
-    precompute_grad: bool = False,
-) -> list[Tensor]:
-    dim = dim % input.dim()
+def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """What cross_entropy returns, without data."""
+    options, (dtype, stats, precompute_grad) = Options.split(arguments)
+    dim = options.dim % input.dim()
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     loss_dtype = dtype or input.dtype
     probabilities = target.is_floating_point()
-    arithmetic = _arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
+    arithmetic = arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
     outputs = [
-        input.new_empty(batch if reduction == NONE else [], dtype=loss_dtype),
+        input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
         input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
-        input.new_empty([] if reduction == MEAN else [0], dtype=torch.float64),
+        input.new_empty([] if options.reduction == MEAN else [0], dtype=torch.float64),
     ]
     if stats:
         outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]
@@ -82,44 +65,29 @@ def _fake_cross_entropy(
     return outputs
 
 
-def _fake_cross_entropy_(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results = _fake_cross_entropy(input, *arguments[:11])  # all but grad_divisor
-    results[1] = results[1].new_empty([0])  # the state, which nothing can use any more
-    return (*results, *(input.new_empty([0]) for _ in range(7 - len(results))))
+def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    options, (dtype, stats, *_) = Options.split(arguments)  # grad_divisor may be left out
+    loss, state, *results = fake_cross_entropy(input, target, weight, *options, dtype, stats, False)
+    no_state = state.new_empty([0])  # nothing can use it any more
+    return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
 
 
-def _fake_cross_entropy_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_nll: Tensor | None,
-    grad_entropy: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    state: Tensor,
-    total_weight: Tensor,
-    entropy: Tensor | None,
-    dim: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    needs_input: bool,
-    needs_target: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, needs_input, needs_target = arguments
+    _, _, _, _, input, target, *_ = arguments  # behind four upstream gradients
     return (
         torch.empty_like(input) if needs_input else input.new_empty([0]),
         torch.empty_like(target) if needs_target else target.new_empty([0]),
     )
 
 
-def _fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+def fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+    """What softmax returns, without data."""
     return torch.empty_like(input, dtype=dtype or input.dtype)
 
 
-def _fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+def fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """What softmax_backward returns, without data."""
     return torch.empty_like(output, dtype=dtype)
 
 
@@ -128,12 +96,12 @@ def _fake_writes_in_place(*args: object) -> None:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "cross_entropy": _fake_cross_entropy,
+    "cross_entropy": fake_cross_entropy,
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_backward_": _fake_writes_in_place,
-    "softmax": _fake_softmax,
-    "softmax_backward": _fake_softmax_backward,
+    "softmax": fake_softmax,
+    "softmax_backward": fake_softmax_backward,
     "scale_rows_": _fake_writes_in_place,
 }
 

@@ -4,7 +4,8 @@ Three uses: in float64 they are what the tests compare with; their second deriva
 forward-mode derivative of the kernels' gradient; and their first are the forward-mode derivative of the loss. They hold
 several tensors of the logits' size and are differentiable to any order by torch itself. docs/math.md derives them.
 
-For a row of logits x:  z = softcap tanh(logit_scale x / softcap),  p = softmax(z),  lse = log sum exp z,  and
+For a row of logits x:  z = s tanh(a x / s) with the softcap s and the logit_scale a, or z = a x without a cap,
+p = softmax(z),  lse = log sum exp z,  and
     loss = sum_c b_c (lse - z_c) + z_loss lse^2,    b_c = w_c ((1 - eps) q_c + eps / C),
 where q is one-hot for a class index y and the first w_c is then w_y.
 
@@ -20,19 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import MEAN, NONE
-
-
-class Options(NamedTuple):
-    """The arguments of a cross entropy that are not tensors; ``reduction`` in the operators' codes."""
-
-    dim: int
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
+from .options import MEAN, NONE, Options
 
 
 class RowGradients(NamedTuple):
@@ -42,6 +31,15 @@ class RowGradients(NamedTuple):
     lse: Tensor
     nll: Tensor
     entropy: Tensor
+
+
+class Upstream(NamedTuple):
+    """The gradients of what a call returns: those of the rows, or of the reduced loss; None: 0."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -106,6 +104,16 @@ def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: 
     return row_weights(target, weight, ignore_index).sum(dtype=torch.float64)
 
 
+def _logits(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Z of x, and its first two derivatives; the second is None where it is 0."""
+    cap, scale = options.softcap, options.logit_scale
+    if cap is None:
+        return scale * x, torch.full_like(x, scale), None
+    t = torch.tanh(x * (scale / cap))
+    slope = scale * (1 - t * t)
+    return cap * t, slope, -2 * t * slope * (scale / cap)
+
+
 def _largest(z: Tensor) -> Tensor:
     """Of each row, [..., 1]; 0 where that is not finite. No derivative passes through it."""
     if z.shape[-1] == 0:
@@ -131,15 +139,7 @@ class Rows:
         arithmetic = torch.float64 if double else torch.float32
         x = input.movedim(options.dim, -1).to(arithmetic)
         classes = x.shape[-1]
-        if options.softcap is None:
-            z = options.logit_scale * x
-            self.slope = torch.full_like(x, options.logit_scale)
-            self.curvature = torch.zeros_like(x)
-        else:
-            t = torch.tanh(x * (options.logit_scale / options.softcap))
-            z = options.softcap * t
-            self.slope = options.logit_scale * (1 - t * t)
-            self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
+        z, self.slope, self.curvature = _logits(x, options)
         largest = _largest(z)
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
@@ -148,11 +148,11 @@ class Rows:
         self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as the kernels': NaN without a distribution
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
-        kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
+        unsmoothed, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.mass = _scaled(kept, self.y) + share
+            self.mass = _scaled(unsmoothed, self.y) + share
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
@@ -160,9 +160,9 @@ class Rows:
             if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.mass = (_scaled(kept, self.y) + share) * self.live.unsqueeze(-1)
+            self.mass = (_scaled(unsmoothed, self.y) + share) * self.live.unsqueeze(-1)
         self.weights = weights
-        self.class_weight = kept * weights
+        self.class_weight = unsmoothed * weights
         self.b = weights * self.mass
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
@@ -242,7 +242,7 @@ class Rows:
         out = dp * (alpha + beta * z) + self.p * (alpha_change.unsqueeze(-1) + beta * u)
         tau = self._mass_gradient(g) * self._along(dq, None)
         out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
-        if self.options.softcap is not None:
+        if self.curvature is not None:
             out = out + self.curvature * self._along(dx, None) * self._gradient_z(g)
         return self._restore(out)
 

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softmax_ext import reference
-from softmax_ext.ops import MEAN, NONE, SUM
-from softmax_ext.reference import Options
+from softmax_ext.options import MEAN, NONE, SUM, Options
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]

@@ -1,7 +1,4 @@
-"""The operators that torch.compile and torch.export see, and what they refuse: to lose a derivative in silence.
-
-What is traced is one operator with a derivative of its own, which autograd.py registers. The arguments are those of the
-operator that it calls, and the package's version (see ops.VERSION).
+"""What code that was traced cannot differentiate, and says so: no derivative is lost in silence.
 
 torch.compile keeps only numbers for a backward, so that nobody can differentiate it. Torch does not always say so:
 
@@ -11,9 +8,9 @@ torch.compile keeps only numbers for a backward, so that nobody can differentiat
 - with every version forward mode loses the tangent of an upstream gradient and, where nothing requires grad, that of
   an operator's input.
 
-So these operators look at what is going on when they run, and refuse. ``refusing(value, upstream, op)`` puts that into
-a backward that is traced; ``softmax_backward`` has it in itself; ``refusing_backward(value, op)`` puts it behind
-results that torch differentiates.
+So the operators that are traced look at what is going on when they run, and refuse. ``refusing(value, upstream, op)``
+puts that into a backward that is traced; ``refusing_backward(value, op)`` puts it behind results that torch
+differentiates.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import internals, ops
+from .. import internals
 
 _WAY_OUT = "Call the function itself for it, neither compiled nor exported."
 
@@ -35,7 +32,7 @@ def is_backward_traced() -> bool:
     return internals.is_tracing() and not torch.is_grad_enabled()
 
 
-def _refuse_derivatives(op: str, *operands: Tensor) -> None:
+def refuse_derivatives(op: str, *operands: Tensor) -> None:
     """RuntimeError where the backward that runs was traced before, and is differentiated."""
     in_backward = internals.graph_task() != -1
     if torch.is_grad_enabled() and (in_backward or any(t.requires_grad for t in operands)):
@@ -58,7 +55,7 @@ def refuse_tangents(op: str, *operands: Tensor | None) -> None:
         raise RuntimeError(f"{op}: compiled and exported code has no derivative in forward mode here. {_WAY_OUT}")
 
 
-def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """An operator of this namespace, for every device."""
     torch.library.define(f"softmax_ext::{name}", schema)
     torch.library.impl(f"softmax_ext::{name}", "default", kernel)
@@ -66,59 +63,20 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
     return getattr(torch.ops.softmax_ext, name).default
 
 
-# ---- forward ----
-
-
-def _cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> list[Tensor]:
-    refuse_tangents("cross_entropy", input, target, weight)
-    return ops.cross_entropy(input, target, weight, *options[:-1])  # type: ignore[no-any-return]
-
-
-def _softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, version: int) -> Tensor:
-    refuse_tangents("log_softmax" if log else "softmax", input)
-    return ops.softmax(input, dim, log, dtype)  # type: ignore[no-any-return]
-
-
-cross_entropy = _define(
-    "cross_entropy_traced",
-    "(Tensor input, Tensor target, Tensor? weight, int dim, int reduction, int ignore_index, float label_smoothing, "
-    "float z_loss, float? softcap, float logit_scale, ScalarType? dtype, bool stats, bool precompute_grad, int version)"
-    " -> Tensor[]",
-    _cross_entropy,
-    lambda *arguments: ops._fake_cross_entropy(*arguments[:-1]),
-)
-softmax = _define(
-    "softmax_traced",
-    "(Tensor input, int dim, bool log, ScalarType? dtype, int version) -> Tensor",
-    _softmax,
-    lambda *arguments: ops._fake_softmax(*arguments[:-1]),
-)
-
-# ---- backward ----
+# ---- in a backward that is traced ----
 
 
 def _refusing(value: Tensor, upstream: Tensor, op: str) -> Tensor:
-    _refuse_derivatives(op, value, upstream)
+    refuse_derivatives(op, value, upstream)
     return value.clone()
 
 
-def _softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    _refuse_derivatives("log_softmax" if log else "softmax", grad_output, output)
-    return ops.softmax_backward(grad_output, output, dim, log, dtype)  # type: ignore[no-any-return]
-
-
 # A copy of ``value``, which is small. ``upstream`` only keeps it from being computed in the forward.
-refusing = _define(
+refusing = define(
     "refusing",
     "(Tensor value, Tensor upstream, str op) -> Tensor",
     _refusing,
     lambda value, upstream, op: torch.empty_like(value),
-)
-softmax_backward = _define(
-    "softmax_backward_traced",
-    "(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor",
-    _softmax_backward,
-    ops._fake_softmax_backward,
 )
 
 # ---- behind torch's own operations ----
@@ -137,7 +95,7 @@ def _refusing_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return (refusing(grad, grad, ctx.op) if is_backward_traced() else grad), None
 
 
-refusing_backward = _define(
+refusing_backward = define(
     "refusing_backward", "(Tensor value, str op) -> Tensor", _copy, lambda value, op: torch.empty_like(value)
 )
 torch.library.register_autograd("softmax_ext::refusing_backward", _refusing_backward, setup_context=_keep_op)

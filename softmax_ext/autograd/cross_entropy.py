@@ -1,0 +1,437 @@
+"""Cross entropy of logits for autograd.
+
+    CrossEntropy       keeps the logits; backward reads them again. All of autograd works, transforms included.
+    EagerCrossEntropy  the same for every other call, where the Function itself must cost little; and precompute_grad
+                       and inplace: a gradient that is consumed, logits that are overwritten.
+
+The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import internals, ops
+from ..dtypes import arithmetic_dtype
+from ..options import MEAN, NONE, Options
+from ..reference import Rows, Upstream, row_weights, total_weight
+from . import refusals
+from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread, to_front
+
+# ---- the gradient ----
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of CrossEntropyBackward, and the gradients in them."""
+
+    grad_loss: Tensor | None = None
+    grad_lse: Tensor | None = None
+    grad_nll: Tensor | None = None
+    grad_entropy: Tensor | None = None
+    input: Any = None
+    target: Any = None
+    weight: Any = None
+    state: Any = None
+    total_weight: Any = None
+    entropy: Any = None
+    options: Any = None
+    needs_input: Any = None
+    needs_target: Any = None
+
+    @property
+    def upstream(self) -> Upstream:
+        """The gradients of what forward returned."""
+        return Upstream(self.grad_loss, self.grad_lse, self.grad_nll, self.grad_entropy)
+
+
+class CrossEntropyBackward(Function):
+    """BackwardCall -> (grad_input, grad_target), those not needed left out; linear in the upstream gradients."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        call = BackwardCall(*args)
+        tensors = (call.input, call.target, call.weight, call.state, call.total_weight, call.entropy)
+        needs = (call.needs_input, call.needs_target)
+        grads = ops.cross_entropy_backward(*call.upstream, *tensors, *call.options, *needs)
+        return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        call = BackwardCall(*inputs)
+        ctx.options, ctx.needs = call.options, (call.needs_input, call.needs_target)
+        kept = (*call.upstream, call.input, call.target, call.weight, call.total_weight)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *upstream, input, target, weight, total = ctx.saved_tensors
+        rows = Rows(input, target, weight, ctx.options)
+        g = rows.row_gradients(upstream, total)
+        along_input, along_target = spread(grads, ctx.needs)
+        slopes = rows.derivative(along_input, along_target)
+        slopes = slopes._replace(loss=rows.reduce_slope(slopes.loss, total))
+        needs = BackwardCall(*ctx.needs_input_grad)
+        of_upstream = [
+            slope.to(like.dtype) if needed and like is not None else None
+            for slope, like, needed in zip(slopes, upstream, needs.upstream, strict=True)
+        ]
+        return BackwardCall(*of_upstream)._replace(
+            input=rows.gradient_derivative(g, along_input, along_target) if needs.input else None,
+            target=rows.target_gradient_derivative(g, along_input).to(target.dtype) if needs.target else None,
+        )
+
+    @staticmethod
+    @nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        *upstream, input, target, weight, total = saved
+        rows = Rows(input, target, weight, ctx.options)
+        g = rows.row_gradients(upstream, total)
+        along = BackwardCall(*tangents)
+        dg = rows.row_gradients(along.upstream, total)
+        needs_input, needs_target = ctx.needs
+        out = []
+        if needs_input:
+            out.append(rows.gradient(dg) + rows.gradient_derivative(g, along.input, along.target))
+        if needs_target:
+            of_target = rows.target_gradient(dg) + rows.target_gradient_derivative(g, along.input)
+            out.append(of_target.to(target.dtype))
+        return tuple(out)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size, call = info.batch_size, BackwardCall(*args)
+        dims: Any = BackwardCall(*in_dims)
+        if dims.weight is not None:
+            return one_by_one(CrossEntropyBackward, size, in_dims, args)
+        options: Options = call.options
+        input = to_front(call.input, dims.input, size)
+        lse, nll, entropy = (
+            None if g is None else to_front(g, d, size)
+            for g, d in zip(call.upstream[1:], dims.upstream[1:], strict=True)
+        )
+        grads = CrossEntropyBackward.apply(
+            *BackwardCall(
+                _loss_of_rows(call, dims, size, input),
+                lse,
+                nll,
+                entropy,
+                input,
+                to_front(call.target, dims.target, size),
+                call.weight,
+                to_front(call.state, dims.state, size, to=1).contiguous(),
+                torch.ones((), dtype=torch.float64, device=input.device),
+                None if call.entropy is None else to_front(call.entropy, dims.entropy, size).contiguous(),
+                options._replace(dim=options.dim + 1, reduction=NONE),
+                call.needs_input,
+                call.needs_target,
+            )
+        )
+        return grads, (0,) * len(grads)
+
+
+def _loss_of_rows(call: BackwardCall, dims: BackwardCall, size: int, input: Tensor) -> Tensor | None:
+    """The gradient of each sample's loss for each of its rows; ``input`` has the samples in front."""
+    if call.grad_loss is None:
+        return None
+    batch_dim: Any = dims.grad_loss
+    grad = to_front(call.grad_loss, batch_dim, size)
+    if call.options.reduction == NONE:
+        return grad
+    grad = grad.to(call.state.dtype)
+    if call.options.reduction == MEAN:
+        grad = grad / to_front(call.total_weight, dims.total_weight, size).to(grad.dtype)
+    rows = [n for d, n in enumerate(input.shape) if d != call.options.dim + 1]
+    return grad.reshape(size, *[1] * (len(rows) - 1)).expand(rows)
+
+
+def formula_gradients(
+    upstream: Upstream,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    total: Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """(grad_input, grad_target) by torch's operations, where a batched gradient is differentiated itself.
+
+    Autograd's batching keeps the graph and the tangents of those, and silently none of a Function.
+    """
+    rows = Rows(input, target, weight, options)
+    of_rows = rows.row_gradients(upstream, total)
+    needs_input, needs_target = needs
+    grad_target = rows.target_gradient(of_rows).to(target.dtype) if needs_target else None
+    return [rows.gradient(of_rows) if needs_input else None, grad_target]
+
+
+def _gradients(
+    ctx: Any, loss: Tensor | None, lse: Tensor | None, nll: Tensor | None, entropy: Tensor | None
+) -> Sequence[Tensor | None]:
+    """(grad_input, grad_target) from the upstream gradients, None where not needed."""
+    if loss is None and lse is None and nll is None and entropy is None:
+        return None, None
+    needs_input, needs_target = needs = ctx.needs_input_grad[:2]
+    # Once: non-reentrant checkpoints let go of what has been unpacked.
+    input, target, weight, state, total, entropy_values = ctx.saved_tensors
+    if refusals.is_backward_traced():
+        given = next(g for g in (loss, lse, nll, entropy) if g is not None)
+        total = refusals.refusing(total, given, "cross_entropy")
+    tensors = (loss, lse, nll, entropy, input, target, weight, state, total, entropy_values)
+    if not is_plain_backward():
+        upstream = Upstream(loss, lse, nll, entropy)
+        if is_batched(upstream):
+            return formula_gradients(upstream, input, target, weight, total, ctx.options, needs)
+        return spread(CrossEntropyBackward.apply(*tensors, ctx.options, needs_input, needs_target), needs)
+    grad_input, grad_target = ops.cross_entropy_backward(*tensors, *ctx.options, needs_input, needs_target)
+    return grad_input if needs_input else None, grad_target if needs_target else None
+
+
+# ---- the loss, with all derivatives ----
+
+
+class Results(NamedTuple):
+    """What the operator returns: without statistics the first three."""
+
+    loss: Tensor
+    state: Tensor
+    total_weight: Tensor
+    lse: Any = None
+    nll: Any = None
+    entropy: Any = None
+    prediction: Any = None
+
+
+class CrossEntropy(Function):
+    """(input, target, weight, options, dtype, stats) -> Results, as far as the operator returns them."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        input, target, weight, options, dtype, stats = args
+        return tuple(ops.cross_entropy(input, target, weight, *options, dtype, stats, False))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        input, target, weight, ctx.options, _, ctx.stats = inputs
+        results = Results(*output)
+        ctx.dtypes = (results.loss.dtype, results.state.dtype)
+        kept = (input, target, weight, results.state, results.total_weight, results.entropy)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+        prediction = [results.prediction] if ctx.stats else []
+        ctx.mark_non_differentiable(results.state, results.total_weight, *prediction)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = Results(*grads)  # type: ignore[arg-type]
+        grad_input, grad_target = _gradients(ctx, given.loss, given.lse, given.nll, given.entropy)
+        return grad_input, grad_target, None, None, None, None
+
+    @staticmethod
+    @nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, target, weight, _, total, _ = saved
+        along_input, along_target, along_weight, *_ = tangents
+        if along_weight is not None:
+            raise RuntimeError("cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
+        rows = Rows(input, target, weight, ctx.options)
+        along = rows.derivative(along_input, along_target)
+        loss_dtype, stats_dtype = ctx.dtypes
+        loss = rows.reduce_slope(along.loss, total).to(loss_dtype)
+        if not ctx.stats:
+            return loss, None, None
+        return (loss, None, None, *(t.to(stats_dtype) for t in along[1:]), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        size = info.batch_size
+        input, target, weight, options, dtype, stats = args
+        input_dim, target_dim, weight_dim, *_ = in_dims
+        if weight_dim is not None:
+            return one_by_one(CrossEntropy, size, in_dims, args)
+        x, y = to_front(input, input_dim, size), to_front(target, target_dim, size)
+        loss_dtype = dtype or x.dtype
+        wide = arithmetic_dtype(loss_dtype, x.dtype)
+        row_options = options._replace(dim=options.dim + 1, reduction=NONE)
+        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, row_options, wide, stats)
+        total = _weight_per_sample(y, weight, options)
+        if options.reduction != NONE:
+            loss = _sum_per_sample(loss)
+        if options.reduction == MEAN:
+            loss = loss / total.to(loss.dtype)
+        return (loss.to(loss_dtype), state, total, *rest), (0, 1, 0, *[0] * len(rest))
+
+
+def _sum_per_sample(rows: Tensor) -> Tensor:
+    """Over all but the first dimension."""
+    return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+
+
+def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
+    """``total_weight`` of each target[i]; the options are those of one sample."""
+    if target.is_floating_point():
+        sample = target.new_empty(()).expand(target.shape[1:])
+        return total_weight(sample, weight, options.dim, options.ignore_index).expand(target.shape[0])
+    return _sum_per_sample(row_weights(target, weight, options.ignore_index).double())
+
+
+# Torch binds the arguments of ``forward`` to its signature at every call. Kept here, the signature need not be found
+# out each time, which took a quarter of a call on a small input.
+_forward: Any
+for _forward in (CrossEntropyBackward.forward, CrossEntropy.forward):
+    _forward.__signature__ = inspect.signature(_forward)
+
+
+# ---- eager calls ----
+
+
+def _may_have_written(error: Exception, input: Tensor) -> bool:
+    """Whether an operator that raised may have begun to write: not on the CPU, where it has all memory before.
+
+    On CUDA it may have queued the kernel that writes, and failed to queue another.
+    """
+    return input.is_cuda and not isinstance(error, IndexError)
+
+
+@dataclass
+class _EarlyGradient:
+    """What a graph with ``precompute_grad`` or ``inplace`` knows of its gradient.
+
+    Compiled autograd calls backward with another ctx, which refers to the same.
+    """
+
+    inplace: bool = False  # it is, or will be, where the logits are
+    precomputed: bool = False  # it is there, and yet to be scaled
+    overwritten: bool = False  # the logits are lost
+    gradient: Tensor | None = None  # beside the logits. No saved tensor: whoever takes it must hold the only reference
+
+
+class EagerCrossEntropy(Function):
+    """(input, target, weight, (options, dtype, stats, precompute_grad, inplace)) -> loss, or a tuple with statistics.
+
+    A call on a small input costs what surrounds the kernels, which is why there is this second form: its ``forward``
+    sees ``ctx`` and returns only what the caller gets, nothing is kept for forward mode, and the arguments are few.
+
+    The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
+    handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
+
+    A gradient over the logits is a saved tensor of the graph like any other, so that autograd notices if somebody
+    writes there before it is used. Saved-tensor hooks would move it elsewhere: functional.py keeps away from them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
+        ctx.options, dtype, stats, precompute_grad, inplace = call
+        ctx.set_materialize_grads(False)
+        results: list[Tensor]
+        if precompute_grad and inplace:
+            results = _overwrite(input, target, weight, *ctx.options, dtype, stats)
+            input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
+            ctx.early = _EarlyGradient(inplace=True, precomputed=True, overwritten=True)
+        else:
+            results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad)
+            if precompute_grad:
+                ctx.early = _EarlyGradient(gradient=results.pop())
+            else:
+                ctx.early = _EarlyGradient(inplace=True) if inplace else None
+        if not stats:
+            loss, state, total = results[:3]
+            ctx.save_for_backward(input, target, weight, state, total, None)
+            return loss
+        loss, state, total, lse, nll, entropy, prediction = results
+        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.mark_non_differentiable(prediction)
+        return loss, lse, nll, entropy, prediction
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        loss: Tensor | None,
+        lse: Tensor | None = None,
+        nll: Tensor | None = None,
+        entropy: Tensor | None = None,
+        prediction: None = None,
+    ) -> tuple[Tensor | None, ...]:
+        early: _EarlyGradient | None = ctx.early
+        if early is not None and early.inplace:
+            return _gradient_inplace(ctx, early, Upstream(loss, lse, nll, entropy)), None, None, None
+        if early is not None and early.gradient is not None:
+            gradient, early.gradient = early.gradient, None
+            if loss is not None and lse is nll is entropy is None and is_plain((loss,)):
+                _scale(ctx, gradient, loss)
+                return gradient, None, None, None
+        grad_input, grad_target = _gradients(ctx, loss, lse, nll, entropy)
+        return grad_input, grad_target, None, None
+
+
+def _overwrite(input: Tensor, *arguments: Any) -> list[Tensor]:
+    """The operator that writes the gradient over the logits; autograd is told that it has."""
+    written = True
+    try:
+        return list(ops.cross_entropy_(input, *arguments))
+    except Exception as error:
+        written = _may_have_written(error, input)
+        raise
+    finally:  # also where Ctrl-C, which has waited for the operator, comes before the next line
+        if written:
+            torch.autograd.graph.increment_version(input)
+
+
+def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Tensor | None:
+    if all(g is None for g in upstream):
+        return None
+    refused = None
+    if not is_plain(upstream):
+        refused = "it can't be differentiated again (create_graph=True) or batched"
+    elif early.overwritten and not early.precomputed:
+        refused = "a second backward through it is not possible"
+    elif early.precomputed and any(g is not None for g in upstream[1:]):
+        refused = "its statistics can't be differentiated"
+    if refused:
+        writes = "has written" if early.overwritten else "writes"
+        raise RuntimeError(
+            f"cross_entropy: inplace=True {writes} the gradient over the logits, so {refused}. Use inplace=False."
+        )
+    input, target, weight, state, total, entropy = ctx.saved_tensors
+    gradient: Tensor = input.detach()
+    written = True
+    try:
+        if early.precomputed:
+            _scale(ctx, gradient, upstream.loss)
+        else:
+            ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
+    except Exception as error:
+        written = _may_have_written(error, input)
+        raise
+    finally:
+        if written:
+            torch.autograd.graph.increment_version(input)
+            early.overwritten, early.precomputed = True, False
+    return gradient
+
+
+def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
+    """Multiplies a gradient computed before its upstream gradient was known by that."""
+    if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # written without the mean's divisor
+        total = ctx.saved_tensors[4]
+        grad_loss = grad_loss.to(total.dtype) / total
+    ops.scale_rows_(gradient, grad_loss, ctx.options.dim)
+
+
+_apply = internals.eager_apply(EagerCrossEntropy)
+
+
+def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> Sequence[Tensor]:
+    """EagerCrossEntropy of (options, dtype, stats, precompute_grad, inplace): the loss, and statistics if asked for."""
+    weight = None if weight is None else internals.alive(weight)
+    results = _apply(internals.alive(input), internals.alive(target), weight, call)
+    return results if type(results) is tuple else (results,)
