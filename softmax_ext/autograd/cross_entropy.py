@@ -319,14 +319,14 @@ class _EarlyGradient:
 class EagerCrossEntropy(Function):
     """(input, target, weight, (options, dtype, stats, precompute_grad, inplace)) -> loss, or a tuple with statistics.
 
-    On a small input the code around the kernels takes most of the time. This second form of CrossEntropy has less of it:
+    On a small input the code around the kernels takes most of the time. This form of CrossEntropy has less of it:
     ``forward`` sees ``ctx``, returns only the caller's results, saves nothing for forward mode, and has few arguments.
 
     The first backward takes a precomputed gradient, multiplies it in place by an upstream gradient other than 1, and
     hands it over. A further backward computes the gradient again from the logits. If they are overwritten, it raises.
 
-    A gradient over the logits is a saved tensor, so autograd notices a write to it before backward uses it. Saved-tensor
-    hooks would move it to other memory. So functional.py uses the default strategy under such hooks.
+    A gradient over the logits is a saved tensor, so autograd notices a write to it before backward uses it.
+    Saved-tensor hooks would move it to other memory. So functional.py uses the default strategy under such hooks.
     """
 
     @staticmethod
