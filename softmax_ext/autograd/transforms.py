@@ -75,8 +75,8 @@ def to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> T
     return tensor.movedim(batch_dim, to)
 
 
-# Where compiled code is vmapped, Dynamo would trace this loop, and fail. The first call imports Dynamo to switch it off,
-# which takes a second.
+# Where compiled code is vmapped, Dynamo would trace this loop, and fail. The first call imports Dynamo to switch tracing
+# off, which takes a second.
 @internals.disable_dynamo
 def one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
     """A vmap as a loop, for arguments that the kernels accept only once per call.
