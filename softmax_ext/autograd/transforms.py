@@ -75,7 +75,7 @@ def to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> T
     return tensor.movedim(batch_dim, to)
 
 
-# Where compiled code is vmapped, Dynamo would trace this loop, and fail. The first call imports Dynamo to switch tracing
+# Where compiled code is vmapped, Dynamo would trace this loop, and fail. The first call imports Dynamo to switch it
 # off, which takes a second.
 @internals.disable_dynamo
 def one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
