@@ -10,72 +10,47 @@ gpu_linear.png  the same of a gpu_linear.csv
 import sys
 from pathlib import Path
 
-from cases import (
-    COMPILE,
-    COPY,
-    DEFAULT,
-    EAGER,
-    INPLACE,
-    JAX,
-    LIGER,
-    LOSS,
-    MEMORY,
-    MUL,
-    QUACK,
-    SCALING,
-    TENSORFLOW,
-    VOCABULARY,
-    Case,
-)
-from gpu_cases import SECTION, VOCABULARY_SECTION
-from gpu_cases import VOCABULARY as GPU_VOCABULARY
-from linear_cases import CHUNKED, CUT, LinearCase
-from linear_cases import GPU_TABLE as GPU_LINEAR_TABLE
-from linear_cases import GPU_VOCABULARY as GPU_LINEAR_VOCABULARY
-from linear_cases import SECTION as LINEAR_TABLE_SECTION
-from linear_cases import VOCABULARY as LINEAR_VOCABULARY
-from linear_cases import VOCABULARY_SECTION as LINEAR_SECTION
+import cases
+from cases import Case
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Environment, GpuEnvironment, Record, measured_on, read_csv
+from results import Environment, Record, measured_on, of_gpu, read_csv
 
 _LABELS = {
-    EAGER: "F.cross_entropy",
-    COMPILE: "torch.compile of it",
-    JAX: "JAX, optax, jitted",
-    TENSORFLOW: "TensorFlow",
-    LIGER: "Liger-Kernel, in place",
-    QUACK: "quack",
-    DEFAULT: "softmax_ext",
-    INPLACE: "softmax_ext, in place",
+    cases.EAGER: "F.cross_entropy",
+    cases.COMPILE: "torch.compile of it",
+    cases.JAX: "JAX, optax, jitted",
+    cases.TENSORFLOW: "TensorFlow",
+    cases.LIGER: "Liger-Kernel, in place",
+    cases.QUACK: "quack",
+    cases.DEFAULT: "softmax_ext",
+    cases.INPLACE: "softmax_ext, in place",
 }
 _LINEAR_LABELS = {
-    EAGER: "F.linear, F.cross_entropy",
-    COMPILE: "torch.compile of it",
-    CHUNKED: "F.linear_cross_entropy, chunked",
-    LIGER: "Liger-Kernel",
-    CUT: "Cut Cross-Entropy",
-    DEFAULT: "softmax_ext.linear_cross_entropy",
+    cases.EAGER: "F.linear, F.cross_entropy",
+    cases.COMPILE: "torch.compile of it",
+    cases.CHUNKED: "F.linear_cross_entropy, chunked",
+    cases.LIGER: "Liger-Kernel",
+    cases.CUT: "Cut Cross-Entropy",
+    cases.DEFAULT: "softmax_ext.linear_cross_entropy",
 }
 _COLOURS = {
-    EAGER: "#7f7f7f",
-    COMPILE: "#9467bd",
-    JAX: "#2ca02c",
-    TENSORFLOW: "#ff7f0e",
-    LIGER: "#2ca02c",
-    QUACK: "#ff7f0e",
-    CHUNKED: "#17becf",
-    CUT: "#ff7f0e",
-    DEFAULT: "#d62728",
-    INPLACE: "#1f77b4",
+    cases.EAGER: "#7f7f7f",
+    cases.COMPILE: "#9467bd",
+    cases.JAX: "#2ca02c",
+    cases.TENSORFLOW: "#ff7f0e",
+    cases.LIGER: "#2ca02c",
+    cases.QUACK: "#ff7f0e",
+    cases.CHUNKED: "#17becf",
+    cases.CUT: "#ff7f0e",
+    cases.DEFAULT: "#d62728",
+    cases.INPLACE: "#1f77b4",
 }
 
 
-def _series(
-    records: list[Record], cases: tuple[Case, ...] | tuple[LinearCase, ...], what: str, variant: str
-) -> list[Record]:
+def _series(records: list[Record], shown: tuple[Case, ...], what: str, variant: str) -> list[Record]:
     """The records with a median, in the order of the cases."""
-    names = [case.name for case in cases]
+    names = [case.name for case in shown]
     found = [
         record
         for record in records
@@ -99,71 +74,72 @@ def _finish(axes: Axes) -> None:
     axes.legend(frameon=False)
 
 
-def _footnote(records: list[Record], environment: Environment | GpuEnvironment) -> str:
+def _footnote(records: list[Record], environment: Environment) -> str:
     return measured_on(environment, max(record.threads for record in records))
 
 
-def _draw_against_vocabulary(axes: Axes, records: list[Record], cases: tuple[Case, ...], what: str) -> None:
-    for variant, label in _LABELS.items():
-        series = _series(records, cases, what, variant)
+def _in_sections(records: list[Record], *sections: str) -> list[Record]:
+    return [record for record in records if record.section in sections]
+
+
+def _two_axes(title: str, memory_title: str) -> tuple[Figure, Axes, Axes]:
+    """A picture of time and, beside it, of memory."""
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    figure.suptitle(title, fontsize=9)
+    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
+    memory.set(title=memory_title, xlabel="vocabulary size", ylabel="MiB")
+    return figure, time, memory
+
+
+def _draw_variants(
+    axes: Axes, records: list[Record], shown: tuple[Case, ...], what: str, labels: dict[str, str]
+) -> None:
+    for variant, label in labels.items():
+        series = _series(records, shown, what, variant)
         if series:
             _line(axes, series, color=_COLOURS[variant], label=label)
 
 
+def _draw_logits(axes: Axes, series: list[Record], label: str) -> None:
+    axes.plot([record.classes for record in series], [record.logits_mib for record in series], "k:", label=label)
+
+
 def draw_vocabulary(records: list[Record], environment: Environment) -> Figure:
     """Time and memory of the loss by vocabulary size."""
-    records = [record for record in records if record.section in ("table", "vocabulary")]
-    return _against_vocabulary(records, environment, VOCABULARY, MUL)
-
-
-def draw_gpu(records: list[Record], environment: GpuEnvironment) -> Figure:
-    """The same on a GPU."""
-    records = [record for record in records if record.section in (SECTION, VOCABULARY_SECTION)]
-    return _against_vocabulary(records, environment, GPU_VOCABULARY, COPY)
-
-
-def _against_vocabulary(
-    records: list[Record], environment: Environment | GpuEnvironment, cases: tuple[Case, ...], limit: str
-) -> Figure:
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    title = f"cross entropy of {cases[0].rows} tokens, {cases[0].dtype}, forward and backward"
-    figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=9)
-    _draw_against_vocabulary(time, records, cases, LOSS)
-    least = _series(records, cases, LOSS, limit)
+    if of_gpu(environment):
+        records = _in_sections(records, cases.GPU_SECTION, cases.GPU_VOCABULARY_SECTION)
+        shown, limit = cases.GPU_VOCABULARY, cases.COPY
+    else:
+        records = _in_sections(records, cases.TABLE_SECTION, cases.VOCABULARY_SECTION)
+        shown, limit = cases.VOCABULARY, cases.MUL
+    title = f"cross entropy of {shown[0].rows} tokens, {shown[0].dtype}, forward and backward"
+    title += f"\n{_footnote(records, environment)}"
+    figure, time, memory = _two_axes(title, "memory that a step adds at most")
+    _draw_variants(time, records, shown, cases.LOSS, _LABELS)
+    least = _series(records, shown, cases.LOSS, limit)
     label = f"limit: the logits read and written once ({limit})"
     time.plot([record.classes for record in least], [record.median for record in least], "k--", label=label)
-    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
-    _draw_against_vocabulary(memory, records, cases, MEMORY)
-    logits = _series(records, cases, MEMORY, DEFAULT)
-    xs = [record.classes for record in logits]
-    memory.plot(xs, [record.logits_mib for record in logits], "k:", label="the logits themselves")
-    memory.set(title="memory that a step adds at most", xlabel="vocabulary size", ylabel="MiB")
+    _draw_variants(memory, records, shown, cases.MEMORY, _LABELS)
+    _draw_logits(memory, _series(records, shown, cases.MEMORY, cases.DEFAULT), "the logits themselves")
     for axes in (time, memory):
         _finish(axes)
     return figure
 
 
-def draw_linear(records: list[Record], environment: Environment | GpuEnvironment) -> Figure:
+def draw_linear(records: list[Record], environment: Environment) -> Figure:
     """Time and memory of linear cross entropy by vocabulary size."""
-    on_gpu = isinstance(environment, GpuEnvironment)
-    cases = GPU_LINEAR_VOCABULARY + GPU_LINEAR_TABLE if on_gpu else LINEAR_VOCABULARY
-    cases = tuple(sorted(cases, key=lambda case: case.classes))
-    records = [record for record in records if record.section in (LINEAR_SECTION, LINEAR_TABLE_SECTION)]
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    case = cases[0]
-    title = f"linear cross entropy of {case.rows} tokens, hidden size {case.features}, {case.dtype}"
-    figure.suptitle(f"{title}, forward and backward\n{_footnote(records, environment)}", fontsize=9)
-    for variant, label in _LINEAR_LABELS.items():
-        for axes, what in ((time, LOSS), (memory, MEMORY)):
-            series = _series(records, cases, what, variant)
-            if series:
-                _line(axes, series, color=_COLOURS[variant], label=label)
-    logits = _series(records, cases, LOSS, DEFAULT)
-    memory.plot([r.classes for r in logits], [r.logits_mib for r in logits], "k:", label="the logits")
-    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
-    memory.set(title="memory that a step adds at most, gradients aside", xlabel="vocabulary size", ylabel="MiB")
+    shown = cases.LINEAR_VOCABULARY[cases.CPU]
+    if of_gpu(environment):
+        shown = cases.LINEAR_VOCABULARY[cases.CUDA] + cases.LINEAR_TABLE[cases.CUDA]
+    shown = tuple(sorted(shown, key=lambda case: case.classes))
+    records = _in_sections(records, cases.LINEAR_SECTION, cases.LINEAR_VOCABULARY_SECTION)
+    title = f"linear cross entropy of {shown[0].rows} tokens, hidden size {shown[0].features}, {shown[0].dtype}"
+    title += f", forward and backward\n{_footnote(records, environment)}"
+    figure, time, memory = _two_axes(title, "memory that a step adds at most, gradients aside")
+    _draw_variants(time, records, shown, cases.LOSS, _LINEAR_LABELS)
+    _draw_variants(memory, records, shown, cases.MEMORY, _LINEAR_LABELS)
+    _draw_logits(memory, _series(records, shown, cases.LOSS, cases.DEFAULT), "the logits")
     for axes in (time, memory):
         _finish(axes)
     return figure
@@ -171,14 +147,14 @@ def draw_linear(records: list[Record], environment: Environment | GpuEnvironment
 
 def draw_scaling(records: list[Record], environment: Environment) -> Figure:
     """Nanoseconds of an element by their number."""
-    records = [record for record in records if record.section == "scaling"]
+    records = _in_sections(records, cases.SCALING_SECTION)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    title = f"cross entropy over {SCALING[0].classes} classes, float32, forward and backward"
+    title = f"cross entropy over {cases.SCALING[0].classes} classes, float32, forward and backward"
     figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=7)
-    limit = (MUL, "limit: read and written once (mul_)", "black")
-    for variant, label, colour in [(v, _LABELS[v], _COLOURS[v]) for v in (DEFAULT, INPLACE)] + [limit]:
-        series = _series(records, SCALING, LOSS, variant)
+    limit = (cases.MUL, "limit: read and written once (mul_)", "black")
+    for variant, label, colour in [(v, _LABELS[v], _COLOURS[v]) for v in (cases.DEFAULT, cases.INPLACE)] + [limit]:
+        series = _series(records, cases.SCALING, cases.LOSS, variant)
         elements = [record.rows * record.classes for record in series]
         per_element = [1e6 * record.median / count for record, count in zip(series, elements, strict=True)]
         axes.plot(elements, per_element, "o-", color=colour, label=label)
@@ -192,10 +168,10 @@ def draw(csv: Path) -> list[Path]:
     records, environment = read_csv(csv)
     written = []
     pictures = [
-        ("vocabulary", "vocabulary", draw_vocabulary),
-        ("scaling", "scaling", draw_scaling),
-        (VOCABULARY_SECTION, "gpu", draw_gpu),
-        (LINEAR_SECTION, "gpu_linear" if isinstance(environment, GpuEnvironment) else "linear", draw_linear),
+        (cases.VOCABULARY_SECTION, "vocabulary", draw_vocabulary),
+        (cases.SCALING_SECTION, "scaling", draw_scaling),
+        (cases.GPU_VOCABULARY_SECTION, "gpu", draw_vocabulary),
+        (cases.LINEAR_VOCABULARY_SECTION, "gpu_linear" if of_gpu(environment) else "linear", draw_linear),
     ]
     for section, name, draw_one in pictures:
         if any(record.section == section and record.median is not None for record in records):

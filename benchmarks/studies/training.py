@@ -1,7 +1,7 @@
 """Trains the GPT of examples/gpt.py with each way to compute the loss: all must end where torch's loss ends.
 
     make training
-    python benchmarks/training.py --part bfloat16     one of the three parts
+    python benchmarks/studies/training.py --part bfloat16     one of the three parts
 
 Every run has the same initial weights, the same optimiser, a seed for the order of its data, and a process of its own.
 torch's F.cross_entropy runs with several orders of the data: the standard deviation of where they end is the noise. The
@@ -29,8 +29,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from readme import between
-from results import describe_environment, measured_on
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,11 +36,13 @@ from torch import Tensor
 
 import softmax_ext
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(_ROOT / "examples"))
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "benchmarks"), str(_ROOT / "examples")]
 
-import gpt  # noqa: E402  from that folder, as the next
+import gpt  # noqa: E402  from these folders, as the next ones
 from agreement import Agreement  # noqa: E402
+from readme import between  # noqa: E402
+from results import describe_cpu, measured_on  # noqa: E402
 
 STEPS = 300
 SEQUENCES = 1  # in a batch; the demo has 8
@@ -98,7 +98,7 @@ class Part(NamedTuple):
     @property
     def begin(self) -> str:
         """The comment before its table."""
-        return f"<!-- written by benchmarks/training.py --part {self.name} -->"
+        return f"<!-- written by benchmarks/studies/training.py --part {self.name} -->"
 
     @property
     def end(self) -> str:
@@ -292,7 +292,7 @@ def main() -> int:
 
     console = Console()
     complaints: list[str] = []
-    environment = describe_environment({})  # before the first table is written, which changes the checkout
+    environment = describe_cpu({})  # before the first table is written, which changes the checkout
     with tempfile.TemporaryDirectory() as directory:
         tokens = Path(directory) / "tokens.npy"
         np.save(tokens, gpt.read_tokens(console).numpy())
