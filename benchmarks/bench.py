@@ -32,18 +32,9 @@ from typing import Any
 import cases
 import plots
 import report
+import results
 from cases import Job
-from results import (
-    CSV_NAME,
-    DEFAULT_DIRECTORY,
-    Environment,
-    Record,
-    describe_cpu,
-    describe_gpu,
-    gpu_peers,
-    read_text,
-    write_csv,
-)
+from results import DEFAULT_DIRECTORY, Environment, Record
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -52,7 +43,7 @@ _LINEAR_REPEATS = 5
 _QUICK_REPEATS = {cases.CPU: 3, cases.CUDA: 12}
 _JOB_SECONDS = 900
 _PEERS = {cases.JAX: ("jax", "optax"), cases.TENSORFLOW: ("tensorflow",)}
-_CSV_NAMES = {cases.CPU: (CSV_NAME, "linear.csv"), cases.CUDA: ("gpu.csv", "gpu_linear.csv")}
+_CSV_NAMES = {cases.CPU: (results.CSV_NAME, "linear.csv"), cases.CUDA: ("gpu.csv", "gpu_linear.csv")}
 WIDTH = 200  # of the tables where the output is no terminal
 
 
@@ -61,7 +52,7 @@ WIDTH = 200  # of the tables where the output is no terminal
 
 def cpu_bytes() -> int:
     """What the kernel says that new processes can have."""
-    for line in read_text("/proc/meminfo").splitlines():
+    for line in results.read_text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -327,7 +318,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def jobs_of(options: argparse.Namespace, versions: dict[str, str]) -> list[Job]:
     """What the options ask for; on a GPU the large copy too, which others are measured by."""
     if options.device == cases.CUDA:
-        peers, l2_bytes = gpu_peers(), gpu_l2_bytes()
+        peers, l2_bytes = results.gpu_peers(), gpu_l2_bytes()
     else:
         peers, l2_bytes = tuple(peer for peer in _PEERS if all(versions.get(name) for name in _PEERS[peer])), 0
     jobs = (cases.plan_quick if options.quick else cases.plan)(options.device, peers, options.threads, l2_bytes)
@@ -342,7 +333,7 @@ def write(records: list[Record], environment: Environment, options: argparse.Nam
         path = options.output / name
         found = [record for record in records if report.of_linear(record) == (cases.LINEAR in ops)]
         if found and (ops <= set(options.op) or options.output != DEFAULT_DIRECTORY):
-            write_csv(path, found, environment)
+            results.write_csv(path, found, environment)
             written = [path, *plots.draw(path)]
             console.print(f"wrote {', '.join(file.name for file in written)} to {options.output}")
 
@@ -353,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     python, versions = options.peers or (None, {})
     try:
-        environment = describe_gpu() if options.device == cases.CUDA else describe_cpu(versions)
+        environment = results.describe_gpu() if options.device == cases.CUDA else results.describe_cpu(versions)
     except RuntimeError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2

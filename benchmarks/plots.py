@@ -16,36 +16,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from results import Environment, Record, measured_on, of_gpu, read_csv
 
-_LABELS = {
-    cases.EAGER: "F.cross_entropy",
-    cases.COMPILE: "torch.compile of it",
-    cases.JAX: "JAX, optax, jitted",
-    cases.TENSORFLOW: "TensorFlow",
-    cases.LIGER: "Liger-Kernel, in place",
-    cases.QUACK: "quack",
-    cases.DEFAULT: "softmax_ext",
-    cases.INPLACE: "softmax_ext, in place",
+# Of each variant its colour, and what it is called beside other losses and beside other layers.
+_LINES = {
+    cases.EAGER: ("#7f7f7f", "F.cross_entropy", "F.linear, F.cross_entropy"),
+    cases.COMPILE: ("#9467bd", "torch.compile of it", "torch.compile of it"),
+    cases.CHUNKED: ("#17becf", "", "F.linear_cross_entropy, chunked"),
+    cases.JAX: ("#2ca02c", "JAX, optax, jitted", ""),
+    cases.TENSORFLOW: ("#ff7f0e", "TensorFlow", ""),
+    cases.LIGER: ("#2ca02c", "Liger-Kernel, in place", "Liger-Kernel"),
+    cases.QUACK: ("#ff7f0e", "quack", ""),
+    cases.CUT: ("#ff7f0e", "", "Cut Cross-Entropy"),
+    cases.DEFAULT: ("#d62728", "softmax_ext", "softmax_ext.linear_cross_entropy"),
+    cases.INPLACE: ("#1f77b4", "softmax_ext, in place", ""),
 }
-_LINEAR_LABELS = {
-    cases.EAGER: "F.linear, F.cross_entropy",
-    cases.COMPILE: "torch.compile of it",
-    cases.CHUNKED: "F.linear_cross_entropy, chunked",
-    cases.LIGER: "Liger-Kernel",
-    cases.CUT: "Cut Cross-Entropy",
-    cases.DEFAULT: "softmax_ext.linear_cross_entropy",
-}
-_COLOURS = {
-    cases.EAGER: "#7f7f7f",
-    cases.COMPILE: "#9467bd",
-    cases.JAX: "#2ca02c",
-    cases.TENSORFLOW: "#ff7f0e",
-    cases.LIGER: "#2ca02c",
-    cases.QUACK: "#ff7f0e",
-    cases.CHUNKED: "#17becf",
-    cases.CUT: "#ff7f0e",
-    cases.DEFAULT: "#d62728",
-    cases.INPLACE: "#1f77b4",
-}
+
+
+_VOCABULARY_SECTIONS = (
+    *(cases.TABLE_SECTION, cases.VOCABULARY_SECTION),
+    *(cases.GPU_SECTION, cases.GPU_VOCABULARY_SECTION),
+    *(cases.LINEAR_SECTION, cases.LINEAR_VOCABULARY_SECTION),
+)
 
 
 def _series(records: list[Record], shown: tuple[Case, ...], what: str, variant: str) -> list[Record]:
@@ -59,14 +49,6 @@ def _series(records: list[Record], shown: tuple[Case, ...], what: str, variant: 
     return sorted(found, key=lambda record: names.index(record.case))
 
 
-def _line(axes: Axes, series: list[Record], **style: str) -> None:
-    """The medians by number of classes, with the quartiles as a band."""
-    classes = [record.classes for record in series]
-    axes.plot(classes, [record.median for record in series], "o-", markersize=3.5, **style)
-    quartiles = [record.q1 for record in series], [record.q3 for record in series]
-    axes.fill_between(classes, *quartiles, color=style["color"], alpha=0.2, linewidth=0)
-
-
 def _finish(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -78,68 +60,48 @@ def _footnote(records: list[Record], environment: Environment) -> str:
     return measured_on(environment, max(record.threads for record in records))
 
 
-def _in_sections(records: list[Record], *sections: str) -> list[Record]:
-    return [record for record in records if record.section in sections]
-
-
-def _two_axes(title: str, memory_title: str) -> tuple[Figure, Axes, Axes]:
-    """A picture of time and, beside it, of memory."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=9)
-    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
-    memory.set(title=memory_title, xlabel="vocabulary size", ylabel="MiB")
-    return figure, time, memory
-
-
-def _draw_variants(
-    axes: Axes, records: list[Record], shown: tuple[Case, ...], what: str, labels: dict[str, str]
-) -> None:
-    for variant, label in labels.items():
+def _draw_variants(axes: Axes, records: list[Record], shown: tuple[Case, ...], what: str) -> None:
+    """The medians by number of classes, with the quartiles as a band."""
+    for variant, (colour, *labels) in _LINES.items():
         series = _series(records, shown, what, variant)
         if series:
-            _line(axes, series, color=_COLOURS[variant], label=label)
-
-
-def _draw_logits(axes: Axes, series: list[Record], label: str) -> None:
-    axes.plot([record.classes for record in series], [record.logits_mib for record in series], "k:", label=label)
+            classes = [record.classes for record in series]
+            medians = [record.median for record in series]
+            axes.plot(classes, medians, "o-", markersize=3.5, color=colour, label=labels[shown[0].features > 0])
+            quartiles = [record.q1 for record in series], [record.q3 for record in series]
+            axes.fill_between(classes, *quartiles, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_vocabulary(records: list[Record], environment: Environment) -> Figure:
-    """Time and memory of the loss by vocabulary size."""
-    if of_gpu(environment):
-        records = _in_sections(records, cases.GPU_SECTION, cases.GPU_VOCABULARY_SECTION)
-        shown, limit = cases.GPU_VOCABULARY, cases.COPY
+    """Time and memory by vocabulary size, of the loss or of the layer with it."""
+    device = cases.CUDA if of_gpu(environment) else cases.CPU
+    linear = any(record.section == cases.LINEAR_VOCABULARY_SECTION for record in records)
+    if linear:
+        shown, limit = cases.LINEAR_VOCABULARY[device], ""
+        if device == cases.CUDA:
+            shown = tuple(sorted(shown + cases.LINEAR_TABLE[device], key=lambda case: case.classes))
+        title = f"linear cross entropy of {shown[0].rows} tokens, hidden size {shown[0].features}"
     else:
-        records = _in_sections(records, cases.TABLE_SECTION, cases.VOCABULARY_SECTION)
-        shown, limit = cases.VOCABULARY, cases.MUL
-    title = f"cross entropy of {shown[0].rows} tokens, {shown[0].dtype}, forward and backward"
-    title += f"\n{_footnote(records, environment)}"
-    figure, time, memory = _two_axes(title, "memory that a step adds at most")
-    _draw_variants(time, records, shown, cases.LOSS, _LABELS)
-    least = _series(records, shown, cases.LOSS, limit)
-    label = f"limit: the logits read and written once ({limit})"
-    time.plot([record.classes for record in least], [record.median for record in least], "k--", label=label)
-    _draw_variants(memory, records, shown, cases.MEMORY, _LABELS)
-    _draw_logits(memory, _series(records, shown, cases.MEMORY, cases.DEFAULT), "the logits themselves")
-    for axes in (time, memory):
-        _finish(axes)
-    return figure
-
-
-def draw_linear(records: list[Record], environment: Environment) -> Figure:
-    """Time and memory of linear cross entropy by vocabulary size."""
-    shown = cases.LINEAR_VOCABULARY[cases.CPU]
-    if of_gpu(environment):
-        shown = cases.LINEAR_VOCABULARY[cases.CUDA] + cases.LINEAR_TABLE[cases.CUDA]
-    shown = tuple(sorted(shown, key=lambda case: case.classes))
-    records = _in_sections(records, cases.LINEAR_SECTION, cases.LINEAR_VOCABULARY_SECTION)
-    title = f"linear cross entropy of {shown[0].rows} tokens, hidden size {shown[0].features}, {shown[0].dtype}"
-    title += f", forward and backward\n{_footnote(records, environment)}"
-    figure, time, memory = _two_axes(title, "memory that a step adds at most, gradients aside")
-    _draw_variants(time, records, shown, cases.LOSS, _LINEAR_LABELS)
-    _draw_variants(memory, records, shown, cases.MEMORY, _LINEAR_LABELS)
-    _draw_logits(memory, _series(records, shown, cases.LOSS, cases.DEFAULT), "the logits")
+        gpu = (cases.GPU_VOCABULARY, cases.COPY)
+        shown, limit = gpu if device == cases.CUDA else (cases.VOCABULARY, cases.MUL)
+        title = f"cross entropy of {shown[0].rows} tokens"
+    records = [record for record in records if record.section in _VOCABULARY_SECTIONS]
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    title += f", {shown[0].dtype}, forward and backward\n{_footnote(records, environment)}"
+    figure.suptitle(title, fontsize=9)
+    _draw_variants(time, records, shown, cases.LOSS)
+    if limit:
+        least = _series(records, shown, cases.LOSS, limit)
+        label = f"limit: the logits read and written once ({limit})"
+        time.plot([record.classes for record in least], [record.median for record in least], "k--", label=label)
+    time.set(title="time", xlabel="vocabulary size", ylabel="ms (medians; band: quartiles)")
+    _draw_variants(memory, records, shown, cases.MEMORY)
+    logits = _series(records, shown, cases.LOSS, cases.DEFAULT)
+    label = "the logits" if linear else "the logits themselves"
+    memory.plot([record.classes for record in logits], [record.logits_mib for record in logits], "k:", label=label)
+    title = "memory that a step adds at most" + (", gradients aside" if linear else "")
+    memory.set(title=title, xlabel="vocabulary size", ylabel="MiB")
     for axes in (time, memory):
         _finish(axes)
     return figure
@@ -147,13 +109,13 @@ def draw_linear(records: list[Record], environment: Environment) -> Figure:
 
 def draw_scaling(records: list[Record], environment: Environment) -> Figure:
     """Nanoseconds of an element by their number."""
-    records = _in_sections(records, cases.SCALING_SECTION)
+    records = [record for record in records if record.section == cases.SCALING_SECTION]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     title = f"cross entropy over {cases.SCALING[0].classes} classes, float32, forward and backward"
     figure.suptitle(f"{title}\n{_footnote(records, environment)}", fontsize=7)
-    limit = (cases.MUL, "limit: read and written once (mul_)", "black")
-    for variant, label, colour in [(v, _LABELS[v], _COLOURS[v]) for v in (cases.DEFAULT, cases.INPLACE)] + [limit]:
+    lines = [(variant, _LINES[variant][1], _LINES[variant][0]) for variant in (cases.DEFAULT, cases.INPLACE)]
+    for variant, label, colour in [*lines, (cases.MUL, "limit: read and written once (mul_)", "black")]:
         series = _series(records, cases.SCALING, cases.LOSS, variant)
         elements = [record.rows * record.classes for record in series]
         per_element = [1e6 * record.median / count for record, count in zip(series, elements, strict=True)]
@@ -171,7 +133,7 @@ def draw(csv: Path) -> list[Path]:
         (cases.VOCABULARY_SECTION, "vocabulary", draw_vocabulary),
         (cases.SCALING_SECTION, "scaling", draw_scaling),
         (cases.GPU_VOCABULARY_SECTION, "gpu", draw_vocabulary),
-        (cases.LINEAR_VOCABULARY_SECTION, "gpu_linear" if of_gpu(environment) else "linear", draw_linear),
+        (cases.LINEAR_VOCABULARY_SECTION, "gpu_linear" if of_gpu(environment) else "linear", draw_vocabulary),
     ]
     for section, name, draw_one in pictures:
         if any(record.section == section and record.median is not None for record in records):

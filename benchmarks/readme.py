@@ -16,7 +16,8 @@ import cases
 from report import figure, ratio_cell
 from results import CSV_NAME, DEFAULT_DIRECTORY, Environment, Figures, Record, measured_on, read_csv
 
-_README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "README.md"
+RESULTS = DEFAULT_DIRECTORY
 
 
 def _markdown(head: list[str], rows: list[list[str]], figures: Figures, environment: Environment) -> list[str]:
@@ -104,15 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if README.md is not up to date")
     parser.add_argument("--part", choices=PARTS, help="one of the tables (default: all)")
-    parser.add_argument("--results", type=Path, default=DEFAULT_DIRECTORY, help="default: %(default)s")
-    parser.add_argument("--readme", type=Path, default=_README, help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        old = new = options.readme.read_text()
-        directory = os.path.relpath(options.results, options.readme.parent)
-        for name in [options.part] if options.part else PARTS:
-            records, environment = read_csv(options.results / PARTS[name].csv)
-            part = PARTS[name]
+        old = new = PAGE.read_text()
+        directory = os.path.relpath(RESULTS, PAGE.parent)
+        for part in [PARTS[options.part]] if options.part else PARTS.values():
+            records, environment = read_csv(RESULTS / part.csv)
             new = between(new, part.begin, part.end, part.write(records, environment, directory))
     except (OSError, ValueError) as error:
         print(f"readme.py: {error}", file=sys.stderr)
@@ -120,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print("README.md is up to date" if old == new else "README.md is not; run python benchmarks/readme.py")
         return 0 if old == new else 1
-    options.readme.write_text(new)
+    PAGE.write_text(new)
     return 0
 
 

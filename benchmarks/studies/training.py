@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import softmax_ext
@@ -262,16 +261,6 @@ _HEAD = [
 ]
 
 
-def terminal_table(findings: Findings) -> Table:
-    """For the eye."""
-    table = Table(title=f"{findings.part.what}: {STEPS} steps of {SEQUENCES * gpt.CONTEXT} tokens")
-    for name in _HEAD:
-        table.add_column(name, justify="left" if name == _HEAD[0] else "right")
-    for run in findings.runs:
-        table.add_row(*findings.cells(run))
-    return table
-
-
 def markdown(findings: Findings, measured: str) -> str:
     """For the page."""
     rows = [_HEAD, ["---", *["---:"] * (len(_HEAD) - 1)], *(findings.cells(run) for run in findings.runs)]
@@ -298,9 +287,11 @@ def main() -> int:
         np.save(tokens, gpt.read_tokens(console).numpy())
         for part in [PARTS[options.part]] if options.part else PARTS.values():
             findings = Findings(part, run_part(part, tokens, console))
-            console.print(terminal_table(findings), *findings.sentences(), sep="\n", highlight=False)
-            measured = measured_on(environment, findings.baseline.threads)
-            _PAGE.write_text(between(_PAGE.read_text(), part.begin, part.end, markdown(findings, measured)))
+            text = markdown(findings, measured_on(environment, findings.baseline.threads))
+            console.print(
+                f"\n{part.what}: {STEPS} steps of {SEQUENCES * gpt.CONTEXT} tokens", text, sep="\n\n", highlight=False
+            )
+            _PAGE.write_text(between(_PAGE.read_text(), part.begin, part.end, text))
             complaints += findings.complaints()
     for complaint in complaints:
         print(f"training.py: {complaint}", file=sys.stderr)
