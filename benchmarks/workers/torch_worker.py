@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import cases
+import numpy as np
 import torch
 import torch.nn.functional as F
 from cases import Case
@@ -78,22 +79,23 @@ class TorchWorkload:
     limit = cases.MUL
 
     def __init__(self, case: Case, whats: list[str]):
-        arrays = problem.make(case, whats)
-        dtype = getattr(torch, case.dtype)
-        self._set(case, [torch.from_numpy(arrays.logits).to(dtype)], torch.from_numpy(arrays.target))
-        self.buffers = [self.logits[0].clone()]
-        self.options: dict[str, Any] = {"label_smoothing": arrays.label_smoothing}
-        if arrays.weight is not None:
-            self.options["weight"] = torch.from_numpy(arrays.weight)
-        if arrays.upstream is not None:
-            self.upstreams = [torch.from_numpy(arrays.upstream).to(dtype)]
+        made = problem.make(case, whats)
+        arrays = {name: torch.from_numpy(one) for name, one in vars(made).items() if isinstance(one, np.ndarray)}
+        for name in {"logits", "upstream"} & set(arrays):
+            arrays[name] = arrays[name].to(getattr(torch, case.dtype))
+        self._set(case, problem.Arrays(**arrays, label_smoothing=made.label_smoothing), [arrays["logits"]])
+        self.upstreams = [arrays["upstream"]] if "upstream" in arrays else []
 
-    def _set(self, case: Case, logits: list[Tensor], target: Tensor) -> None:
-        """The logits and the target as they lie in memory."""
+    def _set(self, case: Case, arrays: problem.Arrays, logits: list[Tensor]) -> None:
+        """The arrays of the first input, and the logits of all, as they lie in memory."""
         self.case, self.logits = case, logits
-        self.target_in_memory, self.target = target, self._view(target) if case.probabilities else target
-        self.one = torch.zeros((), device=target.device, requires_grad=True)
-        self.upstreams: list[Tensor] = []
+        self.buffers = [one.clone() for one in logits]
+        self.target = self._view(arrays.target) if case.probabilities else arrays.target
+        self.one = torch.zeros((), device=arrays.target.device, requires_grad=True)
+        self.answers = problem.Answers(torch, case, arrays)
+        self.options: dict[str, Any] = {"label_smoothing": arrays.label_smoothing} if case.options else {}
+        if arrays.weight is not None:
+            self.options["weight"] = arrays.weight
 
     def _view(self, tensor: Tensor) -> Tensor:
         """The input's shape, of a tensor as it lies in memory; and back."""
@@ -212,18 +214,6 @@ class TorchWorkload:
 
     # ---- the check
 
-    @cached_property
-    def answers(self) -> problem.Answers:
-        """Of the first of the inputs."""
-        arrays = problem.Arrays(
-            logits=self.logits[0],
-            target=self.target_in_memory,
-            weight=self.options.get("weight"),
-            upstream=self.upstreams[0] if self.upstreams else None,
-            label_smoothing=self.options.get("label_smoothing", 0.0),
-        )
-        return problem.Answers(torch, self.case, arrays)
-
     def complaint(self, what: str, result: tuple[Tensor, Tensor | None]) -> str:
         """The loss, or the softmax, and the gradient if there is one."""
         value, gradient = result
@@ -243,10 +233,10 @@ class CudaWorkload(TorchWorkload):
         on_gpu = {"generator": generator, "device": device}
         dtype = getattr(torch, case.dtype)
         logits = [torch.randn(case.shape, dtype=dtype, **on_gpu) for _ in range(copies)]
-        self._set(case, logits, torch.randint(case.classes, case.shape[:1] + case.shape[2:], **on_gpu))
-        self.buffers = [torch.empty_like(one) for one in logits]
-        self.options = {}
+        target = torch.randint(case.classes, case.shape[:1] + case.shape[2:], **on_gpu)
         self.upstreams = logits[1:] + logits[:1]
+        with torch.device(device):
+            self._set(case, problem.Arrays(logits[0], target, upstream=self.upstreams[0]), logits)
 
     def _peers(self) -> dict[str, Loss]:
         """They take [rows, classes] alone."""
