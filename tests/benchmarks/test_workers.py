@@ -308,10 +308,6 @@ def test_what_takes_seconds_is_called_less_often(monkeypatch):
     assert called == {"slow": 5, "slower": 1, "quick": 1 + measure.UNTIMED_ROUNDS + 2 * 5}
 
 
-def test_summary_of_one_sample():
-    assert measure.Summary.of([3.0]) == measure.Summary(3.0, 3.0, 3.0, 1)
-
-
 @pytest.mark.parametrize("keeps_memory", [False, True])
 def test_memory_is_the_peak(keeps_memory):
     def step() -> None:
