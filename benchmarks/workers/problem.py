@@ -98,14 +98,6 @@ def as_rows(xp: Any, array: Array, class_axis: int) -> Array:
     return xp.moveaxis(array, class_axis, -1).reshape(-1, array.shape[class_axis])
 
 
-@dataclass
-class Answer:
-    """What a variant must give: a value (the loss [1, 1], or rows of a softmax) and rows of the logits' gradient."""
-
-    value: Array
-    gradient: Array | None
-
-
 class Answers:
     """The right answers of a case."""
 
@@ -119,27 +111,27 @@ class Answers:
         count = min(case.rows, max(1, _CHECKED_ELEMENTS // case.classes))
         self.rows = xp.asarray(xp.linspace(0, case.rows - 1, count, dtype=xp.float64), dtype=xp.int64)
 
-    def expect(self, what: str) -> Answer:
-        """What a variant must give of it."""
+    def expect(self, what: str) -> tuple[Array, Array | None]:
+        """What a variant must give: the loss [1, 1], or rows of a softmax; and rows of the logits' gradient."""
         if what in (LOSS, SCALED, FORWARD):
             factor = UPSTREAM if what == SCALED else 1.0
-            return Answer(factor * self._mean, None if what == FORWARD else factor * self._gradient)
+            return factor * self._mean, None if what == FORWARD else factor * self._gradient
         log_p = self._log_p(self.rows)
         g = self._double(as_rows(self.xp, self.arrays.upstream, self.case.class_axis)[self.rows])
         p = self.xp.exp(log_p)
         if what == SOFTMAX:
-            return Answer(p, p * (g - (p * g).sum(1)[:, None]))
+            return p, p * (g - (p * g).sum(1)[:, None])
         assert what == LOG_SOFTMAX
-        return Answer(log_p, g - p * g.sum(1)[:, None])
+        return log_p, g - p * g.sum(1)[:, None]
 
     def complaint(self, what: str, value: Array, gradient: Array | None) -> str:
         """What is wrong with the loss [1, 1] or a softmax, and the gradient, as they lie in memory; "" if nothing."""
-        right = self.expect(what)
+        right_value, right_gradient = self.expect(what)
         if tuple(value.shape) != (1, 1):
             value = self.checked_rows(value)
-        compared = [("value", value, right.value)]
-        if right.gradient is not None:
-            compared.append(("gradient", self.checked_rows(gradient), right.gradient))
+        compared = [("value", value, right_value)]
+        if right_gradient is not None:
+            compared.append(("gradient", self.checked_rows(gradient), right_gradient))
         for quantity, actual, expected in compared:
             error, allowed = relative_error(self.xp, actual, expected), TOLERANCE[self.case.dtype, quantity]
             if not error <= allowed:
