@@ -1,7 +1,7 @@
 """Trains the GPT of examples/gpt.py with each way to compute the loss: all must end where torch's loss ends.
 
     make training
-    python benchmarks/training.py --part bfloat16     one of the three parts
+    python benchmarks/studies/training.py --part bfloat16     one of the three parts
 
 Every run has the same initial weights, the same optimiser, a seed for the order of its data, and a process of its own.
 torch's F.cross_entropy runs with several orders of the data: the standard deviation of where they end is the noise. The
@@ -29,20 +29,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from readme import between
-from results import describe_environment, measured_on
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 import softmax_ext
 
-_ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(_ROOT / "examples"))
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(_ROOT / "benchmarks"), str(_ROOT / "examples")]
 
-import gpt  # noqa: E402  from that folder, as the next
+import gpt  # noqa: E402  from these folders, as the next ones
 from agreement import Agreement  # noqa: E402
+from readme import between  # noqa: E402
+from results import describe_cpu, measured_on  # noqa: E402
 
 STEPS = 300
 SEQUENCES = 1  # in a batch; the demo has 8
@@ -98,7 +97,7 @@ class Part(NamedTuple):
     @property
     def begin(self) -> str:
         """The comment before its table."""
-        return f"<!-- written by benchmarks/training.py --part {self.name} -->"
+        return f"<!-- written by benchmarks/studies/training.py --part {self.name} -->"
 
     @property
     def end(self) -> str:
@@ -262,16 +261,6 @@ _HEAD = [
 ]
 
 
-def terminal_table(findings: Findings) -> Table:
-    """For the eye."""
-    table = Table(title=f"{findings.part.what}: {STEPS} steps of {SEQUENCES * gpt.CONTEXT} tokens")
-    for name in _HEAD:
-        table.add_column(name, justify="left" if name == _HEAD[0] else "right")
-    for run in findings.runs:
-        table.add_row(*findings.cells(run))
-    return table
-
-
 def markdown(findings: Findings, measured: str) -> str:
     """For the page."""
     rows = [_HEAD, ["---", *["---:"] * (len(_HEAD) - 1)], *(findings.cells(run) for run in findings.runs)]
@@ -292,15 +281,17 @@ def main() -> int:
 
     console = Console()
     complaints: list[str] = []
-    environment = describe_environment({})  # before the first table is written, which changes the checkout
+    environment = describe_cpu({})  # before the first table is written, which changes the checkout
     with tempfile.TemporaryDirectory() as directory:
         tokens = Path(directory) / "tokens.npy"
         np.save(tokens, gpt.read_tokens(console).numpy())
         for part in [PARTS[options.part]] if options.part else PARTS.values():
             findings = Findings(part, run_part(part, tokens, console))
-            console.print(terminal_table(findings), *findings.sentences(), sep="\n", highlight=False)
-            measured = measured_on(environment, findings.baseline.threads)
-            _PAGE.write_text(between(_PAGE.read_text(), part.begin, part.end, markdown(findings, measured)))
+            text = markdown(findings, measured_on(environment, findings.baseline.threads))
+            console.print(
+                f"\n{part.what}: {STEPS} steps of {SEQUENCES * gpt.CONTEXT} tokens", text, sep="\n\n", highlight=False
+            )
+            _PAGE.write_text(between(_PAGE.read_text(), part.begin, part.end, text))
             complaints += findings.complaints()
     for complaint in complaints:
         print(f"training.py: {complaint}", file=sys.stderr)

@@ -1,30 +1,24 @@
-"""Measures linear cross entropy, on the CPU or a GPU: one job, in a process of its own, which bench_linear.py starts.
+"""Measures linear cross entropy, on the CPU or a GPU.
 
-A step is forward, backward, and dropping the gradients; on a GPU it ends when the GPU has done it. Before a variant is
-timed its loss, and its gradients of some rows and of some classes, are held against float64.
+A step is forward, backward, and dropping the gradients. Before a variant is timed its loss, and its gradients of some
+rows and of some classes, are held against float64.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from functools import cached_property
 
-import answers
-import gpu_worker
-import measure
 import torch
 import torch.nn.functional as F
-import worker
-from cases import COMPILE, DEFAULT, EAGER, LIGER, LOSS, MEMORY
-from linear_cases import CHUNKED, CUT, LinearCase
-from measure import MIB, Prepare, Summary
+from cases import CHUNKED, COMPILE, CUDA, CUT, DEFAULT, EAGER, LIGER, Case
 from torch import Tensor
+from workers import problem, worker
+from workers.measure import Prepare
 
 import softmax_ext
 
 _CHECKED = 8  # rows, and classes
 # Torch rounds the logits, their log-probabilities and the sum of these to bfloat16.
-_TOLERANCE = {**answers.TOLERANCE, ("bfloat16", "value"): 2**-5}
+_TOLERANCE = {**problem.TOLERANCE, ("bfloat16", "value"): 2**-5}
 _CHUNK = 256
 _WEIGHT_SCALE = 0.02  # GPT-2's
 
@@ -53,29 +47,32 @@ def _cut(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 class LinearWorkload:
-    """A case as tensors, and the right answers."""
+    """A case as tensors, drawn on their device, and the right answers."""
 
-    def __init__(self, case: LinearCase):
-        generator = torch.Generator().manual_seed(0)
+    keeps_memory = False
+
+    def __init__(self, case: Case, device: str):
+        on_device = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         dtype = getattr(torch, case.dtype)
         self.case = case
-        weight = _WEIGHT_SCALE * torch.randn(case.classes, case.features, generator=generator)
-        self.input = torch.randn(case.rows, case.features, generator=generator).to(case.device, dtype).requires_grad_()
-        self.weight = weight.to(case.device, dtype).requires_grad_()
-        self.target = torch.randint(0, case.classes, (case.rows,), generator=generator).to(case.device)
-        self.rows = torch.linspace(0, case.rows - 1, _CHECKED, device=case.device).long()
+        self.uncounted_bytes = case.gradient_bytes
+        self.input = torch.randn(case.rows, case.features, **on_device).to(dtype).requires_grad_()
+        weight = torch.randn(case.classes, case.features, **on_device)
+        self.weight = weight.mul_(_WEIGHT_SCALE).to(dtype).requires_grad_()
+        self.target = torch.randint(0, case.classes, (case.rows,), **on_device)
+        self.rows = torch.linspace(0, case.rows - 1, _CHECKED, device=device).long()
         self.classes = self.target[self.rows]  # whose gradients are not next to nothing
 
-    def variants(self) -> dict[str, Prepare]:
+    def variants(self, what: str) -> dict[str, Prepare]:
         """All that this torch has."""
         losses: dict[str, Loss] = {
             EAGER: _whole,
             COMPILE: torch.compile(_whole, dynamic=False),
             CHUNKED: _chunked,
+            LIGER: _liger,
+            CUT: _cut,
             DEFAULT: softmax_ext.linear_cross_entropy,
         }
-        if self.case.device == "cuda":
-            losses |= {LIGER: _liger, CUT: _cut}
         if not hasattr(F, "linear_cross_entropy"):
             del losses[CHUNKED]
         return {name: self._step(loss) for name, loss in losses.items()}
@@ -86,8 +83,6 @@ class LinearWorkload:
             loss.backward()
             result = loss.detach(), self.input.grad[self.rows], self.weight.grad[self.classes]
             self.input.grad = self.weight.grad = None
-            if self.case.device == "cuda":
-                torch.cuda.synchronize()
             return result
 
         return lambda calls: call
@@ -107,7 +102,7 @@ class LinearWorkload:
         p[torch.arange(_CHECKED, device=x.device), self.target[self.rows]] -= 1
         return sum(losses) / self.case.rows, (p @ w) / self.case.rows, of_classes / self.case.rows
 
-    def complaint(self, result: Result) -> str:
+    def complaint(self, what: str, result: Result) -> str:
         """What is wrong with a result; "" if nothing."""
         names = (("loss", "value"), ("gradient of the input", "gradient"), ("gradient of the weight", "gradient"))
         for (name, kind), got, right in zip(names, result, self.expected, strict=True):
@@ -118,32 +113,10 @@ class LinearWorkload:
         return ""
 
 
-def main() -> None:
-    """The command."""
-    request = json.loads(sys.argv[1])
-    torch.set_num_threads(request["threads"])
-    workload = LinearWorkload(LinearCase(**request["case"]))
-    known = workload.variants()
-    chosen = {name: known[name] for name in request["variants"] if name in known}
-    say = worker.print_line
-    if MEMORY in request["whats"]:
-
-        def memory(prepare: Prepare) -> Summary:
-            on_gpu = workload.case.device == "cuda"
-            measured = gpu_worker.peak_mib(prepare) if on_gpu else measure.extra_memory_mib(prepare, False)
-            return Summary.of([max(0.0, measured.median - workload.case.gradient_bytes / MIB)])
-
-        worker.say_all(MEMORY, worker.measure_memory(chosen, memory, say), say)
-        return
-    right = {}
-    for name, prepare in chosen.items():
-        said = worker.attempt(LOSS, name, lambda prepare=prepare: workload.complaint(prepare(1)()), say)
-        if said:
-            say({"what": LOSS, "variant": name, "status": "WRONG", "note": said})
-        elif said is not None:
-            right[name] = prepare
-    worker.say_all(LOSS, measure.times_ms(right, request["repeats"]), say)
+def build(request: worker.Request) -> LinearWorkload:
+    """The case on the device that is asked for."""
+    return LinearWorkload(request.case, "cuda" if request.device == CUDA else "cpu")
 
 
 if __name__ == "__main__":
-    main()
+    worker.main(build, torch.set_num_threads)

@@ -1,27 +1,25 @@
-"""Measures TensorFlow's fused softmax cross entropy in a tf.function: one job, in a process of its own.
+"""Measures TensorFlow's fused softmax cross entropy in a tf.function, in an interpreter that has it.
 
 The operators take classes last and neither class weights nor ignored rows; the cases that need more are left out.
 """
 
-from typing import Any
-
-import answers
 import cases
 import numpy as np
 import tensorflow as tf
-import worker
-from cases import Case
-from inputs import Arrays
-from measure import Prepare
+from workers import problem, worker
+from workers.measure import Prepare
 
 
 class TensorflowWorkload:
     """A case as TensorFlow tensors, which lie in memory as torch's do."""
 
     keeps_memory = True
+    uncounted_bytes = 0
 
-    def __init__(self, case: Case, arrays: Arrays, upstream: np.ndarray | None):
-        self.case = case
+    def __init__(self, request: worker.Request):
+        self.case = case = request.case
+        arrays = problem.make(case, request.whats)
+        self.answers = problem.Answers(np, case, arrays)
         self.logits = tf.cast(tf.constant(arrays.logits), case.dtype)
         self.target = tf.constant(arrays.target)
 
@@ -54,12 +52,10 @@ class TensorflowWorkload:
 
         return {cases.TENSORFLOW: lambda calls: call}
 
-    def fetch(self, result: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The loss, and rows of the gradient if there is one."""
+    def complaint(self, what: str, result: tuple[float, tf.Tensor | None]) -> str:
+        """The loss, and the gradient if there is one."""
         loss, gradient = result
-        if gradient is not None:
-            gradient = answers.as_rows(gradient.numpy(), self.case.class_axis)[rows].astype(np.float32)
-        return np.array([[loss]]), gradient
+        return self.answers.complaint(what, np.array([[loss]]), None if gradient is None else gradient.numpy())
 
 
 def set_threads(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Measures JAX with optax's losses, jitted: one job, in a process of its own, in an interpreter that has them.
+"""Measures JAX with optax's losses, jitted, in an interpreter that has them.
 
 Compiled ahead of time for the shape, so that neither time nor memory counts the compiler. Its losses take neither class
 weights nor ignored rows; that case it leaves out.
@@ -7,25 +7,25 @@ weights nor ignored rows; that case it leaves out.
 import os
 from typing import Any
 
-import answers
 import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import worker
-from cases import Case
-from inputs import Arrays
-from measure import Prepare
+from workers import problem, worker
+from workers.measure import Prepare
 
 
 class JaxWorkload:
     """A case as JAX arrays, which lie in memory as the tensors do."""
 
     keeps_memory = False
+    uncounted_bytes = 0
 
-    def __init__(self, case: Case, arrays: Arrays, upstream: np.ndarray | None):
-        self.case = case
+    def __init__(self, request: worker.Request):
+        self.case = case = request.case
+        arrays = problem.make(case, request.whats)
+        self.answers = problem.Answers(np, case, arrays)
         self.logits = jnp.asarray(arrays.logits, dtype=case.dtype)
         self.target = jnp.asarray(arrays.target, dtype=jnp.float32 if case.probabilities else jnp.int32)
 
@@ -48,12 +48,12 @@ class JaxWorkload:
 
         return {cases.JAX: lambda calls: call}
 
-    def fetch(self, result: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The loss, and rows of the gradient if there is one."""
+    def complaint(self, what: str, result: Any) -> str:
+        """The loss, and the gradient if there is one."""
         loss, gradient = result if isinstance(result, tuple) else (result, None)
-        if gradient is not None:
-            gradient = answers.as_rows(np.asarray(gradient), self.case.class_axis)[rows].astype(np.float32)
-        return np.array([[float(loss)]]), gradient
+        return self.answers.complaint(
+            what, np.array([[float(loss)]]), None if gradient is None else np.asarray(gradient)
+        )
 
 
 def set_threads(threads: int) -> None:

@@ -1,7 +1,7 @@
 """Errors of softmax_ext and of eager torch in units in the last place, against 60 digits: docs/accuracy.md's tables.
 
-python benchmarks/accuracy.py             writes the tables between their comments, in minutes (make accuracy)
-python benchmarks/accuracy.py --print     prints them and writes nothing
+python benchmarks/studies/accuracy.py             writes the tables between their comments, in minutes (make accuracy)
+python benchmarks/studies/accuracy.py --print     prints them and writes nothing
 
 mpmath computes every result from the logits as they are stored in their dtype. The unit in the last place (ULP) of an
 exact value is the distance of the dtype's numbers around it; below the smallest normal number it is that number's.
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mpmath
-import readme
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +24,13 @@ from torch import Tensor
 import softmax_ext
 from softmax_ext import ops
 
-_DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "accuracy.md"
-BEGIN, END = "<!-- written by benchmarks/accuracy.py -->", "<!-- end of the tables -->"
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(_ROOT / "benchmarks"))
+
+from readme import between  # noqa: E402  from that folder
+
+_DOCUMENT = _ROOT / "docs" / "accuracy.md"
+BEGIN, END = "<!-- written by benchmarks/studies/accuracy.py -->", "<!-- end of the tables -->"
 _DIGITS = 60
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 _BATCH = 10  # rows that a mean is taken over
@@ -296,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.print:
         print(text)
     else:
-        _DOCUMENT.write_text(readme.between(_DOCUMENT.read_text(), BEGIN, END, text))
+        _DOCUMENT.write_text(between(_DOCUMENT.read_text(), BEGIN, END, text))
     return 1 if any(_fails(cell) for of_dtype in found.values() for cell in of_dtype) else 0
 
 
