@@ -112,18 +112,20 @@ def test_a_wrong_class_has_no_weight(classes, dtype, device):
 
 @cuda_kernels
 @strategies
-def test_wrong_classes_are_named_on_demand(strategy, device, monkeypatch):
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_wrong_classes_are_named_on_demand(value, strategy, device, monkeypatch):
     """And a wrong one touches nothing: the logits are as good as before."""
     of = problem((50, 70), device)
     target = of.target.clone()
     target[[20, 30]] = torch.tensor([70, -5], device=device)
-    monkeypatch.setenv("SOFTMAX_EXT_CHECK_TARGETS", "1")
+    monkeypatch.setenv("SOFTMAX_EXT_CHECK_TARGETS", value)
     logits = of.logits.clone().requires_grad_() * 1
     with pytest.raises(IndexError, match=r"got 70 at position \[20\]"):
         cross_entropy(logits, target, **strategy)
     assert torch.equal(logits, of.logits)
-    monkeypatch.setenv("SOFTMAX_EXT_CHECK_TARGETS", "0")
-    assert solve(Problem(of.logits, target), strategy)[0].isnan()
+    for unset in ("", "0"):
+        monkeypatch.setenv("SOFTMAX_EXT_CHECK_TARGETS", unset)
+        assert solve(Problem(of.logits, target), strategy)[0].isnan()
 
 
 # ---- every kernel, on a card -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -993,6 +994,16 @@ def test_a_bad_class_in_a_later_chunk_is_found_first():
     with Work() as work, pytest.raises(IndexError, match=r"got 37 at position \[47\]"):
         inputs.loss(chunk_rows=4)
     assert work.flops == 0
+
+
+@pytest.mark.parametrize(("value", "checked"), [(None, False), ("", False), ("0", False), ("1", True), ("true", True)])
+def test_targets_off_the_cpu_are_checked_on_demand(value, checked, monkeypatch):
+    """As the CUDA kernels do. A meta tensor has no values, so that asking for them raises."""
+    monkeypatch.delenv("SOFTMAX_EXT_CHECK_TARGETS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SOFTMAX_EXT_CHECK_TARGETS", value)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta") if checked else nullcontext():
+        chunks.check_classes(Y.to("meta"), 5, -100)
 
 
 def test_public():
