@@ -53,7 +53,6 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 from setuptools import Extension, setup
@@ -476,14 +475,6 @@ def run_ninja(path: Path, library: Library) -> None:
         stop("the build failed; the first error above says where.")
 
 
-def library_file() -> ModuleType:
-    """The package's module of that name; the package itself can't be imported before it is built."""
-    spec = importlib.util.spec_from_file_location("library_file", ROOT / "softmax_ext" / "library_file.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class NinjaBuild(build_ext):
     """setuptools' build_ext, with ninja in the place of its own compiler calls."""
 
@@ -547,8 +538,6 @@ class NinjaBuild(build_ext):
         installed = Path(self.get_ext_fullpath(ext.name))
         installed.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(output), str(installed))
-        if name != MODULE:
-            library_file().seal(str(installed))
 
 
 class AnyPythonWheel(bdist_wheel):

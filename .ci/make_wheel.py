@@ -75,7 +75,7 @@ def main() -> int:
     wanted = f"softmax_ext-{module('softmax_ext/_version.py').__version__}-py3-none-{TAG}.whl"
     if wheel.name != wanted:
         stop(f"{wheel.name} was made, not {wanted}")
-    # The checksum behind a library's end stands for bytes that nothing has changed since.
+    # auditwheel is to change no library.
     found = libraries(wheel)
     names = {f"softmax_ext/{name}.so" for name in (setup.CPU, *([setup.CUDA] if with_cuda else []))}
     if set(found) != names or found != libraries(only_wheel(BUILT)):

@@ -1,4 +1,4 @@
-"""When something breaks: memory that can't be had, a library file that is damaged or of another build.
+"""When something breaks: memory that can't be had, a library file that is another or of another build.
 
 Each case is a process of its own. test_diagnostics.py has the library that is missing or no library at all.
 """
@@ -17,7 +17,7 @@ import torch
 from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_library
 
 import softmax_ext
-from softmax_ext import library_file, ops
+from softmax_ext import ops
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -82,13 +82,7 @@ def replace(file: Path, old: bytes, new: bytes) -> None:
     content = file.read_bytes()
     assert len(old) == len(new)
     assert old in content
-    write_sealed(file, content.replace(old, new))
-
-
-def write_sealed(file: Path, content: bytes) -> None:
-    """With a checksum that fits, so that something else is wrong with it."""
-    file.write_bytes(content[: content.rindex(b"softmax_ext checksum")])
-    library_file.seal(str(file))
+    file.write_bytes(content.replace(old, new))
 
 
 BUILT = f"softmax_ext {softmax_ext.__version__}, torch {ops.library.built_torch}"
@@ -115,45 +109,9 @@ def test_of_another_version_of_the_package(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("share", [0.999, 0.9, 0.5, 0.1])
-def test_cut_short(share, tmp_path):
-    """By a full disk or a broken copy. The system's loader would end the process with SIGBUS."""
-    library = the_library(copy_of_the_package(tmp_path))
-    content = library.read_bytes()
-    content = content[: int(share * len(content))]
-    library.write_bytes(content)
-    intact = BUILT.encode() in content
-    assert_refused(tmp_path, BUILT if intact else "unknown versions (it is damaged, or another library)")
-
-
-@linux
-@pytest.mark.parametrize(("begin", "end"), [(0.9, 1), (0.5, 1), (0.01, 0.02), (0.5, 0.500001)])
-def test_zeroed(begin, end, tmp_path):
-    """Pages that never reached the disk, or a few bytes: the loader would not see it, and end the process or worse."""
-    library = the_library(copy_of_the_package(tmp_path))
-    content = bytearray(library.read_bytes())
-    first, last = int(begin * len(content)), int(end * len(content))
-    assert any(content[first:last])
-    content[first:last] = bytes(last - first)
-    library.write_bytes(content)
-    intact = BUILT.encode() in content
-    assert_refused(tmp_path, BUILT if intact else "unknown versions (it is damaged, or another library)")
-
-
-@linux
-def test_stripped(tmp_path):
-    """As packagers do: the checksum is gone, and the library loads."""
-    library = the_library(copy_of_the_package(tmp_path))
-    sealed = library.read_bytes()
-    subprocess.run(["strip", library], check=True)
-    assert len(library.read_bytes()) < len(sealed)
-    result = python("-c", "import softmax_ext", path=tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-@linux
-@pytest.mark.parametrize("size", [0, 1, 40, 63])
-def test_less_than_a_header(size, tmp_path):
+@pytest.mark.parametrize("size", [0, 63])
+def test_without_a_record(size, tmp_path):
+    """Empty, or the beginning of a library, as a full disk leaves it."""
     library = the_library(copy_of_the_package(tmp_path))
     library.write_bytes(library.read_bytes()[:size])
     assert_refused(tmp_path, "unknown versions (it is damaged, or another library)")
@@ -186,20 +144,17 @@ def not_loaded(kind: str, content: bytes) -> tuple[bytes, str, str]:
     if kind == "another version":
         other = BUILT.replace(softmax_ext.__version__, "9" + softmax_ext.__version__[1:])
         return content.replace(BUILT.encode(), other.encode()), other, f"of the package is {BUILT.split(',')[0]}"
-    if kind == "another torch":
-        return content.replace(b"\0aoti_torch_empty_strided\0", b"\0aoti_torch_empty_stridex\0"), BUILT, "empty_stridex"
-    return content[: int(0.99 * len(content))], BUILT, "is cut short"
+    return content.replace(b"\0aoti_torch_empty_strided\0", b"\0aoti_torch_empty_stridex\0"), BUILT, "empty_stridex"
 
 
 @linux
-@pytest.mark.parametrize("kind", ["another version", "another torch", "cut short"])
+@pytest.mark.parametrize("kind", ["another version", "another torch"])
 def test_cuda_library_that_is_not_loaded(kind, tmp_path):
     """The CPU works, CUDA tensors are refused with both versions, and the report fails. (It is the CPU's.)"""
     library = the_library(copy_of_the_package(tmp_path))
     content, built, reason = not_loaded(kind, library.read_bytes())
     assert content != library.read_bytes()
-    write = Path.write_bytes if kind == "cut short" else write_sealed
-    write(the_library(tmp_path, "cuda"), content)
+    the_library(tmp_path, "cuda").write_bytes(content)
     refused = python("-c", REFUSED, path=tmp_path)
     assert refused.returncode == 0, refused.stderr
     assert f"with torch {torch.__version__}: they were built as {built} (" in refused.stdout
