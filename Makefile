@@ -153,7 +153,7 @@ $(VENV)/.tools: $(VENV)/torch.txt constraints.txt
 	touch $@
 
 # By setup.py itself, since pip hides the plan and the progress.
-$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml softmax_ext/_version.py $(CPP)
+$(VENV)/.built: $(VENV)/.tools setup.py $(wildcard build_support/*.py) pyproject.toml softmax_ext/_version.py $(CPP)
 	$(BIN)/python setup.py build_ext --inplace
 	touch $@
 

@@ -28,7 +28,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "ninja-cuda"  # setup.py's BUILD
+sys.path.append(str(ROOT))
+
+from build_support.cuda_toolkit import find_nvcc  # noqa: E402
+
+BUILD = ROOT / "build" / "ninja-cuda"  # BUILD of build_support/libraries.py
 
 # Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,
 # and the reason.
@@ -47,14 +51,6 @@ class Usage(NamedTuple):
     registers: int
     stack: int
     spills: int  # bytes stored or loaded
-
-
-def find_nvcc() -> str | None:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home and shutil.which(f"{home}/bin/nvcc"):
-            return f"{home}/bin/nvcc"
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -114,7 +110,7 @@ def load(library: Path) -> str | None:
     import torch
 
     if torch.version.cuda is None:
-        ctypes.CDLL(str(BUILD / "libtorch_cuda.so"))  # the one that setup.py links with
+        ctypes.CDLL(str(BUILD / "libtorch_cuda.so"))  # the one that it was linked with
     try:
         ctypes.CDLL(str(library)).softmax_ext_cuda_architectures  # noqa: B018
     except (OSError, AttributeError) as error:

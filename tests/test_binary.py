@@ -24,7 +24,7 @@ from softmax_ext import cuda, libraries
 pytestmark = pytest.mark.devices("cpu")
 
 ROOT = Path(__file__).resolve().parents[1]
-OBJECTS = ROOT / "build" / "ninja" / "cpu"  # setup.py's BUILD
+OBJECTS = ROOT / "build" / "ninja" / "cpu"  # BUILD of build_support/libraries.py
 
 # Undefined symbols, as nm prints them: with the version where the library that has it gives one.
 ALLOWED = re.compile(

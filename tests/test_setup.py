@@ -1,10 +1,9 @@
-"""What setup.py decides about CUDA: which nvcc, whether it fits torch, which GPUs. The nvcc here only answers.
+"""What the build decides about CUDA: which nvcc, whether it fits torch, which GPUs. The nvcc here only answers.
 
 And what it says where the build can't be: in pip's isolation, where there is no torch.
 """
 
 import importlib.metadata
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,11 @@ import torch
 
 pytestmark = pytest.mark.devices("cpu")
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from build_support import cuda_toolkit, tools  # noqa: E402
+
 KNOWN = {"12.4": (60, 75, 80, 86, 89, 90), "13.0": (75, 80, 86, 89, 90, 100, 120)}
 
 
@@ -36,7 +39,7 @@ def nvcc_of(home: Path, version: str) -> Path:
 
 @pytest.fixture
 def decide(monkeypatch, tmp_path) -> Callable[..., Any]:
-    """setup.py's decision with a toolkit of ``nvcc``, a torch for ``cuda`` and environment variables."""
+    """The decision with a toolkit of ``nvcc``, a torch for ``cuda`` and environment variables."""
     for name in ("FORCE_CUDA", "FORCE_CPU", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
 
@@ -46,10 +49,9 @@ def decide(monkeypatch, tmp_path) -> Callable[..., Any]:
             monkeypatch.setenv("CUDA_HOME", str(nvcc_of(tmp_path / "toolkit", nvcc)))
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        setup = runpy.run_path(str(SETUP))
         if nvcc is None:
-            setup["find_toolkit"].__globals__["find_nvcc"] = lambda: None
-        return setup["find_toolkit"]()
+            monkeypatch.setattr(cuda_toolkit, "find_nvcc", lambda: None)
+        return cuda_toolkit.find_toolkit()
 
     return decision
 
@@ -133,7 +135,7 @@ def test_home_without_nvcc(decide, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"CUDA_PATH is .*no bin/nvcc"):
-        runpy.run_path(str(SETUP))["find_toolkit"]()
+        cuda_toolkit.find_toolkit()
 
 
 # ---- what a build needs ----------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def test_without_torch_it_stops_at_once(tmp_path):
         for path in (*map(found.locate_file, packages), found.locate_file(f"{name}-{found.version}.dist-info")):
             (tmp_path / path.name).symlink_to(path)
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {HOOK}"]
-    result = subprocess.run(command, cwd=SETUP.parent, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1, result
     said = result.stderr.strip()
     assert said.startswith("softmax_ext: cannot build, since torch is not installed in the environment"), said
@@ -161,6 +163,6 @@ HOOK = "from setuptools import build_meta; build_meta.get_requires_for_build_whe
 
 def test_pybind11_is_not_needed():
     """It is for tests of the kernels alone."""
-    assert "pybind11" not in runpy.run_path(str(SETUP))["BUILD_TOOLS"]
-    build_system = (SETUP.parent / "pyproject.toml").read_text().partition("[project]")[0]
+    assert "pybind11" not in tools.BUILD_TOOLS
+    build_system = (ROOT / "pyproject.toml").read_text().partition("[project]")[0]
     assert "pybind11" not in build_system

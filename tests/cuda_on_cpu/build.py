@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_on_cpu"
 
-TORCH_TARGET_VERSION = "0x020a000000000000"  # as in setup.py
+TORCH_TARGET_VERSION = "0x020a000000000000"  # as in build_support/libraries.py
 
 FLAGS = [
     *("-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
