@@ -120,9 +120,11 @@ format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
+# The time of every file in them: 1980, the earliest that a wheel can hold.
+dist wheel: export SOURCE_DATE_EPOCH ?= 315532800
+
 dist: $(VENV)/.dist ## an sdist in dist/, of the same bytes every time
-	rm -f dist/*.tar.gz
-	$(BIN)/python -m build --no-isolation --sdist
+	.ci/make_sdist $(BIN)/python
 
 wheel: $(VENV)/.dist ## a wheel in dist/ for every Python and torch, with the CUDA kernels where there is an nvcc
 	$(BIN)/python .ci/make_wheel.py

@@ -77,6 +77,7 @@ class NinjaBuild(build_ext):
         installed = Path(self.get_ext_fullpath(ext.name))
         installed.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(output), str(installed))
+        installed.chmod(0o755)  # whatever the umask was when it was linked
 
     def library(self, name: str) -> Library:
         version = self.distribution.get_version()

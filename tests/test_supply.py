@@ -100,36 +100,28 @@ def test_make_and_ci_install_by_the_constraints():
 # ---- sdist -----------------------------------------------------------------------------------------------------------
 
 
+EPOCH = {"SOURCE_DATE_EPOCH": "315532800"}  # as make dist and make wheel set it
+
+
 def sdist(source: Path, where: Path, umask: int) -> Path:
     """Of a copy of the sources, whose files are as new as the copy."""
     copy = where / "another name"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns(*IGNORED), copy_function=shutil.copy)
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", where],
-        cwd=copy,
-        check=True,
-        timeout=120,
-        umask=umask,
-        env={k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"},
-    )
-    (archive,) = where.glob("*.tar.gz")
+    command = [copy / ".ci" / "make_sdist", sys.executable]
+    subprocess.run(command, check=True, timeout=120, umask=umask, env=os.environ | EPOCH)
+    (archive,) = (copy / "dist").glob("*.tar.gz")
     return archive
 
 
-def test_sdist_is_the_same_bytes_twice(tmp_path):
-    """At another time, in another place, by someone whose new files nobody else may read."""
+def test_sdist_is_the_same_bytes_twice_and_holds_the_sources(tmp_path):
+    """At another time, in another place, by someone whose new files nobody else may read: what git has, no more."""
     needs_the_checkout()
     one = sdist(ROOT, tmp_path / "one", 0o022)
     os.utime(tmp_path / "one" / "another name" / "setup.py", (0, 0))
     (tmp_path / "one" / "another name" / "README.md").chmod(0o600)
     two = sdist(tmp_path / "one" / "another name", tmp_path / "elsewhere" / "two", 0o077)
     assert one.read_bytes() == two.read_bytes()
-
-
-def test_sdist_holds_the_sources(tmp_path):
-    """What git has, and nothing of this machine."""
-    needs_the_checkout()
-    with tarfile.open(sdist(ROOT, tmp_path, 0o022)) as archive:
+    with tarfile.open(one) as archive:
         members = archive.getmembers()
     names = {member.name.partition("/")[2] for member in members if member.isfile()}
     assert {"LICENSE", "SECURITY.md", "CHANGELOG.md", "constraints.txt", "Makefile", ".ci/run"} <= names
@@ -143,7 +135,7 @@ def test_sdist_holds_the_sources(tmp_path):
 # ---- wheel -----------------------------------------------------------------------------------------------------------
 
 
-def wheel(where: Path, umask: int) -> Path:
+def wheel(where: Path) -> Path:
     """Of the library that is built here: what the compiler makes of the sources elsewhere is compared by .ci/run."""
     import softmax_ext
 
@@ -153,25 +145,18 @@ def wheel(where: Path, umask: int) -> Path:
     built.mkdir(parents=True)
     for library_here in Path(softmax_ext.__file__).parent.glob("libsoftmax_ext_*.so"):
         shutil.copy(library_here, built)
-        (built / library_here.name).chmod(0o777 & ~umask)
     (copy / "setup.cfg").write_text("[build]\nbuild_lib = built\n")
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build", "--dist-dir", where],
-        cwd=copy,
-        check=True,
-        timeout=120,
-        umask=umask,
-        env={k: v for k, v in os.environ.items() if k != "SOURCE_DATE_EPOCH"} | {"FORCE_CPU": "1"},
-    )
+    command = [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build", "--dist-dir", where]
+    subprocess.run(command, cwd=copy, check=True, timeout=120, umask=0o022, env=os.environ | EPOCH | {"FORCE_CPU": "1"})
     (archive,) = where.glob("*.whl")
     return archive
 
 
 def test_wheel_is_for_every_python_and_the_same_bytes_twice(tmp_path):
-    """By its name, by what it says and holds; at another time, in another place, by another umask."""
+    """By its name, by what it says and holds; at another time, in another place."""
     needs_the_checkout()
-    path = wheel(tmp_path / "one", 0o022)
-    assert path.read_bytes() == wheel(tmp_path / "elsewhere" / "two", 0o077).read_bytes()
+    path = wheel(tmp_path / "one")
+    assert path.read_bytes() == wheel(tmp_path / "elsewhere" / "two").read_bytes()
     assert re.fullmatch(r"softmax_ext-[\d.]+-py3-none-linux_\w+\.whl", path.name)
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
