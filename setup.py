@@ -31,7 +31,7 @@ Environment: CXX, CXXFLAGS, LDFLAGS, and MAX_JOBS (how many compilers run at onc
     TORCH_CUDA_ARCH_LIST     for which GPUs: "8.0;9.0+PTX"
     NVCC_FLAGS               for nvcc besides
 
-For tests/kernel_suite.py:
+For tests/tools/kernel_suite.py:
 
     SANITIZE=1               the CPU library and _C under AddressSanitizer and UBSan, in build/*-sanitized
 """
@@ -400,7 +400,7 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
         *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         f'-DSOFTMAX_EXT_CUDA_ARCHITECTURES="{toolkit.architectures}"',
         *toolkit.gencode,
-        *("-Xptxas", "-v"),  # registers and spills, which tests/cuda_check.py reads from the log beside the object
+        *("-Xptxas", "-v"),  # registers and spills, which tests/gpu/cuda_check.py reads from the log beside the object
         *([f"-ccbin={command[0]}"] if len(command) == 1 else []),
         *shlex.split(os.environ.get("NVCC_FLAGS", "")),
     ]

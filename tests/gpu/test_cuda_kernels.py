@@ -63,9 +63,9 @@ def emulated(request: pytest.FixtureRequest) -> ctypes.CDLL | None:
     """The library of the emulator, if that is what runs."""
     if request.config.getoption("--device") == "cuda":
         return None
-    from cuda_on_cpu import build
+    import emulator
 
-    return ctypes.CDLL(str(build.build("libemulated.so", request.config.getoption("--sanitized"))))
+    return ctypes.CDLL(str(emulator.build("libemulated.so", request.config.getoption("--sanitized"))))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Installs a wheel and runs the smoke test on it on emulated x86-64 processors that lack what this one has.
 
-    python tests/old_cpu.py [CPU ...]
+    python tests/package/old_cpu.py [CPU ...]
 
 An instruction that such a processor does not know ends the process with SIGILL. The emulator is qemu-user; where it is
 not installed the script says so and ends with status 1: nothing was tested.
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parents[1]
 
 # The kernel set that must be chosen there.
 CPUS = {"Nehalem": "DEFAULT", "Haswell": "AVX2"}
@@ -46,7 +46,7 @@ def passes(cpu: str, folder: Path) -> bool:
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
     # A process that the smoke test starts is not emulated: hence the report once more, of this processor.
-    report, smoke = run("-m", "softmax_ext"), run(str(HERE / "smoke" / "smoke.py"))
+    report, smoke = run("-m", "softmax_ext"), run(str(HERE / "smoke.py"))
     chosen = next((line for line in report.stdout.splitlines() if line.startswith("CPU kernels chosen")), "no report")
     right = report.returncode == smoke.returncode == 0 and CPUS[cpu] in chosen.split()
     last = smoke.stdout.strip().splitlines()[-1:] or ["nothing said"]

@@ -1,6 +1,6 @@
-"""Runs tests/test_fuzz.py with many examples and says how many ran, and of which seed.
+"""Runs tests/fuzz/test_fuzz.py with many examples and says how many ran, and of which seed.
 
-    python tests/fuzz.py [--examples 20000] [--seed N] [arguments of pytest]
+    python tests/fuzz/run.py [--examples 20000] [--seed N] [arguments of pytest]
 
 A failure prints the call that it shrank to, and the seed; the same seed and number of examples fail in the same way.
 """

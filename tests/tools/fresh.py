@@ -4,6 +4,7 @@ A forked process has none of the threads of the one it came from. pytest's may h
 autograd's, without which torch refuses a backward; and a forked pytest whose test fails goes on with all other tests.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -18,14 +19,15 @@ PLACES = [Path(softmax_ext.__file__).parents[1], Path(__file__).parent]
 
 def run(function: Callable[..., None], *arguments: object) -> None:
     """Calls the function of a test file there; what it raises fails the test. The arguments are given by their repr."""
-    name = function.__name__
-    output(f"from {function.__module__} import {name}\n{name}(*{arguments!r})")
+    name, file = function.__name__, Path(inspect.getfile(function))
+    output(f"from {file.stem} import {name}\n{name}(*{arguments!r})", file.parent)
 
 
-def output(program: str) -> str:
-    """What a program prints there."""
+def output(program: str, *places: Path) -> str:
+    """What a program prints there; it finds modules in ``places`` too."""
     # autograd starts a thread for each GPU that it sees, before any fork.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PLACES)), "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(map(str, [*PLACES, *places]))
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ __all__ = ["library"]  # a fixture
 
 pytestmark = pytest.mark.devices("cpu")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IGNORED = [".git", ".venv*", "build", "dist", "demo", "*.egg-info", "*.so", "__pycache__", ".*_cache", ".hypothesis"]
 
 

@@ -1,6 +1,6 @@
 """More than 2^31 logits, a row of 10^8 classes, 10^7 rows of two.
 
-    pytest --large tests/test_size.py
+    pytest --large tests/stress/test_size.py
 
 A row has the same bits wherever it stands: so all rows of the large call are compared, bit for bit, with calls on a
 thousand rows, and some rows, those about the 2^31st element among them, with float64.

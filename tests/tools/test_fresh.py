@@ -1,4 +1,4 @@
-"""tests/fresh.py: what fails in its processes fails the test, and no process of a test goes on as a second pytest."""
+"""fresh.py: what fails in its processes fails the test, and no process of a test goes on as a second pytest."""
 
 import os
 

@@ -1,13 +1,13 @@
-"""The emulator of cuda_on_cpu/, which runs the CUDA kernels in the tests: what it computes, and what it catches.
+"""The emulator, which runs the CUDA kernels in the tests: what it computes, and what it catches.
 
-Every kernel that is wrong on purpose has a right one beside it, in cuda_on_cpu/selftest.cu.
+Every kernel that is wrong on purpose has a right one beside it, in selftest.cu.
 """
 
 import os
 import subprocess
 
+import emulator
 import pytest
-from cuda_on_cpu import build
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -22,7 +22,7 @@ def sanitized(request):
 
 @pytest.fixture(scope="module")
 def selftest(sanitized):
-    return build.build("selftest", sanitized)
+    return emulator.build("selftest", sanitized)
 
 
 def run(program, name, seed=0, **variables):
@@ -96,7 +96,7 @@ def test_an_access_to_memory_that_is_not_there_is_caught(selftest, sanitized, na
 
 
 def test_address_sanitizer_sees_global_memory():
-    done = run(build.build("selftest", sanitized=True), "global_overrun")
+    done = run(emulator.build("selftest", sanitized=True), "global_overrun")
     assert done.returncode != RIGHT
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
 

@@ -1,6 +1,6 @@
 """Runs a few tests on a GPU under compute-sanitizer: memcheck, then racecheck.
 
-    python tests/sanitize_gpu.py [--tool memcheck|racecheck] [arguments of pytest]
+    python tests/gpu/sanitize_gpu.py [--tool memcheck|racecheck] [arguments of pytest]
 
 Without compute-sanitizer (part of the CUDA toolkit) it says so and ends with status 0.
 """

@@ -1,7 +1,7 @@
 """Runs the tests that call the CPU kernels, on a library built with sanitizers or once for each instruction set.
 
-    python tests/kernel_suite.py sanitized [--sample N] [arguments of pytest]    AddressSanitizer and UBSan
-    python tests/kernel_suite.py isas [--sample N] [arguments of pytest]         each kernel set that this processor has
+    python tests/tools/kernel_suite.py sanitized [--sample N] [arguments of pytest]   AddressSanitizer and UBSan
+    python tests/tools/kernel_suite.py isas [--sample N] [arguments of pytest]        each kernel set of this processor
 
 The sanitized library is built in build/sanitized/, with a copy of the package; that in softmax_ext/ stays as it is.
 """
@@ -15,11 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+sys.path.insert(0, str(TESTS / "emulator"))
 
-from cuda_on_cpu.build import sanitizer_environment  # noqa: E402  from this folder
+from emulator import sanitizer_environment  # noqa: E402
 
 SANITIZED = ROOT / "build" / "sanitized"
 
@@ -32,7 +32,7 @@ NOT_OF_THE_KERNELS = {
     "test_compile.py": "what torch.compile makes of the operators' schemas",
     "test_cuda.py": "CUDA",
     "test_cuda_kernels.py": "CUDA",
-    "test_cuda_on_cpu.py": "the emulator of CUDA, which has a sanitized build of its own",
+    "test_emulator.py": "the emulator of CUDA, which has a sanitized build of its own",
     "test_diagnostics.py": "processes of their own, which choose the kernel set themselves",
     "test_fresh.py": "processes",
     "test_setup.py": "setup.py",
@@ -43,7 +43,7 @@ NOT_SANITIZED: dict[str, str] = {}
 
 
 def selection(left_out: dict[str, str]) -> list[str]:
-    return [f"--ignore={HERE / name}" for name in left_out]
+    return [f"--ignore={path}" for name in left_out for path in TESTS.rglob(name)]
 
 
 def build_sanitized() -> None:
@@ -62,7 +62,7 @@ def build_sanitized() -> None:
 def pytest(arguments: list[str], folder: Path, environment: dict[str, str]) -> int:
     """Runs the tests on the softmax_ext in ``folder``."""
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
-    command += [*selection(NOT_OF_THE_KERNELS), *arguments, str(HERE)]
+    command += [*selection(NOT_OF_THE_KERNELS), *arguments, str(TESTS)]
     # `-m` finds the package in the folder that it is started from.
     return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, check=False).returncode
 
@@ -98,7 +98,7 @@ def main() -> int:
     )
     arguments, pytest_arguments = parser.parse_known_args()
     if arguments.sample:
-        names = {path.name for path in HERE.glob("test_*.py")} - {"test_fuzz.py"}
+        names = {path.name for path in TESTS.rglob("test_*.py")} - {"test_fuzz.py"}
         pytest_arguments += [f"--sample={name}={arguments.sample}" for name in sorted(names)]
         os.environ["FUZZ_EXAMPLES"] = str(2000 // arguments.sample)
     return run_sanitized(pytest_arguments) if arguments.what == "sanitized" else run_isas(pytest_arguments)

@@ -1,4 +1,4 @@
-// Small kernels, right and wrong, that show what the emulator of this folder finds: ../test_cuda_on_cpu.py runs them.
+// Small kernels, right and wrong, that show what the emulator of this folder finds: test_emulator.py runs them.
 //
 //   selftest NAME    runs one; exits with 0 if its result is right, 1 if it is wrong, 2 for a name that it does not know
 #include <cooperative_groups.h>

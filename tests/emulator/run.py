@@ -1,9 +1,9 @@
-"""Runs tests on the CUDA kernels without a GPU, on the emulator of cuda_on_cpu/: twice, plain and sanitized.
+"""Runs tests on the CUDA kernels without a GPU, on the emulator of this folder: twice, plain and sanitized.
 
 The kernels run some hundred times slower than on the CPU's own, so of the tests below a sample runs, drawn by their
 names: one in so many. Every dtype, layout and kernel has its share.
 
-    python tests/emulated.py [--build plain|sanitized] [--sample N] [arguments of pytest]
+    python tests/emulator/run.py [--build plain|sanitized] [--sample N] [arguments of pytest]
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+import emulator
 
-from cuda_on_cpu import build  # noqa: E402  from this folder
+TESTS = Path(__file__).resolve().parents[1]
 
 # One in so many tests of each file runs: (plain, sanitized).
 SAMPLE = {
-    "test_cross_entropy.py": (4, 60),
-    "test_softmax.py": (2, 30),
-    "test_layouts.py": (1, 15),
-    "test_numerics.py": (1, 15),
-    "test_inplace.py": (1, 15),
-    "test_linear.py": (4, 60),
-    "test_cuda_kernels.py": (1, 5),
-    "test_cuda.py": (1, 5),
+    "unit/test_cross_entropy.py": (4, 60),
+    "unit/test_softmax.py": (2, 30),
+    "unit/test_layouts.py": (1, 15),
+    "unit/test_numerics.py": (1, 15),
+    "unit/test_inplace.py": (1, 15),
+    "unit/test_linear.py": (4, 60),
+    "gpu/test_cuda_kernels.py": (1, 5),
+    "gpu/test_cuda.py": (1, 5),
 }
 
 
@@ -42,8 +41,9 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "--device", "emulated"]
         command += ["--sanitized"] if sanitized else []
         for name, samples in SAMPLE.items():
-            command += ["--sample", f"{name}={arguments.sample or samples[sanitized]}", str(HERE / name)]
-        environment = {**os.environ, **(build.sanitizer_environment() if sanitized else {})}
+            file = TESTS / name
+            command += ["--sample", f"{file.name}={arguments.sample or samples[sanitized]}", str(file)]
+        environment = {**os.environ, **(emulator.sanitizer_environment() if sanitized else {})}
         print(f"CUDA kernels on the emulator, {kind} build", flush=True)
         status = subprocess.run([*command, *pytest_arguments], env=environment, check=False).returncode
         if status != 0:

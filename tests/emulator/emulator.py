@@ -7,7 +7,7 @@
 Both come in two builds: plain, and sanitized by AddressSanitizer and UBSan. A process that loads the sanitized library
 must have been started with ``sanitizer_environment()``.
 
-    python tests/cuda_on_cpu/build.py [--sanitized]    builds the library and prints its path
+    python tests/emulator/emulator.py [--sanitized]    builds the library and prints its path
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import torch
 
 pytestmark = pytest.mark.devices("cpu")
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 KNOWN = {"12.4": (60, 75, 80, 86, 89, 90), "13.0": (75, 80, 86, 89, 90, 100, 120)}
 
 

@@ -27,7 +27,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "ninja-cuda"  # setup.py's BUILD
 
 # Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,

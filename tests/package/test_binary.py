@@ -23,7 +23,7 @@ from softmax_ext import cuda, libraries
 
 pytestmark = pytest.mark.devices("cpu")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OBJECTS = ROOT / "build" / "ninja" / "cpu"  # setup.py's BUILD
 
 # Undefined symbols, as nm prints them: with the version where the library that has it gives one.

@@ -1,7 +1,7 @@
 """The same bits: run after run, for any number of threads, wherever a row stands in its batch and in memory.
 
-tests/test_kernels.py has each dtype and layout for 1, 2, 3 and 7 threads, tests/test_large_results.py what is stored
-past the caches. Here are a hundred runs, in-place gradients, and places within a vector; and linear cross entropy,
+test_kernels.py has each dtype and layout for 1, 2, 3 and 7 threads, stress/test_large_results.py what is stored past
+the caches. Here are a hundred runs, in-place gradients, and places within a vector; and linear cross entropy,
 whose matrix products are torch's: docs/trust.md says what of that is promised.
 """
 
