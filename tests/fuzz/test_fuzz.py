@@ -1,7 +1,7 @@
 """Calls that nobody thought of: fuzz_cases draws them, fuzz_check compares each with torch in float64.
 
-2000 of a fixed seed; by run.py as many as wanted, of any seed. They are spread over the functions, over the ways to hold
-a gradient and over the instruction sets of this machine, in tests of a few hundred.
+2000 of a fixed seed; by run.py as many as wanted, of any seed. They are spread over the functions, over the ways to
+hold a gradient and over the instruction sets of this machine, in tests of a few hundred.
 """
 
 import os
