@@ -11,7 +11,7 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
-from test_cross_entropy import Strategy, bounds_for, check, run
+from cross_entropy_checks import Strategy, bounds_for, check, run
 
 from softmax_ext import cross_entropy, cuda, log_softmax, softmax
 

@@ -113,6 +113,20 @@ def test_links_no_other_library_and_no_path_of_this_machine(library):
     assert not unexpected
 
 
+FORBIDDEN = re.compile(
+    r"socket|connect|send\w*|getaddrinfo|(f|fd|fre)?open(at)?(64)?|__open\w*|creat(64)?|mk\w*temp\w*|mkdir(at)?"
+    r"|rename\w*|unlink(at)?|dlm?open|popen|system|v?fork|clone3?|exec\w+|posix_spawnp?|syscall"
+    r"|_ZNSt\d+basic_o?fstream\w*"
+)
+
+
+def test_the_library_cannot_connect_open_or_start(library):
+    """Of the C library it names nothing that could."""
+    names = {line.split()[-1].partition("@")[0] for line in run("nm", "-D", "--undefined-only", library).splitlines()}
+    assert {"mmap", "munmap"} <= names, "nm's format is another"
+    assert not {name for name in names if FORBIDDEN.fullmatch(name)}
+
+
 @pytest.mark.parametrize("kind", ["library", "cuda_library"])
 def test_names_no_folder_of_this_machine(kind, request):
     """As torch's checks would, with the files they stand in: the same sources give the same bytes in any folder."""

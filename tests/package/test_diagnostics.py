@@ -7,12 +7,11 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import COMMAND, REFUSED, copy_of_the_package, python, report, the_library
 
 import softmax_ext
 from softmax_ext import cuda, ops
@@ -22,40 +21,6 @@ pytestmark = pytest.mark.devices("cpu")
 where_cuda_is_built = pytest.mark.skipif(
     torch.version.cuda is None or cuda.path() is None, reason="no CUDA in this torch, or no CUDA library"
 )
-
-PACKAGE = Path(softmax_ext.__file__).parent
-COMMAND = "pip install --no-build-isolation"
-
-
-def python(*arguments: str, path: Path | str = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the package from ``path``, away from the source tree."""
-    env = {k: v for k, v in os.environ.items() if k not in ("SOFTMAX_EXT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY")}
-    env |= {"PYTHONPATH": str(path), **environment}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *arguments],
-        env=env,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def report(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """The lines of ``name   value``."""
-    return dict(
-        re.split(r" {2,}", line, maxsplit=1) for line in result.stdout.splitlines() if re.search(r"\S {2,}\S", line)
-    )
-
-
-def copy_of_the_package(where: Path) -> Path:
-    shutil.copytree(PACKAGE, where / "softmax_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    return where
-
-
-def the_library(where: Path, device: str = "cpu") -> Path:
-    return where / "softmax_ext" / f"libsoftmax_ext_{device}.so"
 
 
 @pytest.fixture(params=["missing", "garbage", "another library"])
@@ -126,23 +91,6 @@ def test_the_cuda_library_loads_without_a_gpu():
     result = python("-c", ON_THE_CPU, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     assert re.match(r"\d+", result.stdout)
-
-
-# What is said where torch has CUDA and the library is missing, unreadable, or another's.
-REFUSED = """
-import sys, torch
-torch.version.cuda = torch.version.cuda or "13.0"
-import softmax_ext
-from softmax_ext import cuda
-assert cuda.library is None
-x = torch.randn(2, 3)
-torch.testing.assert_close(softmax_ext.softmax(x, 1), x.softmax(1))
-key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-try:
-    torch.ops.softmax_ext.softmax.default.redispatch(key, x, 1, False, None)
-except NotImplementedError as error:
-    print(error)
-"""
 
 
 @pytest.mark.parametrize("kind", ["missing", "garbage", "another library"])

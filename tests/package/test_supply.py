@@ -14,12 +14,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from test_binary import library, run
 
 if sys.version_info >= (3, 11):
     import tomllib
-
-__all__ = ["library"]  # a fixture
 
 pytestmark = pytest.mark.devices("cpu")
 
@@ -280,17 +277,3 @@ def test_the_watch_notices(deed):
     result = watched(deed)
     assert result.returncode == 7, result.stderr
     assert "refused: " in result.stderr
-
-
-FORBIDDEN = re.compile(
-    r"socket|connect|send\w*|getaddrinfo|(f|fd|fre)?open(at)?(64)?|__open\w*|creat(64)?|mk\w*temp\w*|mkdir(at)?"
-    r"|rename\w*|unlink(at)?|dlm?open|popen|system|v?fork|clone3?|exec\w+|posix_spawnp?|syscall"
-    r"|_ZNSt\d+basic_o?fstream\w*"
-)
-
-
-def test_the_library_cannot_connect_open_or_start(library):
-    """Of the C library it names nothing that could."""
-    names = {line.split()[-1].partition("@")[0] for line in run("nm", "-D", "--undefined-only", library).splitlines()}
-    assert {"mmap", "munmap"} <= names, "nm's format is another"
-    assert not {name for name in names if FORBIDDEN.fullmatch(name)}

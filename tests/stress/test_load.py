@@ -15,7 +15,7 @@ import fresh
 import oracle
 import pytest
 import torch
-from test_diagnostics import python
+from processes import python
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 

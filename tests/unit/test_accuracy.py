@@ -6,9 +6,6 @@ import accuracy
 import pytest
 import torch
 from accuracy import GRADIENT, LOG_SOFTMAX, LOSS, MEAN_GRADIENT, MEAN_LOSS, SOFTMAX, Exact, Input, Posed
-from test_kernels import isa
-
-__all__ = ["isa"]  # a fixture
 
 pytestmark = pytest.mark.devices("cpu")
 

@@ -1,26 +1,17 @@
 """The kernels as such: their exponential, every instruction set that runs here, and the same bits every time."""
 
 import itertools
-from collections.abc import Iterator
 
 import oracle
 import pytest
 import torch
-from test_cross_entropy import KINDS, LAYOUTS, Strategy, check_product
+from cross_entropy_checks import KINDS, LAYOUTS, Strategy, check_product
 from torch import Tensor
 
 import softmax_ext
 from softmax_ext import cross_entropy, ops
 
 of_the_cpu = pytest.mark.devices("cpu")
-
-
-@pytest.fixture(params=ops.library.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = ops.library.selected_isa()
-    ops.library.select_isa(request.param)
-    yield request.param
-    ops.library.select_isa(before)
 
 
 # ---- exp -------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Calls under a limit on memory that is raised until they succeed, at last in small steps: any large allocation fails.
 
-    python starved.py CASE...
+    python tests/tools/starved.py CASE...
 
 After every failure the operands must be as they were, byte for byte, and the same call must work without the limit.
-What the failures said is printed as JSON: for each case a list of [type, text]. test_faults.py starts this, in a
-process of its own.
+What the failures said is printed as JSON: for each case a list of [type, text]. stress/test_no_memory.py starts
+this, in a process of its own.
 """
 
 import ctypes

@@ -1,58 +1,23 @@
-"""When something breaks: memory that can't be had, a library file that is damaged or of another build.
+"""A library file that is damaged, or of another build.
 
 Each case is a process of its own. test_diagnostics.py has the library that is missing or no library at all.
 """
 
-import json
-import os
 import platform
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import starved
 import torch
-from test_diagnostics import COMMAND, PACKAGE, REFUSED, copy_of_the_package, python, report, the_library
+from processes import COMMAND, REFUSED, copy_of_the_package, python, report, the_library
 
 import softmax_ext
 from softmax_ext import library_file, ops
 
 pytestmark = pytest.mark.devices("cpu")
 
-linux = pytest.mark.skipif(platform.system() != "Linux", reason="of Linux: RLIMIT_AS, /proc, ELF files")
-
-
-# ---- memory ----
-
-# From 64 KiB on every allocation is the system's own, and its failure depends on nothing that was freed before. Another
-# thread's arena has address space in reserve, to which malloc turns when the system has none.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
-OURS = re.compile(
-    r"softmax_ext: can't allocate \d+ bytes for a tensor of shape \[[\d, ]*\]: the CPU is out of memory\."
-)
-TORCHS = re.compile(r"allocate memory|could not create a memory object|bad allocation|std::bad_alloc")
-
-
-@linux
-@pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends a process at such a limit"
-)
-def test_no_memory():
-    """It raises, says so in a sentence, leaves every operand as it was, and works when there is memory again."""
-    environment = {**os.environ, **MALLOC, "PYTHONPATH": str(PACKAGE.parent)}
-    command = [sys.executable, starved.__file__, *starved.CASES]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert result.returncode == 0, result.stderr
-    for name, said in json.loads(result.stdout).items():
-        assert said, f"{name}: the limit was never too low"
-        for error, text in said:
-            assert error == "MemoryError" or OURS.fullmatch(text) or TORCHS.search(text), f"{name}: {text}"
-        if name == starved.SCRATCH:
-            assert any("bad_alloc" in text for _, text in said), said
-        elif "linear" not in name:  # whose large tensors are torch's
-            assert any(OURS.fullmatch(text) for _, text in said), (name, said)
+linux = pytest.mark.skipif(platform.system() != "Linux", reason="of Linux: ELF files")
 
 
 # ---- the CPU library's file ----
