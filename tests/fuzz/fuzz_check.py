@@ -11,12 +11,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import fuzz_oracle
+import fuzz_bounds
 import oracle
 import torch
 import torch.nn.functional as F
+from fuzz_bounds import Bounded, Rows, assert_bounded
 from fuzz_cases import LossCase, SoftmaxCase
-from fuzz_oracle import Bounded, Rows, assert_bounded
 from torch import Tensor
 
 import softmax_ext
@@ -92,7 +92,7 @@ def _check_softmax(case: SoftmaxCase, x: Tensor, y: Tensor) -> None:
     dim = case.dim if case.shape else 0
     wide, squeezed = (oracle.double(source), exact) if case.shape else (oracle.double(source)[None], exact[None])
     if case.log:
-        bound = fuzz_oracle.log_softmax_bound(wide, squeezed, dim, work, y.dtype)
+        bound = fuzz_bounds.log_softmax_bound(wide, squeezed, dim, work, y.dtype)
     else:
         bound = Bounded(squeezed, oracle.softmax_tolerance(squeezed, dim, False, y.dtype, work))
     assert_bounded(y if case.shape else y[None], bound, y.dtype, "value")
@@ -105,7 +105,7 @@ def _check_softmax(case: SoftmaxCase, x: Tensor, y: Tensor) -> None:
     allowed = oracle.softmax_grad_tolerance(squeezed, exact_grad, g, dim, case.log, y.dtype, x.dtype)
     # A probability that is subnormal is 0, and what float64 subtracts.
     flushed = torch.finfo(work).smallest_normal * (1 + g.abs().sum(dim, keepdim=True))
-    bound = Bounded(exact_grad, fuzz_oracle.finite(allowed) + flushed + oracle.underflow(y.dtype) * g.abs())
+    bound = Bounded(exact_grad, fuzz_bounds.finite(allowed) + flushed + oracle.underflow(y.dtype) * g.abs())
     assert_bounded(grad if case.shape else grad[None], bound, x.dtype, "gradient")
 
 
@@ -301,7 +301,7 @@ def _check_results(call: Call, results: Any) -> None:
     if rows.no_weight and (case.linear is not None or case.z_loss or case.label_smoothing):
         assert not loss.isfinite().any()  # x/0, of which nobody promises more
         return
-    exact_loss = fuzz_oracle.loss_of(logits, target, wide.get("weight"), rows)
+    exact_loss = fuzz_bounds.exact_loss(logits, target, wide.get("weight"), rows)
     exact = [exact_loss]
     if case.return_stats:
         own = {"softcap": case.softcap, "logit_scale": case.logit_scale}
@@ -393,7 +393,7 @@ class Layer:
         self.lost = oracle.underflow(oracle.arithmetic(self.dtype))
         subnormal = self.flushed * (x.abs().sum(1, keepdim=True) + matrix.abs().sum(1)).unflatten(-1, w.shape[:-1])
         subnormal = subnormal + w.shape[-1] * self.lost + oracle.underflow(self.dtype) * 4
-        self.error = fuzz_oracle.finite((error + subnormal).detach())
+        self.error = fuzz_bounds.finite((error + subnormal).detach())
         self.logits = logits if case.linear.batch else logits[0]
         self.error = self.error if case.linear.batch else self.error[0]
         self.target = target
@@ -402,10 +402,10 @@ class Layer:
 
     def gradient_errors(self, of_logits: Tensor, error: Tensor, scale: float) -> dict[str, Tensor]:
         """What the products make of the error of the logits' gradient, which is rounded to the dtype itself."""
-        g = fuzz_oracle.finite(of_logits.reshape(len(self.x), math.prod(self.w.shape[:-1]))).abs()
+        g = fuzz_bounds.finite(of_logits.reshape(len(self.x), math.prod(self.w.shape[:-1]))).abs()
         u = oracle.roundoff(self.dtype)
         e = error.reshape(g.shape).clamp(max=1e300) + u * g + oracle.underflow(self.dtype) * (1 + scale)
-        x, w = fuzz_oracle.finite(self.x.detach()).abs(), fuzz_oracle.finite(self.w.detach()).abs().flatten(0, -2)
+        x, w = fuzz_bounds.finite(self.x.detach()).abs(), fuzz_bounds.finite(self.w.detach()).abs().flatten(0, -2)
         rows, columns = self.accumulated * (len(g) + 4), self.accumulated * (g.shape[1] + 4)
         e = e + self.flushed
         per_chunk = u if self.dtype.itemsize == 2 else 0  # each chunk's product is rounded
@@ -450,7 +450,7 @@ def _check_gradients(
         error = rows.gradient_error(of_logits, upstream)
     after = torch.zeros(())  # what multiplies a gradient that has been rounded already
     if loss_upstream is not None:
-        after = fuzz_oracle.finite(rows.factor(loss_upstream).amax()) if rows.m.numel() else after
+        after = fuzz_bounds.finite(rows.factor(loss_upstream).amax()) if rows.m.numel() else after
     twice = case.linear is not None or (case.precompute_grad and attempt == 0)
     roundings = {"roundings": 2 if twice else 1, "factor": after}
     for name, grad in grads.items():
@@ -492,13 +492,10 @@ def check_second_derivatives(case: SoftmaxCase | LossCase, device: torch.device)
     rows = Rows(logits, target, wide.get("weight"), case.options(), torch.float64)
     if rows.no_weight:
         return
-    theirs = [fuzz_oracle.loss_of(logits, target, wide.get("weight"), rows)]
+    theirs = [fuzz_bounds.exact_loss(logits, target, wide.get("weight"), rows)]
     if case.return_stats:
         own = {"softcap": case.softcap, "logit_scale": case.logit_scale}
         lse, nll, entropy, _ = oracle.stats(logits, target, ignore_index=case.ignored_class, **own)
-        if case.target.probabilities:
-            dim = oracle.class_dim(logits)
-            nll = -(target.movedim(dim, -1) * oracle.transformed(logits, **own).log_softmax(-1)).sum(-1)
         theirs += [lse, nll, entropy]
     theirs = [t.reshape(o.shape) for t, o in zip(theirs, ours, strict=True)]
     _compare_second(ours, [call.leaves[n] for n in names], theirs, [wide[n] for n in names], case.upstream)
@@ -522,5 +519,5 @@ def _compare_second(
         for i, (a, b) in enumerate(zip(mine, right, strict=True)):
             b = b.detach()
             scale = b.abs().max() if b.numel() else b.sum()
-            allowed = 1e3 * fuzz_oracle.FLOAT64 * (1 + fuzz_oracle.finite(scale)).expand_as(b)
+            allowed = 1e3 * fuzz_bounds.FLOAT64 * (1 + fuzz_bounds.finite(scale)).expand_as(b)
             oracle.assert_within(a, b, allowed, f"{kind} {i}")

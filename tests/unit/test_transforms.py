@@ -1,4 +1,5 @@
-"""torch.func: grad, vmap, jvp, jacrev, jacfwd, hessian and their nestings, against torch's own functions in float64.
+"""torch.func: grad, vmap, jvp, jacrev, jacfwd, hessian and their nestings, against torch's own functions in float64,
+and against the oracle where torch has none.
 
 Each transform is a different way into the autograd Functions. The order of the nesting matters: forward mode over
 forward mode loses the inner tangent in silence unless a Function's jvp is itself differentiable, so that every nesting
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import oracle
 import pytest
 import seeded
 import torch
@@ -43,23 +45,6 @@ with_options = pytest.mark.parametrize("options", TORCH_OPTIONS.values(), ids=TO
 of_classes_or_probabilities = pytest.mark.parametrize("target", [Y, Q], ids=["classes", "probabilities"])
 SOFTMAXES = [(softmax_ext.softmax, F.softmax), (softmax_ext.log_softmax, F.log_softmax)]
 each_softmax = pytest.mark.parametrize("pair", SOFTMAXES, ids=["softmax", "log_softmax"])
-
-
-def plain(
-    x: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean", **options: Any
-) -> Tensor:
-    """Every option of ours, in torch's operations."""
-    z_loss, softcap, scale = (options.pop(name) for name in OUR_OPTIONS)
-    dim = 0 if x.dim() == 1 else 1
-    z = softcap * torch.tanh(x * scale / softcap)
-    loss = F.cross_entropy(z, target, weight, reduction=reduction, **options)
-    penalty = z_loss * z.logsumexp(dim).square()
-    if reduction == "none":
-        return loss + penalty
-    if reduction == "sum":
-        return loss + penalty.sum()
-    total = penalty.numel() if weight is None or target.is_floating_point() else weight[target].sum()
-    return loss + penalty.sum() / total
 
 
 def same(transform: Callable[[Callable[..., Any]], Any], ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
@@ -114,7 +99,7 @@ def test_forward_mode_to_the_weight_with_options():
     same(
         lambda f: jvp(lambda w: f(X, Q, weight=w, label_smoothing=0.2, **OUR_OPTIONS), (W,), (randn(4),)),
         softmax_ext.cross_entropy,
-        plain,
+        oracle.cross_entropy_loss,
     )
 
 
@@ -153,7 +138,7 @@ def test_every_option_to_second_order(shape, reduction, target):
         lambda f: jvp(grad(lambda x: f(x, target, **options).sum()), (x,), (v,)),
         lambda f: grad(lambda x: jvp(lambda x: f(x, target, **options).sum(), (x,), (v,))[1])(x),
     ):
-        same(transform, softmax_ext.cross_entropy, plain)
+        same(transform, softmax_ext.cross_entropy, oracle.cross_entropy_loss)
 
 
 @of_classes_or_probabilities
@@ -170,13 +155,6 @@ def test_vjp_and_linearize(target):
     same(pushed, softmax_ext.cross_entropy, F.cross_entropy)
 
 
-def statistics(x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    """The three differentiable ones, by torch."""
-    log_p = x.log_softmax(1)
-    nll = F.cross_entropy(x, target, reduction="none")
-    return x.logsumexp(1), nll, -(log_p.exp() * log_p).sum(1)
-
-
 @of_classes_or_probabilities
 @pytest.mark.parametrize(
     "transform",
@@ -188,7 +166,10 @@ def test_statistics(transform, target):
         _, stats = softmax_ext.cross_entropy(x, target, return_stats=True)
         return stats[:3]
 
-    same(lambda f: transform(lambda x: f(x, target))(X), ours, statistics)
+    def exact(x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return oracle.stats(x, target)[:3]
+
+    same(lambda f: transform(lambda x: f(x, target))(X), ours, exact)
 
 
 # ---- nestings ------------------------------------------------------------------------------------------------------
@@ -221,7 +202,7 @@ def test_third_derivative_with_our_options(nesting):
     same(
         lambda f: nest(nesting, lambda x: f(x, Y[:2], label_smoothing=0.2, **OUR_OPTIONS))(X[:2]),
         softmax_ext.cross_entropy,
-        plain,
+        oracle.cross_entropy_loss,
     )
 
 

@@ -1,9 +1,8 @@
-"""What a drawn call must give, in float64, and how far off it may be: an error analysis of each row.
+"""How far off a drawn call may be from the oracle: an error analysis of each row.
 
-The values are torch's own (F.cross_entropy, autograd) on float64 copies of the same numbers; the terms that torch's
-function lacks (z_loss, softcap, logit_scale, statistics) are added by the formulas of oracle.py. Two differences to
-torch are meant (README): an ignored row has loss and gradient 0 whatever its logits, and a class without mass
-contributes nothing at a logit of -inf. Where torch multiplies 0 by infinity there, its operands are replaced first.
+Two differences to torch are meant (README): an ignored row has loss and gradient 0 whatever its logits, and a class
+without mass contributes nothing at a logit of -inf. Where torch multiplies 0 by infinity there, the oracle's operands
+are replaced first.
 
 A bound is  TOLERANCE u (sum of the magnitudes of what is added up)  in the arithmetic's u, as in oracle.py, where the
 magnitude of a log-probability is what its rounding is relative to; plus the roundings to the result's dtype; plus
@@ -271,7 +270,7 @@ class Rows:
         mass = (1 - self.options["label_smoothing"]) * self.q + self.share()
         terms = self.factor(upstream) * mass.abs()
         terms = terms.reshape(-1, terms.shape[-1])
-        # A weight of 0 takes part in no loss, but its gradient sees the logit of -inf, for which loss_of has another.
+        # A weight of 0 takes part in no loss, but its gradient sees the logit of -inf, which exact_loss replaces.
         infinite = (self.log_p == -torch.inf) & ~self.sick & (self.target_weight == 0) & (terms.reshape(mass.shape) > 0)
         if upstream is not None:
             sign = upstream.sign() if not upstream.dim() else upstream.sign().unsqueeze(-1)
@@ -300,26 +299,23 @@ class Rows:
         return Bounded(exact, allowed)
 
 
-def loss_of(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
-    """The reduced loss in float64, differentiable in logits and weight; ``rows`` are of the same call."""
-    options = rows.options
-    reduction, dim = options["reduction"], rows.dim
-    z = rows.unflat(oracle.transformed(torch.where(rows.dead, 0, logits), options["softcap"], options["logit_scale"]))
-    lse = oracle.logsumexp(z, dim)
+def exact_loss(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows) -> Tensor:
+    """The oracle's reduced loss, differentiable in logits and weight; ``rows`` are of the same call."""
+    options, dim = dict(rows.options), rows.dim
+    z = rows.unflat(
+        oracle.transformed(torch.where(rows.dead, 0, logits), options.pop("softcap"), options.pop("logit_scale"))
+    )
     size = finite(z.detach()).abs().amax(dim, keepdim=True)
     z = torch.where(rows.massless, -2 * size - 1e4, z)  # whose exponential is 0
-    main = {k: options[k] for k in ("ignore_index", "reduction", "label_smoothing")}
-    if options["label_smoothing"] == 1 and not target.is_floating_point():
-        # Nothing of the target class's own term, also where that is infinite.
-        uniform = torch.full_like(z, 1 / z.shape[dim])
-        each = torch.where(rows.live.squeeze(-1), F.cross_entropy(z, uniform, weight, reduction="none"), 0)
-        loss = each if reduction == "none" else each.sum() / (rows.total if reduction == "mean" else 1)
-    else:
-        loss = F.cross_entropy(z, target, weight, **main)
-    if options["z_loss"]:
-        extra = options["z_loss"] * torch.where(rows.live.squeeze(-1), lse.square(), 0)
-        loss = loss + (extra if reduction == "none" else extra.sum() / (rows.total if reduction == "mean" else 1))
-    return loss
+    if options["label_smoothing"] < 1 or target.is_floating_point():
+        return oracle.cross_entropy_loss(z, target, weight, **options)
+    # Nothing of the target class's own term, also where that is infinite.
+    uniform = torch.full_like(z, 1 / z.shape[dim])
+    each = oracle.cross_entropy_loss(z, uniform, weight, reduction="none", z_loss=options["z_loss"])
+    each = torch.where(rows.live.squeeze(-1), each, 0)
+    if options["reduction"] == "none":
+        return each
+    return each.sum() / (rows.total if options["reduction"] == "mean" else 1)
 
 
 def log_softmax_bound(values: Tensor, exact: Tensor, dim: int, work: torch.dtype, dtype: torch.dtype) -> Bounded:
