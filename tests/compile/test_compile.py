@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import seeded
 import torch
 import torch.nn.functional as F
+from seeded import randint, randn
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,10 +33,6 @@ def fresh_compiler() -> Iterator[None]:
     enabled = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert enabled, "the test left the grad mode switched off"
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return seeded.randn(shape, seed).to(dtype)
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -89,7 +85,7 @@ def test_cross_entropy(kind, dynamic, options):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_shapes(shape, dynamic):
     batch = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
-    target = seeded.randint(4, batch)
+    target = randint(4, batch)
     same(lambda x, y: cross_entropy(x, y, return_stats=True), randn(*shape), target, dynamic=dynamic)
 
 

@@ -30,10 +30,10 @@ from softmax_ext import cross_entropy, internals, linear_cross_entropy
 
 Function = Callable[[Tensor], Tensor]
 
-X, TANGENT = seeded.randn((3, 4)), seeded.randn((3, 4), 1)
+X, TANGENT = seeded.randn(3, 4), seeded.randn(3, 4, seed=1)
 Y = torch.tensor([0, 3, 2])
-CLASSES = seeded.randn((5, 4), 2)
-Q = seeded.randn((3, 4), 3).softmax(1)
+CLASSES = seeded.randn(5, 4, seed=2)
+Q = seeded.randn(3, 4, seed=3).softmax(1)
 
 
 def total(values: Tensor) -> Tensor:

@@ -45,7 +45,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-namespace cuda_on_cpu {
+namespace emulator {
 namespace {
 
 constexpr int kWarp = 32;
@@ -204,7 +204,7 @@ std::string waits_for(const Fiber& fiber) {
 }
 
 [[noreturn]] void report_deadlock() {
-  fprintf(stderr, "cuda_on_cpu: deadlock\n");
+  fprintf(stderr, "emulator: deadlock\n");
   print_launch();
   for (unsigned b = 0; b < cluster_size; b++) {
     const Block& block = blocks[b];
@@ -223,7 +223,7 @@ std::string waits_for(const Fiber& fiber) {
 bool yields = false;
 
 void fail(Where where, const char* format, ...) {
-  fprintf(stderr, "cuda_on_cpu: ");
+  fprintf(stderr, "emulator: ");
   va_list arguments;
   va_start(arguments, format);
   vfprintf(stderr, format, arguments);
@@ -280,7 +280,7 @@ void explain_fault(int, siginfo_t* info, void*) {
     const char* what = !block.begun      ? "which has not begun"
                        : block.live == 0 ? "which has exited"
                                          : "which is out of bounds";
-    fprintf(stderr, "cuda_on_cpu: access to byte %ld of the shared memory of block (%u, %u, %u), %s\n",
+    fprintf(stderr, "emulator: access to byte %ld of the shared memory of block (%u, %u, %u), %s\n",
             static_cast<long>(address - block.shared), block.index.x, block.index.y, block.index.z, what);
     fprintf(stderr, "  by thread %u of block (%u, %u, %u)\n", linear(threadIdx), blockIdx.x, blockIdx.y, blockIdx.z);
     if (kernel) print_launch();
@@ -658,12 +658,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& launched) {
   return cudaSuccess;
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator
 
 // Launches so far, for tests that count them.
-extern "C" __attribute__((visibility("default"))) uint64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
+extern "C" __attribute__((visibility("default"))) uint64_t emulator_launches() { return emulator::launches; }
 
-using cuda_on_cpu::result;
+using emulator::result;
 
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
@@ -692,11 +692,11 @@ const char* cudaGetErrorString(cudaError_t error) {
   return "unknown error";
 }
 cudaError_t cudaGetLastError() {
-  const cudaError_t error = cuda_on_cpu::last_error;
-  cuda_on_cpu::last_error = cudaSuccess;
+  const cudaError_t error = emulator::last_error;
+  emulator::last_error = cudaSuccess;
   return error;
 }
-cudaError_t cudaPeekAtLastError() { return cuda_on_cpu::last_error; }
+cudaError_t cudaPeekAtLastError() { return emulator::last_error; }
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -709,7 +709,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 cudaError_t cudaSetDevice(int device) { return result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice); }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  using namespace cuda_on_cpu;
+  using namespace emulator;
   if (device != 0) return result(cudaErrorInvalidDevice);
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = kMaxThreads; return cudaSuccess;
@@ -741,7 +741,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  using namespace cuda_on_cpu;
+  using namespace emulator;
   const std::lock_guard<std::mutex> guard(one_launch);
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
@@ -758,14 +758,14 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  using namespace cuda_on_cpu;
+  using namespace emulator;
   attributes->binaryVersion = capability();
   attributes->ptxVersion = static_cast<int>(environment("SOFTMAX_EXT_EMULATED_CODE", capability()));
   return cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  using namespace cuda_on_cpu;
+  using namespace emulator;
   const size_t reserved = capability() == 75 ? 0 : 1 << 10;
   const size_t by_shared = shared_per_multiprocessor() / std::max<size_t>(shared_bytes + reserved, 1);
   *blocks = static_cast<int>(std::min({by_shared, static_cast<size_t>(max_resident_threads() / threads), size_t{16}}));
@@ -773,7 +773,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config) {
-  using namespace cuda_on_cpu;
+  using namespace emulator;
   const cudaError_t error = check(*config, kernel);
   if (error != cudaSuccess) return result(error);
   const dim3 block = config->blockDim, cluster = cluster_of(*config);

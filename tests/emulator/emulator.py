@@ -1,4 +1,4 @@
-"""Builds what runs CUDA kernels on the CPU, with the C++ compiler alone, in build/cuda_on_cpu/.
+"""Builds what runs CUDA kernels on the CPU, with the C++ compiler alone, in build/emulator/.
 
     selftest           the program of selftest.cu
     libemulated.so     the kernels of csrc/cuda and the operators of csrc/ops/cuda, unmodified, on CPU tensors: loaded
@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cuda_on_cpu"
+BUILD = ROOT / "build" / "emulator"
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # as in setup.py
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import oracle
 import torch
+from layouts import contiguous, sliced, stepped, transposed
 from torch import Tensor
 
 from softmax_ext import cross_entropy
@@ -20,32 +21,6 @@ class Strategy(NamedTuple):
     precompute_grad: bool
     inplace: bool
     scaled: bool  # an upstream gradient other than 1
-
-
-def contiguous(values: Tensor) -> Tensor:
-    return values.clone()
-
-
-def transposed(values: Tensor) -> Tensor:
-    """Classes outermost in memory."""
-    dim = oracle.class_dim(values)
-    return values.movedim(dim, 0).clone(memory_format=torch.contiguous_format).movedim(0, dim)
-
-
-def sliced(values: Tensor) -> Tensor:
-    """A window of a wider tensor: rows neither dense nor aligned."""
-    wide = values.new_zeros(*values.shape[:-1], values.shape[-1] + 3)
-    window = wide[..., 1 : 1 + values.shape[-1]]
-    window.copy_(values)
-    return window
-
-
-def stepped(values: Tensor) -> Tensor:
-    """Every second element of the last dimension."""
-    wide = values.new_zeros(*values.shape[:-1], 2 * values.shape[-1] + 1)
-    window = wide[..., 1::2]
-    window.copy_(values)
-    return window
 
 
 LAYOUTS = [contiguous, transposed, sliced, stepped]

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import seeded
 import torch
 import torch.nn.functional as F
+from seeded import randint, randn
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -49,11 +49,6 @@ def shape_name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def randn(*shape: int, seed: int = 0, **kwargs: Any) -> Tensor:
-    kwargs.setdefault("dtype", torch.float64)
-    return seeded.randn(shape, seed).to(**kwargs)
-
-
 def logits_for(shape: tuple[int, ...], **kwargs: Any) -> Tensor:
     return randn(*shape, **kwargs).requires_grad_()
 
@@ -65,7 +60,7 @@ def class_dim(shape: tuple[int, ...]) -> int:
 def classes_for(shape: tuple[int, ...], seed: int = 1) -> Tensor:
     """At least one row is of class 0, and one of another class where there are two rows."""
     batch = [n for d, n in enumerate(shape) if d != class_dim(shape)]
-    target = seeded.randint(shape[class_dim(shape)], batch, seed)
+    target = randint(shape[class_dim(shape)], batch, seed)
     target.view(-1)[0] = 0
     if target.numel() > 1:
         target.view(-1)[1] = 1
@@ -352,7 +347,7 @@ def test_batched_gradients_keep_their_graph(pair):
         result = function(inputs[0] @ inputs[1])
         options = {"is_grads_batched": True, "create_graph": True}
         (first,) = torch.autograd.grad(result, inputs[0], one_hot_like(result), **options)
-        directions = seeded.randn((2, *first.shape), 4).double()
+        directions = randn(2, *first.shape, seed=4)
         (second,) = torch.autograd.grad(first, inputs[1], directions, **options)
         seconds.append((second, *torch.autograd.grad(second.pow(3).sum(), inputs)))
     assert_close(*seconds)
@@ -368,7 +363,7 @@ def test_batched_gradients_keep_their_tangent(pair, of_input):
             result = function(forward_ad.make_dual(x, randn(3, 4, seed=2)) if of_input else x)
             upstream = one_hot_like(result)
             if not of_input:
-                upstream = forward_ad.make_dual(upstream, seeded.randn(upstream.shape, 4).double())
+                upstream = forward_ad.make_dual(upstream, randn(*upstream.shape, seed=4))
             (gradient,) = torch.autograd.grad(result, x, upstream, is_grads_batched=True)
             tangents.append(forward_ad.unpack_dual(gradient).tangent)
     assert tangents[1].abs().max() > 0

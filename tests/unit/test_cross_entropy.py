@@ -20,10 +20,9 @@ from cross_entropy_checks import (
     bounds_for,
     check,
     check_product,
-    contiguous,
     run,
-    transposed,
 )
+from layouts import contiguous, transposed
 from torch import Tensor
 
 import softmax_ext

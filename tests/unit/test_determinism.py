@@ -1,8 +1,8 @@
 """The same bits: run after run, for any number of threads, wherever a row stands in its batch and in memory.
 
-test_kernels.py has each dtype and layout for 1, 2, 3 and 7 threads, stress/test_large_results.py what is stored past
-the caches. Here are a hundred runs, in-place gradients, and places within a vector; and linear cross entropy,
-whose matrix products are torch's: docs/trust.md says what of that is promised.
+Each dtype and layout for 1, 2, 3 and 7 threads; a hundred runs, in-place gradients, and places within a vector; and
+linear cross entropy, whose matrix products are torch's: docs/trust.md says what of that is promised.
+stress/test_large_results.py has what is stored past the caches.
 """
 
 import itertools
@@ -56,7 +56,39 @@ def linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Results:
     return results
 
 
+def everything(values: Tensor, target: Tensor, reduction: str, precompute: bool) -> Results:
+    """Loss, statistics and gradients; softmax and its gradient."""
+    x = values.clone().requires_grad_()
+    loss, stats = cross_entropy(
+        x, target, reduction=reduction, label_smoothing=0.1, precompute_grad=precompute, return_stats=True
+    )
+    loss.backward(torch.full_like(loss, 0.5))
+    results = [loss.detach(), *(s.detach() for s in stats), x.grad]
+    return [*results, *softmaxes(values)]
+
+
 # ---- runs and threads ------------------------------------------------------------------------------------------------
+
+
+THREADS = [1, 2, 3, 7]
+# Large enough that work is split: both layouts, many rows, few rows, many classes.
+SHAPES = [(2000, 100), (20000, 10), (3, 50257), (4, 21, 64, 32), (2, 1000, 100)]
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_do_not_depend_on_threads_or_run(shape, dtype, kind):
+    values = torch.randn(shape).to(dtype)
+    target = oracle.make_target(kind, shape, dtype)
+    for reduction, precompute in [("mean", False), ("mean", True), ("sum", False), ("none", True)]:
+        torch.set_num_threads(THREADS[0])
+        first = everything(values, target, reduction, precompute)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            oracle.assert_same_bits(
+                first, everything(values, target, reduction, precompute), (threads, reduction, precompute)
+            )
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
@@ -92,6 +124,23 @@ def test_every_run_of_linear_cross_entropy(dtype):
 def by_itself(values: Tensor, target: Tensor) -> Results:
     """Of one row, or of several."""
     return [*losses_and_gradients(values, target, ["none"]), *softmaxes(values)]
+
+
+@pytest.mark.parametrize("kind", ["int64", "probabilities"])
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [3, 17, 40, 5000])
+def test_bits_of_a_row_do_not_depend_on_its_place(classes, dtype, kind):
+    """Within one layout: in another order, and in the company of fewer rows."""
+    rows = 6 if classes == 5000 else 300
+    values = (3 * torch.randn(rows, classes)).to(dtype)
+    target = oracle.make_target(kind, (rows, classes), dtype)
+    for order, precompute in itertools.product(
+        [torch.randperm(rows), torch.arange(1, rows), torch.arange(rows - 1), torch.arange(2), torch.arange(1)],
+        [False, True],
+    ):
+        whole = everything(values, target, "none", precompute)
+        part = everything(values[order], target[order], "none", precompute)
+        oracle.assert_same_bits([t[order] for t in whole], part, (len(order), precompute))
 
 
 @of_the_cpu

@@ -36,7 +36,7 @@ LATE = "" if TORCH >= (2, 14) else "raises at the call"
 
 
 def randn(*shape: int) -> Tensor:
-    return seeded.randn(shape, dtype=torch.float32)
+    return seeded.randn(*shape, dtype=torch.float32)
 
 
 X = randn(3, 4)

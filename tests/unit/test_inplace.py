@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import seeded
 import torch
 import torch.nn.functional as F
+from seeded import randint, randn
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -26,10 +26,6 @@ STRATEGIES = [*INPLACE, pytest.param({"precompute_grad": True}, id="precomputed"
 
 both = pytest.mark.parametrize("inplace", INPLACE)
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return seeded.randn(shape, seed)
 
 
 def leaf_and_logits(*shape: int) -> tuple[Tensor, Tensor]:
@@ -325,7 +321,7 @@ def test_gradient_equals_torchs(shape, make, reduction, strategy):
     logits = make(leaf)
     classes = logits.shape[0 if logits.dim() == 1 else 1]
     batch = logits.shape[:0] if logits.dim() == 1 else (logits.shape[0], *logits.shape[2:])
-    target = seeded.randint(classes, batch, 1)
+    target = randint(classes, batch, 1)
     if target.dim():
         target.view(-1)[1] = -100
     options = {"weight": randn(classes, seed=2).abs(), "label_smoothing": 0.1, "reduction": reduction}

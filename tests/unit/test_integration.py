@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import seeded
 import torch
 import torch.nn.functional as F
+from seeded import randn
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +20,6 @@ from softmax_ext import CrossEntropyLoss, cross_entropy
 
 STRATEGIES = [{}, {"precompute_grad": True}, {"inplace": True}, {"inplace": True, "precompute_grad": True}]
 strategies = pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return seeded.randn(shape, seed).to(dtype)
 
 
 X = randn(3, 4)

@@ -6,6 +6,7 @@ everywhere; strides within one layout change no bit at all.
 
 import itertools
 
+import layouts
 import oracle
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_cross_entropy_of_any_strides(layout, shape, dtype, device):
     for kind in ("int64", "probabilities"):
         target = oracle.make_target(kind, shape, dtype)
         # A target of probabilities has strides of its own.
-        targets = [target, reversed_target(target)] if kind == "probabilities" else [target, spread(target)]
+        targets = [target, layouts.reversed_dims(target)] if kind == "probabilities" else [target, spread(target)]
         for reduction in ("none", "mean"):
             exact = oracle.cross_entropy(x, target, reduction=reduction)
             scale = oracle.gradient_scale(exact.grad, target, None, reduction=reduction)
@@ -116,11 +117,6 @@ def test_cross_entropy_of_any_strides(layout, shape, dtype, device):
                     right = exact.grad_target
                     allowed = oracle.tolerance("grad_target", right, dtype, scale=oracle.largest(right, 1))
                     oracle.assert_within(grad_target, right, allowed, what)
-
-
-def reversed_target(target: Tensor) -> Tensor:
-    order = tuple(reversed(range(target.dim())))
-    return target.permute(order).contiguous().permute(order)
 
 
 def spread(target: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ def test_softmax_of_any_strides(layout, shape, dtype, log, device):
     for dim in range(len(shape)):
         upstream = torch.randn(shape).to(dtype)
         # A gradient comes with the strides of what follows, not with those of the output.
-        for g in (upstream, reversed_target(upstream), upstream[:1].expand(shape)):
+        for g in (upstream, layouts.reversed_dims(upstream), upstream[:1].expand(shape)):
             exact, exact_grad = oracle.softmax(x, dim, log, g)
             leaf = x.detach().requires_grad_()
             y = (log_softmax if log else softmax)(leaf, dim)
@@ -188,7 +184,7 @@ def test_upstream_gradients_of_any_strides(shape, precompute, device):
     """Of the loss and of the statistics: what follows the loss decides how they lie."""
     x, target = torch.randn(shape, device=device), oracle.make_target("int64", shape, torch.float32).to(device)
     rows = torch.randn(target.shape, device=device)
-    for lay in (reversed_target, spread, lambda t: t[:1].expand(t.shape)):
+    for lay in (layouts.reversed_dims, spread, lambda t: t[:1].expand(t.shape)):
         upstream = lay(rows)
         for name in ("loss", "lse", "nll", "entropy"):
             grads = []

@@ -23,7 +23,7 @@ OPTIONS = {
     "return_stats": False,
 }
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 0.0], dtype=torch.float64)
-X = seeded.randn((3, 4))
+X = seeded.randn(3, 4)
 Y = torch.tensor([0, 3, 2])
 
 

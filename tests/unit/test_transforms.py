@@ -13,19 +13,14 @@ from typing import Any
 
 import oracle
 import pytest
-import seeded
 import torch
 import torch.nn.functional as F
+from seeded import randint, randn
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from torch.testing import assert_close
 
 import softmax_ext
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return seeded.randn(shape, seed)
-
 
 X = randn(3, 4)
 Y = torch.tensor([0, 3, 2])
@@ -289,13 +284,13 @@ def test_vmap_of_shapes(shape, reduction):
     """Unbatched rows, images, long rows."""
     x = randn(BATCH, *shape)
     batch = shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
-    y = seeded.randint(4, (BATCH, *batch))
+    y = randint(4, (BATCH, *batch))
     ours = vmap(lambda x, y: softmax_ext.cross_entropy(x, y, reduction=reduction))(x, y)
     assert_close(ours, stacked(lambda x, y: F.cross_entropy(x, y, reduction=reduction), (0, 0), x, y))
 
 
 def test_vmap_of_vmap():
-    x, y = randn(2, 3, 2, 4), seeded.randint(4, (3, 2, 2))
+    x, y = randn(2, 3, 2, 4), randint(4, (3, 2, 2))
     ours = vmap(vmap(lambda x, y: softmax_ext.cross_entropy(x, y, label_smoothing=0.1)), in_dims=(0, 1))(x, y)
     rows = [[F.cross_entropy(x[i, j], y[j, i], label_smoothing=0.1) for j in range(3)] for i in range(2)]
     assert_close(ours, torch.stack([torch.stack(row) for row in rows]))
@@ -393,7 +388,7 @@ def test_infinite_weight_of_no_row_under_vmap():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_vmap_in_other_dtypes(dtype):
     """A mean under vmap is rounded once, like the mean itself."""
-    x, y = randn(BATCH, 50, 4).to(dtype), seeded.randint(4, (BATCH, 50))
+    x, y = randn(BATCH, 50, 4).to(dtype), randint(4, (BATCH, 50))
     ours = vmap(softmax_ext.cross_entropy)(x, y)
     assert ours.dtype == dtype
     assert_close(ours, stacked(softmax_ext.cross_entropy, (0, 0), x, y))

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cuda_on_cpu.h"
+#include "emulator.h"
 
 #define __global__
 #define __device__
@@ -30,32 +30,32 @@
 #define CUDART_NAN __builtin_nan("")
 
 // The caller's place: a default argument of the functions below.
-#define CUDA_ON_CPU_HERE ::cuda_on_cpu::Where where = {__builtin_FILE(), __builtin_LINE()}
+#define EMULATOR_HERE ::emulator::Where where = {__builtin_FILE(), __builtin_LINE()}
 
 // ---- vector types ----------------------------------------------------------------------------------------------------
 
-#define CUDA_ON_CPU_VECTOR2(type, name, alignment) \
-  struct alignas(alignment) name {                 \
-    type x, y;                                     \
-  };                                               \
+#define EMULATOR_VECTOR2(type, name, alignment) \
+  struct alignas(alignment) name {              \
+    type x, y;                                  \
+  };                                            \
   inline name make_##name(type x, type y) { return {x, y}; }
-#define CUDA_ON_CPU_VECTOR4(type, name, alignment) \
-  struct alignas(alignment) name {                 \
-    type x, y, z, w;                               \
-  };                                               \
+#define EMULATOR_VECTOR4(type, name, alignment) \
+  struct alignas(alignment) name {              \
+    type x, y, z, w;                            \
+  };                                            \
   inline name make_##name(type x, type y, type z, type w) { return {x, y, z, w}; }
 
-CUDA_ON_CPU_VECTOR2(unsigned short, ushort2, 4)
-CUDA_ON_CPU_VECTOR2(int, int2, 8)
-CUDA_ON_CPU_VECTOR2(unsigned, uint2, 8)
-CUDA_ON_CPU_VECTOR2(float, float2, 8)
-CUDA_ON_CPU_VECTOR2(double, double2, 16)
-CUDA_ON_CPU_VECTOR2(long long, longlong2, 16)
-CUDA_ON_CPU_VECTOR2(unsigned long long, ulonglong2, 16)
-CUDA_ON_CPU_VECTOR4(unsigned short, ushort4, 8)
-CUDA_ON_CPU_VECTOR4(int, int4, 16)
-CUDA_ON_CPU_VECTOR4(unsigned, uint4, 16)
-CUDA_ON_CPU_VECTOR4(float, float4, 16)
+EMULATOR_VECTOR2(unsigned short, ushort2, 4)
+EMULATOR_VECTOR2(int, int2, 8)
+EMULATOR_VECTOR2(unsigned, uint2, 8)
+EMULATOR_VECTOR2(float, float2, 8)
+EMULATOR_VECTOR2(double, double2, 16)
+EMULATOR_VECTOR2(long long, longlong2, 16)
+EMULATOR_VECTOR2(unsigned long long, ulonglong2, 16)
+EMULATOR_VECTOR4(unsigned short, ushort4, 8)
+EMULATOR_VECTOR4(int, int4, 16)
+EMULATOR_VECTOR4(unsigned, uint4, 16)
+EMULATOR_VECTOR4(float, float4, 16)
 
 struct uint3 {
   unsigned x, y, z;
@@ -73,109 +73,109 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-inline void __syncthreads(CUDA_ON_CPU_HERE) { ::cuda_on_cpu::block_barrier(::cuda_on_cpu::Barrier::kSync, 0, where); }
-inline int __syncthreads_or(int predicate, CUDA_ON_CPU_HERE) {
-  return ::cuda_on_cpu::block_barrier(::cuda_on_cpu::Barrier::kOr, predicate, where);
+inline void __syncthreads(EMULATOR_HERE) { ::emulator::block_barrier(::emulator::Barrier::kSync, 0, where); }
+inline int __syncthreads_or(int predicate, EMULATOR_HERE) {
+  return ::emulator::block_barrier(::emulator::Barrier::kOr, predicate, where);
 }
-inline int __syncthreads_and(int predicate, CUDA_ON_CPU_HERE) {
-  return ::cuda_on_cpu::block_barrier(::cuda_on_cpu::Barrier::kAnd, predicate, where);
+inline int __syncthreads_and(int predicate, EMULATOR_HERE) {
+  return ::emulator::block_barrier(::emulator::Barrier::kAnd, predicate, where);
 }
-inline int __syncthreads_count(int predicate, CUDA_ON_CPU_HERE) {
-  return ::cuda_on_cpu::block_barrier(::cuda_on_cpu::Barrier::kCount, predicate, where);
+inline int __syncthreads_count(int predicate, EMULATOR_HERE) {
+  return ::emulator::block_barrier(::emulator::Barrier::kCount, predicate, where);
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffff, CUDA_ON_CPU_HERE) {
-  ::cuda_on_cpu::warp_collective(::cuda_on_cpu::Collective::kSyncWarp, mask, 0, 0, where);
+inline void __syncwarp(unsigned mask = 0xffffffff, EMULATOR_HERE) {
+  ::emulator::warp_collective(::emulator::Collective::kSyncWarp, mask, 0, 0, where);
 }
 
 // As CUDA's programming guide has them: a lane out of its segment of `width` lanes gives the thread's own value.
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, CUDA_ON_CPU_HERE) {
-  const int first = ::cuda_on_cpu::lane() & ~(width - 1);
-  return ::cuda_on_cpu::shuffle(mask, value, first + (source & (width - 1)), where);
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize, EMULATOR_HERE) {
+  const int first = ::emulator::lane() & ~(width - 1);
+  return ::emulator::shuffle(mask, value, first + (source & (width - 1)), where);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, CUDA_ON_CPU_HERE) {
-  const int lane = ::cuda_on_cpu::lane(), source = lane ^ lane_mask;
-  return ::cuda_on_cpu::shuffle(mask, value, source <= (lane | (width - 1)) ? source : lane, where);
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize, EMULATOR_HERE) {
+  const int lane = ::emulator::lane(), source = lane ^ lane_mask;
+  return ::emulator::shuffle(mask, value, source <= (lane | (width - 1)) ? source : lane, where);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, CUDA_ON_CPU_HERE) {
-  const int lane = ::cuda_on_cpu::lane(), source = lane + static_cast<int>(delta);
-  return ::cuda_on_cpu::shuffle(mask, value, source <= (lane | (width - 1)) ? source : lane, where);
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_HERE) {
+  const int lane = ::emulator::lane(), source = lane + static_cast<int>(delta);
+  return ::emulator::shuffle(mask, value, source <= (lane | (width - 1)) ? source : lane, where);
 }
 template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, CUDA_ON_CPU_HERE) {
-  const int lane = ::cuda_on_cpu::lane(), source = lane - static_cast<int>(delta);
-  return ::cuda_on_cpu::shuffle(mask, value, source >= (lane & ~(width - 1)) ? source : lane, where);
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_HERE) {
+  const int lane = ::emulator::lane(), source = lane - static_cast<int>(delta);
+  return ::emulator::shuffle(mask, value, source >= (lane & ~(width - 1)) ? source : lane, where);
 }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, EMULATOR_HERE) {
   const uint64_t vote = predicate != 0;
-  return static_cast<unsigned>(::cuda_on_cpu::warp_collective(::cuda_on_cpu::Collective::kVote, mask, vote, 0, where));
+  return static_cast<unsigned>(::emulator::warp_collective(::emulator::Collective::kVote, mask, vote, 0, where));
 }
-inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+inline int __any_sync(unsigned mask, int predicate, EMULATOR_HERE) {
   return __ballot_sync(mask, predicate, where) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_HERE) {
+inline int __all_sync(unsigned mask, int predicate, EMULATOR_HERE) {
   return __ballot_sync(mask, predicate, where) == mask;
 }
 // No lane can rely on another's company, so the least of the right answers.
-inline unsigned __activemask() { return 1u << ::cuda_on_cpu::lane(); }
+inline unsigned __activemask() { return 1u << ::emulator::lane(); }
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
-inline void __trap(CUDA_ON_CPU_HERE) { ::cuda_on_cpu::fail(where, "__trap()"); }
+inline void __trap(EMULATOR_HERE) { ::emulator::fail(where, "__trap()"); }
 
 // ---- memory ----------------------------------------------------------------------------------------------------------
 
-#define CUDA_ON_CPU_LOAD(name)                  \
-  template <typename T>                         \
-  T name(const T* address, CUDA_ON_CPU_HERE) {  \
-    return ::cuda_on_cpu::load(address, where); \
+#define EMULATOR_LOAD(name)                  \
+  template <typename T>                      \
+  T name(const T* address, EMULATOR_HERE) {  \
+    return ::emulator::load(address, where); \
   }
-#define CUDA_ON_CPU_STORE(name)                      \
-  template <typename T>                              \
-  void name(T* address, T value, CUDA_ON_CPU_HERE) { \
-    ::cuda_on_cpu::store(address, value, where);     \
+#define EMULATOR_STORE(name)                      \
+  template <typename T>                           \
+  void name(T* address, T value, EMULATOR_HERE) { \
+    ::emulator::store(address, value, where);     \
   }
-CUDA_ON_CPU_LOAD(__ldg)
-CUDA_ON_CPU_LOAD(__ldca)
-CUDA_ON_CPU_LOAD(__ldcg)
-CUDA_ON_CPU_LOAD(__ldcs)
-CUDA_ON_CPU_LOAD(__ldcv)
-CUDA_ON_CPU_LOAD(__ldlu)
-CUDA_ON_CPU_STORE(__stcg)
-CUDA_ON_CPU_STORE(__stcs)
-CUDA_ON_CPU_STORE(__stwb)
-CUDA_ON_CPU_STORE(__stwt)
+EMULATOR_LOAD(__ldg)
+EMULATOR_LOAD(__ldca)
+EMULATOR_LOAD(__ldcg)
+EMULATOR_LOAD(__ldcs)
+EMULATOR_LOAD(__ldcv)
+EMULATOR_LOAD(__ldlu)
+EMULATOR_STORE(__stcg)
+EMULATOR_STORE(__stcs)
+EMULATOR_STORE(__stwb)
+EMULATOR_STORE(__stwt)
 
 // Integers only: floating-point atomics would make the order of threads show in the results.
 template <typename T, typename U>
-T atomicAdd(T* address, U value, CUDA_ON_CPU_HERE) {
+T atomicAdd(T* address, U value, EMULATOR_HERE) {
   static_assert(std::is_integral<T>::value, "no floating-point atomics");
-  const T old = ::cuda_on_cpu::load(address, where);
+  const T old = ::emulator::load(address, where);
   *address = old + static_cast<T>(value);
   return old;
 }
 template <typename T, typename U>
-T atomicMin(T* address, U value, CUDA_ON_CPU_HERE) {
+T atomicMin(T* address, U value, EMULATOR_HERE) {
   static_assert(std::is_integral<T>::value, "no floating-point atomics");
-  const T old = ::cuda_on_cpu::load(address, where);
+  const T old = ::emulator::load(address, where);
   if (static_cast<T>(value) < old) *address = static_cast<T>(value);
   return old;
 }
 template <typename T, typename U>
-T atomicMax(T* address, U value, CUDA_ON_CPU_HERE) {
+T atomicMax(T* address, U value, EMULATOR_HERE) {
   static_assert(std::is_integral<T>::value, "no floating-point atomics");
-  const T old = ::cuda_on_cpu::load(address, where);
+  const T old = ::emulator::load(address, where);
   if (old < static_cast<T>(value)) *address = static_cast<T>(value);
   return old;
 }
 template <typename T, typename U, typename V>
-T atomicCAS(T* address, U compare, V value, CUDA_ON_CPU_HERE) {
-  const T old = ::cuda_on_cpu::load(address, where);
+T atomicCAS(T* address, U compare, V value, EMULATOR_HERE) {
+  const T old = ::emulator::load(address, where);
   if (old == static_cast<T>(compare)) *address = static_cast<T>(value);
   return old;
 }
@@ -213,12 +213,12 @@ inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 #define __log2f(x) log2f(x)
 #define __tanhf(x) tanhf(x)
 
-inline float __uint_as_float(unsigned x) { return ::cuda_on_cpu::bits<float>(x); }
-inline float __int_as_float(int x) { return ::cuda_on_cpu::bits<float>(x); }
-inline unsigned __float_as_uint(float x) { return ::cuda_on_cpu::bits<unsigned>(x); }
-inline int __float_as_int(float x) { return ::cuda_on_cpu::bits<int>(x); }
-inline double __longlong_as_double(long long x) { return ::cuda_on_cpu::bits<double>(x); }
-inline long long __double_as_longlong(double x) { return ::cuda_on_cpu::bits<long long>(x); }
+inline float __uint_as_float(unsigned x) { return ::emulator::bits<float>(x); }
+inline float __int_as_float(int x) { return ::emulator::bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return ::emulator::bits<unsigned>(x); }
+inline int __float_as_int(float x) { return ::emulator::bits<int>(x); }
+inline double __longlong_as_double(long long x) { return ::emulator::bits<double>(x); }
+inline long long __double_as_longlong(double x) { return ::emulator::bits<long long>(x); }
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
@@ -337,7 +337,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*ke
                                                        shared_bytes);
 }
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 // A kernel and its arguments without their types: call(arguments) runs one thread. `signature` is for reports.
 struct Kernel {
@@ -348,7 +348,7 @@ struct Kernel {
 };
 cudaError_t launch(const cudaLaunchConfig_t& config, const Kernel& kernel);
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator
 
 // Runs the whole grid before it returns.
 template <typename... Parameters, typename... Arguments>
@@ -360,7 +360,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Copies& copies = *static_cast<const Copies*>(opaque);
     std::apply(std::get<0>(copies), std::get<1>(copies));
   };
-  return ::cuda_on_cpu::launch(*config, {reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, call, &copies});
+  return ::emulator::launch(*config, {reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, call, &copies});
 }
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ namespace cuda {
 // The block's dynamic shared memory: of the size of the launch to the byte, NaNs before the block begins.
 template <typename T>
 T* shared_memory() {
-  return static_cast<T*>(::cuda_on_cpu::shared_memory());
+  return static_cast<T*>(::emulator::shared_memory());
 }
 
 }  // namespace cuda

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace cuda_on_cpu {
+namespace emulator {
 
 // Where a thread is, for reports.
 struct Where {
@@ -75,4 +75,4 @@ T shuffle(unsigned mask, T value, int source, Where where) {
   return bits<T>(warp_collective(Collective::kShuffle, mask, bits<uint64_t>(value), source, where));
 }
 
-}  // namespace cuda_on_cpu
+}  // namespace emulator
