@@ -557,7 +557,7 @@ MAY_HAVE_WRITTEN = {RuntimeError: True, MemoryError: True, IndexError: False}
 @pytest.mark.parametrize("precompute_grad", [True, False])
 @pytest.mark.parametrize("error", [*MAY_HAVE_WRITTEN, KeyboardInterrupt])
 def test_failure_or_interruption(monkeypatch, error, precompute_grad, on_a_card):
-    """On the CPU an operator raises before it writes, as test_faults.py tries; Ctrl-C has waited for it to end."""
+    """On the CPU an operator raises before it writes (stress/test_no_memory.py); Ctrl-C has waited for it to end."""
     leaf = randn(3, 4).requires_grad_()
     x = leaf * 1
     if on_a_card and not x.is_cuda:

@@ -1,8 +1,10 @@
 """Where cross entropy is easily wrong although random logits look right.
 
 Peaked rows, outliers and offsets, infinite and NaN logits, ignored rows, no rows, one class. Everything is judged
-against float64; where torch itself gives NaN although the mathematics gives a number, the test says so. Peaked rows have
-an oracle of their own, exact_peaked: tools/oracle.py subtracts after the exponential, which loses what is tested there.
+against float64; where torch itself gives NaN although the mathematics gives a number, the test says so.
+
+Peaked rows have an oracle of their own, exact_peaked: tools/oracle.py subtracts after the exponential, which loses what
+is tested there.
 """
 
 import itertools
