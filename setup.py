@@ -16,7 +16,7 @@ has it and there is an nvcc:
     NVCC_FLAGS               for nvcc besides
 
 In the source folder (build_ext --inplace, an editable installation) softmax_ext._C is built besides, for tests of the
-kernels, where there are pybind11 and Python.h. For tests/kernel_suite.py:
+kernels, where there are pybind11 and Python.h. For tests/tools/kernel_suite.py:
 
     SANITIZE=1               the CPU library and _C under AddressSanitizer and UBSan, in build/*-sanitized
 """

@@ -197,7 +197,7 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
         *("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
         f'-DSOFTMAX_EXT_CUDA_ARCHITECTURES="{toolkit.architectures}"',
         *toolkit.gencode,
-        *("-Xptxas", "-v"),  # registers and spills, which tests/cuda_check.py reads from the log beside the object
+        *("-Xptxas", "-v"),  # registers and spills, which tests/gpu/cuda_check.py reads from the log beside the object
         *([f"-ccbin={command[0]}"] if len(command) == 1 else []),
         *shlex.split(os.environ.get("NVCC_FLAGS", "")),
     ]

@@ -150,7 +150,7 @@ def test_gpu_run(tests, status, tmp_path):
     assert all(part in line for part, line in zip(["test_cuda.py", "--ignore", "sanitize"], steps[1:], strict=False))
     assert steps[-2].startswith(f"benchmarks/bench_gpu.py --output {tmp_path}/results --seconds ")
     assert steps[-1].startswith(f"benchmarks/bench_linear.py --gpu --output {tmp_path}/results --seconds ")
-    assert "--ignore=tests/test_softmax.py" in steps[2]
+    assert "--ignore=tests/unit/test_softmax.py" in steps[2]
     assert "skipped: no hypothesis" in printed
     assert ("FAILED with status 1, gpu_tests.log" in printed) == bool(tests)
     assert printed.splitlines()[-1].startswith("in all")
