@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import COMMAND, REFUSED, copy_of_the_package, python, report, the_library
+from processes import COMMAND, REFUSED, copy_of_the_package, python, report, started, the_library
 
 import softmax_ext
 from softmax_ext import cuda, ops
@@ -36,7 +36,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_report():
-    result = python("-m", "softmax_ext")
+    result = started("-m", "softmax_ext")
     assert result.returncode == 0, result.stderr
     assert not result.stderr
     lines = report(result)
@@ -147,7 +147,7 @@ for attempt in range(2):
         raise SystemExit("imported")
 torch.nn.functional.softmax(torch.randn(3), 0)
 """
-    result = python("-c", program, path=tmp_path)
+    result = started("-c", program, path=tmp_path)
     assert result.returncode == 0, result.stderr
 
 

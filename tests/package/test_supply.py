@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from processes import python
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -227,17 +228,7 @@ print("all of it ran")
 
 
 def watched(script: str) -> subprocess.CompletedProcess[str]:
-    import softmax_ext
-
-    return subprocess.run(
-        [sys.executable, "-B", "-W", "ignore", "-c", WATCH + textwrap.dedent(script)],
-        env=os.environ | {"PYTHONPATH": str(Path(softmax_ext.__file__).parents[1])},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return python("-c", WATCH + textwrap.dedent(script))
 
 
 def test_nothing_is_fetched_started_or_written():

@@ -6,11 +6,12 @@ autograd's, without which torch refuses a backward; and a forked pytest whose te
 
 import inspect
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import forked
 
 import softmax_ext
 
@@ -25,11 +26,9 @@ def run(function: Callable[..., None], *arguments: object) -> None:
 
 def output(program: str, *places: Path) -> str:
     """What a program prints there; it finds modules in ``places`` too."""
-    # autograd starts a thread for each GPU that it sees, before any fork.
     path = os.pathsep.join(map(str, [*PLACES, *places]))
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", program]
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=240, check=False)
+    # autograd starts a thread for each GPU that it sees, before any fork.
+    done = forked.python("-c", program, path=path, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=240)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
+
 import softmax_ext
 
 PACKAGE = Path(softmax_ext.__file__).parent
@@ -14,18 +16,25 @@ COMMAND = "pip install --no-build-isolation"
 
 
 def python(*arguments: str, path: Path | str = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python with the package from ``path``, away from the source tree."""
-    env = {k: v for k, v in os.environ.items() if k not in ("SOFTMAX_EXT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY")}
-    env |= {"PYTHONPATH": str(path), **environment}
+    """Runs Python with the package from ``path``, away from the source tree. torch is in the process already."""
+    return forked.python(*arguments, path=str(path), env=_environment() | environment, timeout=120)
+
+
+def started(*arguments: str, path: Path | str = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same from the start of the interpreter on, as users have it."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", *arguments],
-        env=env,
+        env=_environment() | {"PYTHONPATH": str(path), **environment},
         cwd="/",
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("SOFTMAX_EXT_CPU_CAPABILITY", "ATEN_CPU_CAPABILITY")}
 
 
 def report(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
