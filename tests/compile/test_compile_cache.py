@@ -39,6 +39,7 @@ def _gradient(directory: str, version: int, factor: int) -> tuple[float, int]:
 
 
 @pytest.mark.devices("cpu")
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three processes that compile
 def test_another_version_compiles_anew(tmp_path):
     directory = str(tmp_path)

@@ -219,8 +219,12 @@ TWICE = ("gradient penalty", "gradient penalty, grad", "upstream gradient", "hes
 REFUSED = "the backward of compiled code can't be differentiated again"
 
 
+# Compiled autograd compiles each derivative of each call anew.
+EACH_WRAPPER = [pytest.param(w, marks=pytest.mark.slow) if w == "compiled autograd" else w for w in WRAPPERS]
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", EACH_WRAPPER)
 def test_right_or_refused(wrapper, name):
     found = outcomes(wrapper, WRAPPERS[wrapper], name)
     assert "wrong" not in found.values(), found

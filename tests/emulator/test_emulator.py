@@ -9,7 +9,7 @@ import subprocess
 import emulator
 import pytest
 
-pytestmark = pytest.mark.devices("cpu")
+pytestmark = [pytest.mark.devices("cpu"), pytest.mark.slow]  # it compiles the emulator
 
 RIGHT, WRONG = 0, 1  # exit statuses of the program
 SEEDS = range(5)

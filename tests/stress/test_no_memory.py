@@ -22,6 +22,7 @@ OURS = re.compile(
 TORCHS = re.compile(r"allocate memory|could not create a memory object|bad allocation|std::bad_alloc")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="of Linux: RLIMIT_AS and /proc")
 @pytest.mark.skipif(
     "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends a process at such a limit"
