@@ -1,16 +1,18 @@
-"""Linear cross entropy in chunks of rows, so that the logits never exist as a whole.
+"""Linear cross entropy in chunks of rows, so that only the logits of one chunk exist at a time.
 
-A chunk is one matrix product into a buffer that is used again, this package's cross-entropy kernel, which turns the
-logits into their gradient where they lie, and the two matrix products of the gradients:
+A chunk takes these steps, in a buffer that the next chunk uses again:
 
-    Z = X W^T + b        dZ = p - y over Z        dX = dZ W        dW += dZ^T X, db += sum dZ
+    Z = X W^T + b                   a matrix product
+    dZ = p - y                      the cross-entropy kernel, which writes dZ over Z
+    dX = dZ W                       a matrix product
+    dW += dZ^T X, db += sum dZ      a matrix product and a sum
 
-Shapes: ``input`` X [N, D], ``linear_weight`` [C, *K, D], ``linear_bias`` [C, *K]; the logits of a chunk are
-[rows, C, *K], with class indices [N, *K] or probabilities [N, C, *K] as the target.
+Shapes: ``input`` X [N, D], ``linear_weight`` W [C, *K, D], ``linear_bias`` b [C, *K]. The logits of a chunk are
+[rows, C, *K]. The target has class indices [N, *K] or probabilities [N, C, *K].
 
-Gradients of half dtypes in the weight and the bias are summed over the chunks in float32. The mean's denominator
-divides dZ, in the kernel, so that nothing else is rounded by it; but in float16, where small gradients would be lost to
-underflow before a loss scale can lift them, all gradients are those of the sum, in float32.
+The gradients of weight and bias in half types are summed over the chunks in float32. The kernel divides dZ by the
+mean's denominator, so that the division rounds nothing else. float16 is an exception: its small gradients would
+underflow before a loss scale can enlarge them. There the gradients are those of the sum, in float32.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from . import checks, matmul, ops
 from .options import NONE, Options
 from .reference import Upstream, class_index, is_live
 
-# Logits that are not worth saving memory on.
+# A smaller buffer of logits is not worth the time that it costs.
 _SMALL_BUFFER_BYTES = 32 << 20
 
 
 class Operands(NamedTuple):
-    """The tensors, in the shapes above; ``weight`` [C] are the class weights."""
+    """The tensors of a call, in the shapes above; ``weight`` [C] holds the class weights."""
 
     input: Tensor
     linear_weight: Tensor
@@ -41,10 +43,10 @@ class Operands(NamedTuple):
 
 
 def default_chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
-    """A ninth of the rows, or as many as fit into 32 MiB, within the bounds where matrix products run at full speed.
+    """A ninth of the rows or as many as fit into 32 MiB, whichever is more, but within bounds.
 
-    On a CPU 128 to 512 rows: below, the weight is read too often for too little arithmetic; above, nothing is gained.
-    On a GPU 1024 to 4096. ``row_bytes`` is the size of a row of logits.
+    The bounds are 128 to 512 rows on a CPU and 1024 to 4096 on a GPU. With fewer rows the weight is read too often for
+    the arithmetic; with more rows the products get no faster. ``row_bytes`` is the size of a row of logits.
     """
     least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
     fitting = _SMALL_BUFFER_BYTES // max(row_bytes, 1)
@@ -58,10 +60,10 @@ def _checks_targets(target: Tensor) -> bool:
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for a class out of range, before anything is computed; the kernels would see one chunk of them."""
+    """IndexError for a class out of range, before anything is computed. The kernels see one chunk only."""
     if not _checks_targets(target):
         return
-    given = target.long()  # as uint8, 256 classes would be none
+    given = target.long()  # as uint8, 256 classes would wrap to 0
     bad = is_live(target, ignore_index) & ((given < 0) | (given >= classes))
     if bad.any():
         position = [int(i) for i in bad.nonzero()[0]]
@@ -71,13 +73,20 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def live_rows(target: Tensor, ignore_index: int) -> Tensor:
-    """Which of the N rows of class indices [N, *K] hold any that is not ignored."""
+    """[N] bool: which rows of the class indices [N, *K] hold an index that is not ignored."""
     live = is_live(target, ignore_index)
     return live.flatten(1).any(1) if live.dim() > 1 else live
 
 
 class _Chunks:
-    """The rows of the operands, chunk by chunk, with one buffer for the logits of each."""
+    """The rows of the operands, chunk by chunk, with one buffer for the logits of all chunks in turn.
+
+    Args:
+        operands: the tensors.
+        ignore_index: the class index of ignored rows.
+        chunk_rows: the rows of a chunk; None: ``default_chunk_rows``.
+        drops_ignored: whether ignored rows may be left out.
+    """
 
     def __init__(self, operands: Operands, ignore_index: int, chunk_rows: int | None, drops_ignored: bool) -> None:
         input, linear_weight, linear_bias, *_ = operands
@@ -92,7 +101,10 @@ class _Chunks:
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0])
 
     def _live_rows(self) -> Tensor | None:
-        """The rows that are not ignored, or None for all. On CUDA the host would have to wait for their number."""
+        """Indices of the rows that are not ignored, or None for all rows.
+
+        Always None on CUDA, where the host would have to wait for their number.
+        """
         target = self.operands.target
         if target.is_floating_point() or target.device.type != "cpu":
             return None
@@ -100,23 +112,23 @@ class _Chunks:
         return None if live.all() else live.nonzero().squeeze(1)
 
     def class_index(self, target: Tensor) -> Tensor:
-        """The classes of a chunk's target, 0 where it is ignored."""
+        """The class indices of a chunk's target, 0 for an ignored one."""
         live = is_live(target, self.ignore_index)
         return class_index(target, live, self.operands.linear_weight.shape[0])
 
     def pick(self, rows: slice, tensor: Tensor) -> Tensor:
-        """The given rows of a tensor [N, ...]."""
+        """The rows of a tensor [N, ...] that belong to a chunk."""
         return tensor[rows] if self.live is None else tensor.index_select(0, self.live[rows])
 
     def put(self, rows: slice, values: Tensor, into: Tensor) -> None:
-        """The reverse of ``pick``."""
+        """Writes the values of a chunk's rows into a tensor [N, ...]: the reverse of ``pick``."""
         if self.live is None:
             into[rows] = values
         else:
             into.index_copy_(0, self.live[rows], values)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """(rows, their input, their target, their logits [rows, C, *K] in the buffer)."""
+        """Yields (rows, their input, their target, their logits [rows, C, *K] in the buffer) for each chunk."""
         for begin in range(0, self.count, self.rows):
             rows = slice(begin, min(begin + self.rows, self.count))
             x = self.pick(rows, self.operands.input)
@@ -127,25 +139,25 @@ class _Chunks:
 
 
 def input_sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the gradient in the input before it is scaled."""
+    """The dtype of the input's gradient before it is multiplied by the upstream gradient."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class _GradientSums:
-    """The gradients of input, linear_weight and linear_bias, as far as they are needed, summed over the chunks."""
+    """Those gradients of input, linear_weight and linear_bias that are needed, summed over the chunks."""
 
     def __init__(self, chunks: _Chunks, needs: Sequence[bool]) -> None:
         input = chunks.operands.input
         self.chunks = chunks
         wide = torch.float32 if input.dtype.itemsize == 2 else input.dtype
         needs_input, needs_weight, needs_bias = needs
-        new = input.new_empty if chunks.count else input.new_zeros  # the first chunk fills it
+        new = input.new_empty if chunks.count else input.new_zeros  # the first chunk fills the sum, if there is one
         self.input = input.new_zeros(input.shape, dtype=input_sum_dtype(input.dtype)) if needs_input else None
         self.weight = new(chunks.matrix.shape, dtype=wide) if needs_weight else None
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
-        """The chunk's part, from its input and the gradient of its logits, which is not to be used afterwards."""
+        """Adds a chunk's part, from its input and the gradient of its logits, which this may overwrite."""
         dz = gradient.flatten(1)
         if self.input is not None:
             part = self.input[rows] if self.chunks.live is None else self.input.new_empty(x.shape)
@@ -156,7 +168,7 @@ class _GradientSums:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
         if self.weight is None:
             return
-        # Where the product would be rounded, which on CUDA it is not.
+        # The product would round the targets' part. On CUDA it does not: there it is added in float32.
         apart = self.weight.dtype != dz.dtype and not target.is_floating_point() and not dz.is_cuda
         first = rows.start == 0
         if apart:
@@ -165,7 +177,7 @@ class _GradientSums:
             matmul.add_outer(self.weight, dz, x, first)
 
     def results(self) -> list[Tensor]:
-        """Those that are needed; the sums in the dtype they were made in."""
+        """The gradients that are needed, in the dtype of their sums."""
         shape = self.chunks.operands.linear_weight.shape
         weight = None if self.weight is None else self.weight.view(shape)
         bias = None if self.bias is None else self.bias.view(shape[:-1])
@@ -181,19 +193,19 @@ def forward(
     grad_divisor: Tensor | None,
     chunk_rows: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of every position, and the gradients of the sum of the losses, or of that over ``grad_divisor``.
+    """The results of every position, and the gradients of the sum of the losses divided by ``grad_divisor``.
 
     Args:
         operands: the tensors.
-        options: of the cross entropy; its reduction is not used.
+        options: those of the cross entropy; the reduction is ignored.
         wide: the dtype of the losses and of the statistics.
-        stats: also lse, nll, entropy and prediction.
-        needs: which of the gradients of input, linear_weight and linear_bias are wanted.
-        grad_divisor: [] float64, what they are divided by, or None.
-        chunk_rows: rows at once; None: :func:`default_chunk_rows`.
+        stats: whether to return lse, nll, entropy and prediction too.
+        needs: which of the gradients of input, linear_weight and linear_bias are needed.
+        grad_divisor: [] float64, or None for 1.
+        chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
 
     Returns:
-        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; the gradients that are needed.
+        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; and the gradients that are needed.
     """
     input, linear_weight, _, target, weight = operands
     check_classes(target, linear_weight.shape[0], options.ignore_index)
@@ -225,12 +237,12 @@ def gradients(
     needs_target: bool,
     chunk_rows: int | None,
 ) -> list[Tensor]:
-    """The gradients of input, linear_weight, linear_bias and target that are needed, the logits computed again.
+    """Those gradients of input, linear_weight, linear_bias and target that are needed; computes the logits again.
 
-    ``wide`` is the dtype of the arithmetic on each logit; ``upstream`` are gradients of each position, [N, *K].
+    ``wide`` is the dtype of the arithmetic on each logit. ``upstream`` holds a gradient for each position, [N, *K].
     """
     target, weight = operands.target, operands.weight
-    # Without statistics nothing is computed of an ignored row, whose lse and entropy have gradients all the same.
+    # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
     stats = upstream.lse is not None or upstream.entropy is not None
     chunks = _Chunks(operands, options.ignore_index, chunk_rows, not stats)
     sums = _GradientSums(chunks, needs)

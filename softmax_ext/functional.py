@@ -1,7 +1,7 @@
-"""The public functions: they check what they are given, bring it to the operators' terms and choose the strategy.
+"""The public functions of logits: they check the arguments, bring them into the operators' form, choose the strategy.
 
-A call goes functional -> autograd -> operator -> kernel. Where nothing can be differentiated the operator is called
-directly.
+A call goes functional -> autograd -> operator -> kernel. Where nothing can be differentiated, the function calls the
+operator directly.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 
 
 class CrossEntropyStats(NamedTuple):
-    """What one pass over the logits tells about every position; each of the target's (index) shape.
+    """Statistics of every position, computed in the same pass as the loss.
 
-    ``lse``, ``nll`` and ``entropy`` are differentiable, of dtype float32 (float64 if any operand is).
+    Each has the shape of class indices: the input's without C. ``lse``, ``nll`` and ``entropy`` are differentiable, in
+    nats, and float32 (float64 if the input, probabilities or the loss are). docs/math.md, section 6, has the formulas.
 
     Attributes:
-        lse: log sum exp of the (scaled, capped) logits; NaN where they make no distribution, with an inf among them or
-            all of them -inf.
-        nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 where ignored.
-        entropy: of the predicted distribution, in nats.
-        prediction: the first class of largest logit, int64.
+        lse: log sum exp of the scaled and capped logits. NaN where the logits make no distribution: one of them is inf,
+            or all of them are -inf.
+        nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 for an ignored row.
+        entropy: that of the predicted distribution.
+        prediction: the class of the largest logit, the first if there are several; int64.
     """
 
     lse: Tensor
@@ -43,7 +44,7 @@ class CrossEntropyStats(NamedTuple):
     prediction: Tensor
 
 
-# So that an exported program that returns it can be saved.
+# An exported program that returns CrossEntropyStats can be saved only with this.
 internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
 
 
@@ -84,20 +85,22 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     r"""Softmax over one dimension, :math:`p_c = e^{x_c - m} / \sum_k e^{x_k - m}` with :math:`m = \max x`.
 
-    The counterpart of :func:`torch.nn.functional.softmax`, fused: the input is read where it lies, whatever its
-    strides.
+    The counterpart of :func:`torch.nn.functional.softmax` as one fused kernel. It reads the input without a copy,
+    whatever the strides. Half types are computed in float32 and rounded once. docs/math.md derives the formulas.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 (any real dtype if ``dtype`` is given).
+        input: any shape and strides; float64, float32, bfloat16 or float16. With ``dtype`` also integers and bool.
         dim: the dimension that sums to 1, from ``-input.dim()`` to ``input.dim() - 1``.
-        dtype: compute and return in this dtype, without a converted copy of a floating input.
+        dtype: compute and return in this dtype, without a converted copy of a floating input. Default: the input's;
+            float32 for half types on CUDA under autocast.
 
     Returns:
-        A tensor of the input's shape, of ``dtype`` or the input's.
+        A tensor of the input's shape and of ``dtype``.
 
     Raises:
-        TypeError: ``input`` is not a Tensor or ``dim`` not an int.
+        TypeError: ``input`` is not a Tensor, ``dim`` not an int, or ``dtype`` not a torch.dtype.
         IndexError: ``dim`` is out of range.
+        ValueError: ``dim`` does not fit 64 bits.
         NotImplementedError: a dtype or layout that is not supported.
     """
     return _softmax("softmax", input, dim, dtype, False)
@@ -106,7 +109,8 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
 def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     r"""Logarithm of the softmax over one dimension, :math:`x_c - m - \log \sum_k e^{x_k - m}`.
 
-    The counterpart of :func:`torch.nn.functional.log_softmax`; arguments, result and errors as :func:`softmax`.
+    The counterpart of :func:`torch.nn.functional.log_softmax`. Here :math:`m = \max x`. Arguments, result and errors
+    are those of :func:`softmax`, but the exponentials of the result sum to 1 over ``dim``.
     """
     return _softmax("log_softmax", input, dim, dtype, True)
 
@@ -171,52 +175,61 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of logits and class indices or class probabilities.
 
-    The counterpart of :func:`torch.nn.functional.cross_entropy`, position by position up to ``label_smoothing``, as
-    one fused kernel forward and one backward. With :math:`z_c = s \tanh(a x_c / s)` (``softcap`` s, ``logit_scale`` a;
-    without a cap :math:`z = a x`), :math:`\mathrm{lse} = \log\sum_c e^{z_c}`, weights w and smoothing
-    :math:`\varepsilon`, a row's loss is
+    The counterpart of :func:`torch.nn.functional.cross_entropy`, with the same positional arguments up to
+    ``label_smoothing``, as one fused kernel forward and one backward.
+
+    Let s be the ``softcap``, a the ``logit_scale``, w the class weights and :math:`\varepsilon` the label smoothing.
+    The scaled and capped logits are :math:`z_c = s \tanh(a x_c / s)`, or :math:`z_c = a x_c` without a cap, and
+    :math:`\mathrm{lse} = \log\sum_c e^{z_c}`. The loss of a row, in nats, is for a class index y
 
     .. math::
         (1-\varepsilon) w_y (\mathrm{lse} - z_y) + \tfrac{\varepsilon}{C} \sum_c w_c (\mathrm{lse} - z_c)
         + \text{z\_loss} \cdot \mathrm{lse}^2
 
-    for a class index y, and for probabilities q
+    and for probabilities q
 
     .. math::
         \sum_c w_c ((1-\varepsilon) q_c + \varepsilon/C)(\mathrm{lse} - z_c) + \text{z\_loss} \cdot \mathrm{lse}^2 .
 
     A class without mass (:math:`q_c = 0` or :math:`w_c = 0`) contributes nothing even where its logit is -inf; torch
-    gives NaN there. Half types are computed in float32 and rounded once.
+    gives NaN there. Half types are computed in float32 and rounded once. docs/math.md derives the formulas.
+
+    ``precompute_grad`` and ``inplace`` choose the strategy. They are ignored in the cases below. The default strategy
+    then computes the same gradient and leaves the input unchanged:
+
+    - under torch.compile and torch.export;
+    - under ``torch.func`` and forward-mode AD;
+    - under saved-tensor hooks (checkpoint, save_on_cpu);
+    - with class weights that require grad;
+    - where the input gets no gradient, as without grad mode.
 
     Args:
         input: logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, bfloat16 or float16.
-        target: classes, int64 or uint8 of the input's shape without C; or probabilities, floating, of the input's
-            shape. Probabilities get a gradient too if they require one.
+        target: class indices, int64 or uint8, of the input's shape without C; or probabilities, floating, of the
+            input's shape. Probabilities get a gradient too if they require one.
         weight: ``(C)``, floating: a factor for each class.
         size_average: deprecated, see ``reduction``.
-        ignore_index: rows of this class have loss 0 and gradient 0 and do not count in the mean. Any int.
+        ignore_index: a row with this class index has loss 0 and gradient 0 and does not count in the mean. Any int64;
+            must be negative with probabilities.
         reduce: deprecated, see ``reduction``.
-        reduction: "mean" (divides by the sum of weight[target] over the rows not ignored; by the number of rows for
-            probabilities), "sum" or "none".
-        label_smoothing: in [0, 1].
+        reduction: "mean", "sum" or "none". The mean divides the sum by the sum of weight[target] over the rows that are
+            not ignored; for probabilities, by the number of rows.
+        label_smoothing: in [0, 1] (Inception-v3, arXiv:1512.00567, section 7).
         dtype: compute and return in this dtype without a converted copy. Default: the input's (promoted with the
             probabilities'); float32 for half types under autocast.
         z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5).
         softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no cap.
         logit_scale: factor of the logits, an inverse temperature.
-        precompute_grad: the forward writes the gradient while the row is in cache; the backward multiplies only if the
-            upstream gradient is not 1.
-        inplace: the gradient is written over the input's own storage, in the backward, or in the forward with
-            ``precompute_grad``. The input's values are then lost, and its version counter is raised, so that
-            autograd refuses a graph that still needs them. Under torch.compile, ``torch.func``, forward-mode AD and
-            saved-tensor hooks (checkpoint, save_on_cpu), and with class weights that require grad, both strategies
-            give way to the default one: the same numbers, the input left as it is; so without grad mode, where there is
-            no gradient.
+        precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
+            multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
+        inplace: write the gradient over the input's own storage: in the backward, or in the forward with
+            ``precompute_grad``. The input's values are lost then. Its version counter is raised, so that autograd
+            refuses a graph that still needs them.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
-        The loss: a scalar, or of the target's (index) shape for reduction "none"; with ``return_stats`` the tuple
-        (loss, stats).
+        The loss, of ``dtype``: a scalar, or with reduction "none" one value for each position, in the input's shape
+        without C. With ``return_stats`` the tuple (loss, stats).
 
     Raises:
         TypeError: an argument is not a Tensor, a number or an int where one is needed.
@@ -255,7 +268,10 @@ def cross_entropy(
 
 
 def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
-    """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
+    """Whether a strategy that overwrites or hands over a gradient is wanted and safe.
+
+    It is not safe under saved-tensor hooks, because they do not check version counters.
+    """
     wanted = inplace or (precompute_grad and not target.requires_grad)
     return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
 
@@ -270,7 +286,7 @@ def _run(
     precompute_grad: bool,
     inplace: bool,
 ) -> Sequence[Tensor]:
-    """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
+    """The loss first and, with ``stats``, the statistics last; chooses the way that the call and its context need."""
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if (transformed or weight is not None) and needs_plain_formulas(target, weight, transformed, compiling):
         plain = reference.cross_entropy(input, target, weight, options, dtype, stats)

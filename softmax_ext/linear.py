@@ -1,4 +1,4 @@
-"""The public function for a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
+"""The public function of a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
 
 A call goes linear -> autograd.linear -> linear_ops -> chunks -> ops -> kernels.
 """
@@ -59,7 +59,7 @@ def _check_dtypes(input: Tensor, *parameters: tuple[str, Tensor | None]) -> None
 
 
 def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    """The target as [N, *K] or [N, C, *K]."""
+    """The target as [N, *K] (class indices) or [N, C, *K] (probabilities), or an exception of torch's type."""
     checks.check_dense(_OP, "target", target)
     given, batch, classes = target, input.shape[:-1], linear_weight.shape[0]
     if input.dim() > 2:
@@ -136,45 +136,60 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of the output of a linear layer, without ever holding that output.
 
-    Equal to :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and a counterpart of
-    :func:`torch.nn.functional.linear_cross_entropy`. The logits are computed for some rows at a time, become their
-    gradient where they lie, and that the gradients of the operands, :math:`dX = dZ\,W` and :math:`dW = dZ^\top X`:
-    three matrix products in all for "mean" and "sum", computed in the forward pass. Where the upstream gradients
-    differ from row to row (reduction "none", ``return_stats``), for a target that requires grad, and for a second
-    backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU where no
-    statistics are asked for.
+    It equals :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and is the
+    counterpart of :func:`torch.nn.functional.linear_cross_entropy`.
 
-    Second derivatives, forward mode, batched gradients (``is_grads_batched``), ``torch.func`` within torch.compile, and
-    class weights with probabilities where either is differentiated or transformed hold the logits.
+    The rows are computed in chunks. For each chunk one matrix product gives the logits Z. The kernel replaces them by
+    their gradient dZ. Two more products give the gradients of the operands, :math:`dX = dZ\,W` and
+    :math:`dW = dZ^\top X`. With "mean" and "sum" the forward pass computes all three. docs/math.md, section 10, has the
+    formulas.
+
+    The logits are computed twice, in the forward and in the backward:
+
+    - where the upstream gradients differ from row to row (reduction "none", ``return_stats``);
+    - for a target that requires grad;
+    - for a second backward;
+    - under ``torch.func`` and under saved-tensor hooks (checkpoint, save_on_cpu).
+
+    All logits exist at once:
+
+    - for second derivatives, forward mode and batched gradients (``is_grads_batched``);
+    - for ``torch.func`` within torch.compile;
+    - for class weights with probabilities, where either is differentiated or transformed.
+
+    Ignored rows cost nothing on the CPU without ``return_stats``.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
             bfloat16 or float16.
         linear_weight: ``(C, in_features)``, of the input's dtype; or ``(C, d1, ..., in_features)`` for the logits
             ``(N, C, d1, ...)`` of an ``(N, in_features)`` input.
-        target: classes, int64 or uint8 of the input's shape without in_features (with ``d1, ...`` behind); or
+        target: class indices, int64 or uint8, of the input's shape without in_features, with ``d1, ...`` appended; or
             probabilities, floating, of the logits' shape, which is ``(..., C)`` for an input ``(..., in_features)``.
-        linear_bias: ``(C)``, or ``(C, d1, ...)``, or None.
-        weight: ``(C)``: a factor for each class.
-        reduction: "mean", "sum" or "none".
-        ignore_index: rows of this class do not count; None: -100 for classes, nothing for probabilities.
+        linear_bias: ``(C)``, or ``(C, d1, ...)``, or None; of the input's dtype.
+        weight: ``(C)``, floating: a factor for each class.
+        reduction: "mean", "sum" or "none", as in :func:`softmax_ext.cross_entropy`.
+        ignore_index: a row with this class index has loss 0 and gradient 0 and does not count in the mean. None: -100
+            for class indices, nothing for probabilities.
         label_smoothing: in [0, 1].
-        options: torch's chunking options, taken so that a call of its function needs no change, and not used:
-            ``chunk_rows`` is what there is to choose here.
-        dtype: of the loss, and of the arithmetic on each logit. The products are in the operands' dtype.
+        options: torch's chunking options, accepted so that a call of torch's function needs no change, and ignored.
+            Use ``chunk_rows``.
+        dtype: the dtype of the loss and of the arithmetic on each logit. Default: the operands'; float32 for half types
+            under autocast. The matrix products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
-        logit_scale: factor of the logits.
+        logit_scale: factor of the logits, an inverse temperature.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
-        chunk_rows: rows whose logits exist at once; None: a ninth of them, or as many as fit into 32 MiB if
-            those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
+        chunk_rows: the number of rows whose logits exist at once. None: a ninth of the rows, or as many as fit into
+            32 MiB if those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
 
     Returns:
-        The loss, a scalar or for "none" of the target's (index) shape; with ``return_stats`` (loss, stats).
+        The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
+        ``return_stats`` the tuple (loss, stats).
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`;
-            RuntimeError also where the shapes or dtypes of the operands do not fit, and for an ``ignore_index`` with
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
+            Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
             probabilities; ValueError for ``chunk_rows`` below 1.
     """
     _check_operands(input, linear_weight, linear_bias)
@@ -201,7 +216,7 @@ def linear_cross_entropy(
     try:
         results = _run(Operands(x, matrix, bias, target, weight), call)
     except IndexError:
-        if not in_transform():  # says the position in the caller's shape
+        if not in_transform():  # raises the same error with the position in the caller's shape
             chunks.check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
         raise
     shape = (*batch, *linear_weight.shape[1:-1])
@@ -210,7 +225,7 @@ def linear_cross_entropy(
 
 
 def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
-    """The loss and, if asked for, the statistics, by the strategy that the call and its surroundings ask for."""
+    """The loss and, if asked for, the statistics; chooses the way that the call and its context need."""
     input, linear_weight, linear_bias, target, weight = operands
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if needs_plain_formulas(target, weight, transformed, compiling):
@@ -218,7 +233,7 @@ def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
     options, dtype, stats, chunk_rows = call
     differentiable = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
-    # Gradients can be computed before their upstream gradient is known where that is one factor for all.
+    # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
     precomputes = any(needs) and options.reduction != NONE and not stats and not target.requires_grad
     if compiling or not (any(needs) or transformed):
         needed = needs[:3] if precomputes else NOTHING
@@ -232,7 +247,7 @@ def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
 
 
 def _through_logits(operands: Operands, call: Call) -> list[Tensor]:
-    """For derivatives that no Function has."""
+    """The same results from all logits at once, for derivatives that no Function has."""
     input, linear_weight, linear_bias, target, weight = operands
     keywords = call.options._asdict()
     del keywords["dim"]

@@ -1,4 +1,7 @@
-"""Linear cross entropy as two operators, which compute it in chunks; torch.compile and torch.export see them."""
+"""Linear cross entropy as two operators, forward and backward, which torch.compile and torch.export see.
+
+They compute in chunks, by chunks.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .reference import Upstream, total_weight
 
 
 class Call(NamedTuple):
-    """The arguments that are not tensors."""
+    """The arguments of a call that are not tensors; see linear_cross_entropy."""
 
     options: Options
     dtype: torch.dtype | None
@@ -25,7 +28,7 @@ class Call(NamedTuple):
 
 
 def divides_by_total(options: Options, input: Tensor) -> bool:
-    """Whether gradients computed in forward are divided by the mean's denominator (see chunks.py)."""
+    """Whether forward divides the gradients that it computes by the mean's denominator (see chunks.py)."""
     return options.reduction == MEAN and input.dtype != torch.float16
 
 
@@ -43,7 +46,7 @@ def _forward(
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     total = total_weight(target, weight, options.dim, options.ignore_index)
     grad_divisor = total if divides_by_total(options, input) else None
-    with torch.autocast(input.device.type, enabled=False):  # which would undo float32 products of float16
+    with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, grad_divisor, chunk_rows)
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
@@ -95,7 +98,7 @@ def _backward(
     *arguments: Any,
 ) -> list[Tensor]:
     options, (chunk_rows, needs) = Options.split(arguments)
-    # The loss and the statistics are float64 where forward computed in it.
+    # The gradients of loss and statistics are float64 if forward computed in float64.
     given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy) if t is not None]
     wide = arithmetic_dtype(input.dtype, target.dtype, *given)
     if grad_loss is not None:
@@ -133,9 +136,9 @@ def _fake_backward(
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
 _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 
-# -> [loss, total_weight] + [lse, nll, entropy, prediction] if stats + the gradients of input, linear_weight and
-#    linear_bias that ``needs`` names, for an upstream gradient of 1 (float16 with the mean: of total_weight); the sums
-#    of half types are float32
+# Returns [loss, total_weight], then with stats [lse, nll, entropy, prediction], then those gradients of input,
+# linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
+# the mean: of total_weight). In half types the gradients of weight and bias are float32, in float16 the input's too.
 forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
@@ -145,7 +148,7 @@ forward = torch.library.custom_op(
 )
 forward.register_fake(_fake_forward)
 
-# -> the gradients of input, linear_weight, linear_bias and target that ``needs`` names
+# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names.
 backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,

@@ -1,4 +1,4 @@
-"""The matrix products of a linear layer and of its gradients, in the way that is fastest and rounds least here."""
+"""The matrix products of a linear layer and of its gradients, each by the library that is fastest and rounds least."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import internals
 
-# A product that passes through a buffer of its own does so a slice at a time, which stays in cache.
+# A product that needs a temporary tensor is computed in slices of this size, which stay in cache.
 _SLICE_BYTES = 2 << 20
 
 
@@ -24,10 +24,10 @@ def _amd() -> bool:
 
 
 def prefers_onednn(x: Tensor) -> bool:
-    """Whether oneDNN multiplies faster than what ``torch.mm`` calls: MKL, whose X W^T is slow in float32 on AMD.
+    """Whether X W^T is computed by oneDNN. The alternative, ``torch.mm``, calls MKL, which is slow in float32 on AMD.
 
-    A rule and not a measurement, so that the same bits come out every time. For the other two products it is not asked:
-    there MKL is nearly as fast, and the errors of its dZ W are a third smaller.
+    This is a fixed rule and not a measurement, so that the bits are the same every time. The other two products are not
+    computed by oneDNN: MKL is nearly as fast there, and the errors of its dZ W are a third smaller.
     """
     is_float = x.device.type == "cpu" and x.dtype == torch.float32
     has_onednn = internals.onednn_linear is not None and torch.backends.mkldnn.is_available()
@@ -45,8 +45,8 @@ def _slices(size: int, bytes_each: int) -> Iterator[slice]:
 
 
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Out = x matrix^T + bias."""
-    if prefers_onednn(x):  # which allocates its result: a slice at a time, so that malloc can use the memory again
+    """Writes x matrix^T + bias into ``out``: x [rows, D], matrix [C, D], bias [C] or None, out [rows, C]."""
+    if prefers_onednn(x):  # oneDNN allocates its result; with slices malloc can use the same memory again
         for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
             out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
     elif bias is None:
@@ -56,7 +56,7 @@ def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 
 def multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """Out = dz matrix; ``out`` may be wider than the factors."""
+    """Writes dz matrix into ``out``: dz [rows, C], matrix [C, D]; ``out`` may have a wider dtype than the factors."""
     if out.dtype == dz.dtype:
         torch.mm(dz, matrix, out=out)
     elif dz.is_cuda and internals.product_of_halves is not None:
@@ -67,7 +67,10 @@ def multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
 
 
 def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
-    """Total += dz^T x, or = where it is the first; ``total`` may be wider than the factors."""
+    """Adds dz^T x to ``total`` [C, D], or writes it there if it is the first.
+
+    dz is [rows, C] and x [rows, D]. ``total`` may have a wider dtype than the factors.
+    """
     beta = 0 if first else 1
     if total.dtype == dz.dtype:
         total.addmm_(dz.t(), x, beta=beta)
@@ -76,16 +79,17 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         internals.product_of_halves(total, dz.t(), x, total.dtype, beta=beta, out=total)
         return
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
-        # float16 could overflow: nothing has been divided by the number of rows yet.
+        # A product in float16 could overflow, because nothing has been divided by the number of rows yet.
         left, right = (dz[:, s].float(), x.float()) if dz.dtype == torch.float16 else (dz[:, s], x)
         product = left.t() @ right
         total[s].copy_(product) if first else total[s].add_(product)
 
 
 def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first: bool) -> None:
-    """The same, the part of the targets' classes [rows, K] by itself: it is taken out of dz [rows, C * K].
+    """Does the same as ``add_outer``, but adds the entries of the targets' classes [rows, K] by themselves, in float32.
 
-    It is nearly all of the gradient, one row for each position; so it is not rounded with the product.
+    The half-precision product would round these entries, which are nearly all of the gradient. They are set to zero in
+    dz [rows, C * K].
     """
     positions = classes.shape[1]
     columns = classes * positions + torch.arange(positions, device=classes.device)

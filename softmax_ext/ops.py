@@ -1,9 +1,12 @@
-"""Loads the CPU library and registers what its operators look like without data.
+"""Loads the CPU library and registers the fake kernels of its operators.
 
-Importing this module makes ``torch.ops.softmax_ext`` available: the schemas and the CPU kernels are in the CPU library
-(csrc/ops/cpu), the CUDA kernels in a library of their own (see cuda.py), and the fake kernels (meta tensors,
-torch.compile, torch.export) here. If the CPU library cannot be loaded, ``load_error`` says why in a sentence and the
-operators are missing.
+Importing this module makes ``torch.ops.softmax_ext`` available:
+
+- The CPU library (csrc/ops/cpu) has the schemas and the CPU kernels.
+- The CUDA library has the CUDA kernels (see cuda.py).
+- This module has the fake kernels, which return results without data for meta tensors, torch.compile and torch.export.
+
+If the CPU library cannot be loaded, the operators are missing and ``load_error`` is a sentence that says why.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ from .dtypes import arithmetic_dtype
 from .options import MEAN, NONE, Options
 
 VERSION = sum(int(part) * 10000 ** (2 - i) for i, part in enumerate(__version__.split(".")))
-"""An argument of every operator that torch.compile sees the derivative of, which computes nothing.
+"""The package's version as a number: an argument of every operator that has a derivative under torch.compile.
 
-What it compiled is kept on disk, with the derivative in it, under a key made from the graph before: so that another
-version of this package does not take it.
+No operator computes with it. It is part of the key of torch's compile cache on disk, so that an upgraded package never
+runs an old compiled backward.
 """
 
 
 def _choose_isa(library: libraries.CpuLibrary) -> str | None:
-    """Follows SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns what is wrong with it."""
+    """Selects the kernels by SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns an error's text or None."""
     forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY", "").upper()
     available = library.available_isas()
     if forced and forced not in available:
@@ -45,7 +48,7 @@ if library is not None:
 
 
 def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
-    """What cross_entropy returns, without data."""
+    """The results of cross_entropy, without data."""
     options, (dtype, stats, precompute_grad) = Options.split(arguments)
     dim = options.dim % input.dim()
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
@@ -68,7 +71,7 @@ def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *ar
 def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     options, (dtype, stats, *_) = Options.split(arguments)  # grad_divisor may be left out
     loss, state, *results = fake_cross_entropy(input, target, weight, *options, dtype, stats, False)
-    no_state = state.new_empty([0])  # nothing can use it any more
+    no_state = state.new_empty([0])  # no backward can follow, because the logits are lost
     return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
 
 
@@ -82,12 +85,12 @@ def _fake_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
-    """What softmax returns, without data."""
+    """The result of softmax, without data."""
     return torch.empty_like(input, dtype=dtype or input.dtype)
 
 
 def fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """What softmax_backward returns, without data."""
+    """The result of softmax_backward, without data."""
     return torch.empty_like(output, dtype=dtype)
 
 

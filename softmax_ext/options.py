@@ -1,4 +1,4 @@
-"""The options of a cross entropy: their names and their one order, which every operator and every Function follows."""
+"""The options of a cross entropy: their names, and the one order that all operators and Functions use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 class Options(NamedTuple):
-    """The arguments of a cross entropy that are numbers; ``reduction`` is a code, ``dim`` that of the classes."""
+    """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes."""
 
     dim: int
     reduction: int
@@ -25,7 +25,7 @@ class Options(NamedTuple):
 
     @staticmethod
     def split(arguments: Sequence[Any]) -> tuple[Options, Sequence[Any]]:
-        """The options with which an operator's arguments begin, and the rest of them."""
+        """Splits an operator's arguments, which begin with the options, into these and the other arguments."""
         count = len(Options._fields)
         return Options(*arguments[:count]), arguments[count:]
 
@@ -33,11 +33,11 @@ class Options(NamedTuple):
 SCHEMA = (
     "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
 )
-"""The same in the schema of an operator; csrc/ops/schema.cpp has it for those in C++."""
+"""The fields of Options in the schema of an operator. csrc/ops/schema.cpp has the same for the C++ operators."""
 
 
 class Keywords(TypedDict, total=False):
-    """The options that torch.nn.functional.cross_entropy does not have, as a caller names them."""
+    """The keywords that torch.nn.functional.cross_entropy does not have, with the names that callers use."""
 
     dtype: torch.dtype | None
     z_loss: float

@@ -1,9 +1,9 @@
 """The torch.autograd.Functions around the operators: backward, double backward, forward mode and vmap.
 
-What lies where:
+The modules:
 
-transforms     what all of them need to know of torch.func, forward mode and batched gradients
-refusals       what traced code cannot differentiate, and says so
+transforms     helpers of all Functions for torch.func, forward mode and batched gradients
+refusals       exceptions for the derivatives that traced code cannot have
 cross_entropy  cross entropy of logits
 softmax        softmax and log-softmax
 linear         cross entropy of a linear layer's output

@@ -1,8 +1,9 @@
 """The operators that torch.compile and torch.export see instead of a Function.
 
-They refuse a Function that defines ``jvp``, and lose the second derivative of one that does not. So what is traced is
-one operator with a derivative of its own, the backward of the Function. Its arguments are those of the operator that
-it calls, and the package's version (see ops.VERSION). refusals.py says what it cannot do.
+torch.compile refuses a Function that defines ``jvp``, and loses the second derivative of a Function that does not. So
+the trace gets one operator instead, whose derivative is the Function's backward. The arguments of this operator are
+those of the operator that it calls, and the package's version (see ops.VERSION). refusals.py says which derivatives
+it refuses.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ softmax = refusals.define(
 )
 torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward, setup_context=_keep_for_softmax)
 
-# ---- linear cross entropy, whose operator is traced itself ----
+# ---- linear cross entropy: its operator in linear_ops.py is the one that is traced ----
 
 
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -1,10 +1,10 @@
 """Cross entropy of logits for autograd.
 
-    CrossEntropy       keeps the logits; backward reads them again. All of autograd works, transforms included.
-    EagerCrossEntropy  the same for every other call, where the Function itself must cost little; and precompute_grad
-                       and inplace: a gradient that is consumed, logits that are overwritten.
-
-The kernels' gradient is a Function of its own, CrossEntropyBackward, whose derivatives are reference.py's formulas.
+- CrossEntropy is used within transforms and has all derivatives. It has the default strategy: backward reads the saved
+  logits again.
+- EagerCrossEntropy is used outside of transforms, where the Function itself must cost little. It has the default
+  strategy, precompute_grad and inplace.
+- CrossEntropyBackward is the kernels' gradient. Its derivatives are the formulas of reference.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of CrossEntropyBackward, and the gradients in them."""
+    """The arguments of CrossEntropyBackward; also their gradients and their vmapped dimensions, in the same order."""
 
     grad_loss: Tensor | None = None
     grad_lse: Tensor | None = None
@@ -47,12 +47,12 @@ class BackwardCall(NamedTuple):
 
     @property
     def upstream(self) -> Upstream:
-        """The gradients of what forward returned."""
+        """The upstream gradients of the loss and the statistics."""
         return Upstream(self.grad_loss, self.grad_lse, self.grad_nll, self.grad_entropy)
 
 
 class CrossEntropyBackward(Function):
-    """BackwardCall -> (grad_input, grad_target), those not needed left out; linear in the upstream gradients."""
+    """BackwardCall -> those of (grad_input, grad_target) that are needed. Linear in the upstream gradients."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ class CrossEntropyBackward(Function):
 
 
 def _loss_of_rows(call: BackwardCall, dims: BackwardCall, size: int, input: Tensor) -> Tensor | None:
-    """The gradient of each sample's loss for each of its rows; ``input`` has the samples in front."""
+    """The upstream gradient of each row's loss, from that of each sample's loss; ``input`` has the samples in front."""
     if call.grad_loss is None:
         return None
     batch_dim: Any = dims.grad_loss
@@ -162,9 +162,9 @@ def formula_gradients(
     options: Options,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """(grad_input, grad_target) by torch's operations, where a batched gradient is differentiated itself.
+    """(grad_input, grad_target) by torch's operations, for batched gradients that are differentiated again.
 
-    Autograd's batching keeps the graph and the tangents of those, and silently none of a Function.
+    Where autograd batches gradients, torch's operations have a graph and tangents, but a Function silently loses both.
     """
     rows = Rows(input, target, weight, options)
     of_rows = rows.row_gradients(upstream, total)
@@ -176,11 +176,11 @@ def formula_gradients(
 def _gradients(
     ctx: Any, loss: Tensor | None, lse: Tensor | None, nll: Tensor | None, entropy: Tensor | None
 ) -> Sequence[Tensor | None]:
-    """(grad_input, grad_target) from the upstream gradients, None where not needed."""
+    """(grad_input, grad_target) from the upstream gradients; None for a gradient that is not needed."""
     if loss is None and lse is None and nll is None and entropy is None:
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
-    # Once: non-reentrant checkpoints let go of what has been unpacked.
+    # Only once, because non-reentrant checkpoints free a saved tensor when it is unpacked.
     input, target, weight, state, total, entropy_values = ctx.saved_tensors
     if refusals.is_backward_traced():
         given = next(g for g in (loss, lse, nll, entropy) if g is not None)
@@ -199,7 +199,7 @@ def _gradients(
 
 
 class Results(NamedTuple):
-    """What the operator returns: without statistics the first three."""
+    """The operator's results, or their gradients; without statistics only the first three."""
 
     loss: Tensor
     state: Tensor
@@ -211,7 +211,7 @@ class Results(NamedTuple):
 
 
 class CrossEntropy(Function):
-    """(input, target, weight, options, dtype, stats) -> Results, as far as the operator returns them."""
+    """(input, target, weight, options, dtype, stats) -> Results: all seven with ``stats``, else the first three."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -272,20 +272,20 @@ class CrossEntropy(Function):
 
 
 def _sum_per_sample(rows: Tensor) -> Tensor:
-    """Over all but the first dimension."""
+    """The sum over all dimensions but the first."""
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
 
 
 def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """``total_weight`` of each target[i]; the options are those of one sample."""
+    """``total_weight`` of each sample target[i]. ``options`` are those of one sample."""
     if target.is_floating_point():
         sample = target.new_empty(()).expand(target.shape[1:])
         return total_weight(sample, weight, options.dim, options.ignore_index).expand(target.shape[0])
     return _sum_per_sample(row_weights(target, weight, options.ignore_index).double())
 
 
-# Torch binds the arguments of ``forward`` to its signature at every call. Kept here, the signature need not be found
-# out each time, which took a quarter of a call on a small input.
+# torch binds the arguments of ``forward`` to its signature at every call. With the signature stored here, inspect does
+# not compute it each time, which took a quarter of a call on a small input.
 _forward: Any
 for _forward in (CrossEntropyBackward.forward, CrossEntropy.forward):
     _forward.__signature__ = inspect.signature(_forward)
@@ -295,37 +295,38 @@ for _forward in (CrossEntropyBackward.forward, CrossEntropy.forward):
 
 
 def _may_have_written(error: Exception, input: Tensor) -> bool:
-    """Whether an operator that raised may have begun to write: not on the CPU, where it has all memory before.
+    """Whether an operator that raised may have begun to write.
 
-    On CUDA it may have queued the kernel that writes, and failed to queue another.
+    On the CPU it has not, because it allocates all memory before it writes. On CUDA it may have queued the kernel that
+    writes and failed to queue another.
     """
     return input.is_cuda and not isinstance(error, IndexError)
 
 
 @dataclass
 class _EarlyGradient:
-    """What a graph with ``precompute_grad`` or ``inplace`` knows of its gradient.
+    """The gradient of a graph with ``precompute_grad`` or ``inplace``, and what has happened to it.
 
-    Compiled autograd calls backward with another ctx, which refers to the same.
+    An object of its own, because compiled autograd calls backward with another ctx, which refers to the same object.
     """
 
-    inplace: bool = False  # it is, or will be, where the logits are
-    precomputed: bool = False  # it is there, and yet to be scaled
+    inplace: bool = False  # the gradient is or will be in the logits' memory
+    precomputed: bool = False  # forward wrote it there; the upstream gradient is not multiplied into it yet
     overwritten: bool = False  # the logits are lost
-    gradient: Tensor | None = None  # beside the logits. No saved tensor: whoever takes it must hold the only reference
+    gradient: Tensor | None = None  # in memory of its own. Not a saved tensor: its taker must hold the only reference
 
 
 class EagerCrossEntropy(Function):
     """(input, target, weight, (options, dtype, stats, precompute_grad, inplace)) -> loss, or a tuple with statistics.
 
-    A call on a small input costs what surrounds the kernels, which is why there is this second form: its ``forward``
-    sees ``ctx`` and returns only what the caller gets, nothing is kept for forward mode, and the arguments are few.
+    On a small input the code around the kernels takes most of the time. This form of CrossEntropy has less of it:
+    ``forward`` sees ``ctx``, returns only the caller's results, saves nothing for forward mode, and has few arguments.
 
-    The first backward consumes a precomputed gradient: it is scaled in place where the upstream gradient is not 1, and
-    handed over. While the logits are intact a further backward computes it again; once overwritten it is refused.
+    The first backward takes a precomputed gradient, multiplies it in place by an upstream gradient other than 1, and
+    hands it over. A further backward computes the gradient again from the logits. If they are overwritten, it raises.
 
-    A gradient over the logits is a saved tensor of the graph like any other, so that autograd notices if somebody
-    writes there before it is used. Saved-tensor hooks would move it elsewhere: functional.py keeps away from them.
+    A gradient over the logits is a saved tensor, so autograd notices a write to it before backward uses it.
+    Saved-tensor hooks would move it to other memory. So functional.py uses the default strategy under such hooks.
     """
 
     @staticmethod
@@ -335,7 +336,7 @@ class EagerCrossEntropy(Function):
         results: list[Tensor]
         if precompute_grad and inplace:
             results = _overwrite(input, target, weight, *ctx.options, dtype, stats)
-            input = input.detach()  # saved by another name: it stands for the gradient, not for a value of the graph
+            input = input.detach()  # it holds the gradient now, so it must not be saved as an input of the graph
             ctx.early = _EarlyGradient(inplace=True, precomputed=True, overwritten=True)
         else:
             results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad)
@@ -374,14 +375,14 @@ class EagerCrossEntropy(Function):
 
 
 def _overwrite(input: Tensor, *arguments: Any) -> list[Tensor]:
-    """The operator that writes the gradient over the logits; autograd is told that it has."""
+    """Calls the operator that writes the gradient over the logits, and tells autograd that the logits have changed."""
     written = True
     try:
         return list(ops.cross_entropy_(input, *arguments))
     except Exception as error:
         written = _may_have_written(error, input)
         raise
-    finally:  # also where Ctrl-C, which has waited for the operator, comes before the next line
+    finally:  # also if KeyboardInterrupt, which waits for the operator, is raised before the next line
         if written:
             torch.autograd.graph.increment_version(input)
 
@@ -420,8 +421,8 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
 
 
 def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
-    """Multiplies a gradient computed before its upstream gradient was known by that."""
-    if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # written without the mean's divisor
+    """Multiplies a precomputed gradient by its upstream gradient, in place."""
+    if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # forward did not divide it by the total
         total = ctx.saved_tensors[4]
         grad_loss = grad_loss.to(total.dtype) / total
     ops.scale_rows_(gradient, grad_loss, ctx.options.dim)
@@ -431,7 +432,7 @@ _apply = internals.eager_apply(EagerCrossEntropy)
 
 
 def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> Sequence[Tensor]:
-    """EagerCrossEntropy of (options, dtype, stats, precompute_grad, inplace): the loss, and statistics if asked for."""
+    """EagerCrossEntropy of ``call`` = (options, dtype, stats, precompute_grad, inplace): the loss, then statistics."""
     weight = None if weight is None else internals.alive(weight)
     results = _apply(internals.alive(input), internals.alive(target), weight, call)
     return results if type(results) is tuple else (results,)

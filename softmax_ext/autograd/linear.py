@@ -1,13 +1,14 @@
 """Cross entropy of a linear layer's output for autograd: the Functions around the operators of linear_ops.py.
 
-    LinearCrossEntropy        forward computes the loss; backward computes the logits again, chunk by chunk, which
-                              serves any upstream gradient, any number of times, and transforms
-    EagerLinearCrossEntropy   forward computes the gradients as well, three matrix products a chunk; the first backward
-                              scales them and hands them over
+- LinearCrossEntropy computes the loss in forward. Its backward computes the logits again, chunk by chunk. It serves any
+  upstream gradient, any number of backwards, and transforms.
+- EagerLinearCrossEntropy computes the gradients in forward too, with three matrix products a chunk. Its first backward
+  multiplies them by the upstream gradient and hands them over.
+- LinearCrossEntropyBackward is the gradient in chunks. As it is a Function, ``torch.func`` and ``create_graph`` do not
+  need all logits at once either (``torch.func`` in compiled code does).
 
-The gradient in chunks is a Function of its own, LinearCrossEntropyBackward, so that ``torch.func`` and
-``create_graph`` hold no logits either (compiled, ``torch.func`` does). A derivative of it (double backward), and any in
-forward mode, comes from ``linear`` and the cross entropy of whole logits, whose Functions have all derivatives.
+Double backward and forward mode use all logits at once: F.linear and the cross entropy of its output, which have all
+derivatives.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ NOTHING = (False, False, False)
 
 
 def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """[N, C, *K]."""
-    *classes, features = linear_weight.shape  # reshaped: autograd's own vmap knows no flatten
+    """The output of the linear layer, [N, C, *K]."""
+    *classes, features = linear_weight.shape  # reshape and not flatten, which autograd's own vmap does not have
     bias = None if linear_bias is None else linear_bias.reshape(math.prod(classes))
     logits = F.linear(input, linear_weight.reshape(math.prod(classes), features), bias)
     return logits.reshape(input.shape[0], *classes)
@@ -47,7 +48,7 @@ def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) 
 
 
 class _Needs(NamedTuple):
-    """Which gradients are needed."""
+    """Which gradients a backward needs."""
 
     input: bool
     linear_weight: bool
@@ -56,7 +57,7 @@ class _Needs(NamedTuple):
 
 
 def _gradients_through_logits(operands: Operands, call: Call, upstream: Upstream, needs: _Needs) -> list[Tensor | None]:
-    """The gradients by operations that can all be differentiated and batched again."""
+    """The gradients from all logits at once, by operations that can be differentiated and batched again."""
     input, linear_weight, linear_bias, target, weight = operands
     logits = logits_of(input, linear_weight, linear_bias)
     options = call.options
@@ -80,7 +81,7 @@ def _gradients_through_logits(operands: Operands, call: Call, upstream: Upstream
 
 
 class LinearCrossEntropyBackward(Function):
-    """(*upstream, total, *operands, call, needs) -> the gradients that are needed."""
+    """(*upstream, total, *operands, call, needs) -> those gradients of the operands that ``needs`` names."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -121,7 +122,10 @@ class LinearCrossEntropyBackward(Function):
 def gradients(
     needed: Sequence[bool], operands: Operands, call: Call, upstream: Upstream, total: Tensor
 ) -> list[Tensor | None]:
-    """Those of input, linear_weight, linear_bias and target, None where not needed; the logits computed again."""
+    """The gradients of input, linear_weight, linear_bias and target; computes the logits again.
+
+    None for a gradient that is not needed.
+    """
     needs = _Needs(*needed)
     if all(g is None for g in upstream) or not any(needs):
         return [None] * 4
@@ -138,7 +142,7 @@ def gradients(
 
 
 def _scaled(gradient: Tensor, scale: Tensor, consumes: bool) -> Tensor:
-    """Scale: [], or [N] for the rows of the gradient."""
+    """The gradient times ``scale``, which is [], or [N] for its rows; in place if ``consumes``."""
     if consumes:
         ops.scale_rows_(gradient, scale, 1 if scale.dim() else 0)
         return gradient
@@ -156,7 +160,7 @@ def handed_on(
 ) -> list[Tensor | None]:
     """The gradients that forward computed, multiplied by the upstream gradient, in place if ``consumes``.
 
-    What comes of ignored rows alone is 0 whatever that is, inf and NaN too.
+    A gradient that only ignored rows contribute to is 0 for any upstream gradient, inf and NaN included.
     """
     target = operands.target
     scale = grad_loss.to(total.dtype)
@@ -228,7 +232,7 @@ class LinearCrossEntropy(Function):
 
 
 def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
-    """From the gradients of the results (loss, total_weight, *statistics)."""
+    """The Upstream in ``grads``, the gradients of the results (loss, total_weight, *statistics)."""
     loss, _, *statistics = grads
     lse, nll, entropy, *_ = statistics or (None, None, None)
     return Upstream(loss, lse, nll, entropy)
@@ -238,7 +242,7 @@ def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
 
 
 class EagerLinearCrossEntropy(Function):
-    """(*operands, call) -> loss, its gradients computed on the way."""
+    """(*operands, call) -> loss; forward computes its gradients too."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -248,8 +252,8 @@ class EagerLinearCrossEntropy(Function):
         needs = list(ctx.needs_input_grad[:3])
         results = linear_ops.forward(*operands, *options, dtype, stats, chunk_rows, needs, ops.VERSION)
         loss, total, *computed = results
-        # No saved tensors: nobody sees them, and backward hands on the only reference. In a list, since compiled
-        # autograd calls backward with another ctx, which shares what this one refers to.
+        # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
+        # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
         ctx.gradients = [spread(computed, needs)]
         ctx.save_for_backward(*operands, total)
         return loss  # type: ignore[no-any-return]

@@ -1,15 +1,16 @@
-"""What code that was traced cannot differentiate, and says so: no derivative is lost in silence.
+"""Exceptions for the derivatives that traced code cannot have, so that none is lost in silence.
 
-torch.compile keeps only numbers for a backward, so that nobody can differentiate it. Torch does not always say so:
+torch.compile saves only values for a backward, so that this backward cannot be differentiated. torch does not always
+raise then:
 
-- before 2.13 the gradient is a constant where nothing that was kept requires grad;
-- with every version a gradient penalty is left out where a derivative is asked for in certain tensors
-  (``torch.autograd.grad``, ``backward(inputs=...)``, ``torch.autograd.functional.hessian``);
-- with every version forward mode loses the tangent of an upstream gradient and, where nothing requires grad, that of
-  an operator's input.
+- Before 2.13 the gradient is a constant if no saved value requires grad.
+- With every version a gradient penalty is left out where a derivative in certain tensors is asked for
+  (``torch.autograd.grad``, ``backward(inputs=...)``, ``torch.autograd.functional.hessian``).
+- With every version forward mode loses the tangent of an upstream gradient. Where nothing requires grad it also loses
+  the tangent of an operator's input.
 
-So the operators that are traced look at what is going on when they run, and refuse. ``refusing(value, upstream, op)``
-puts that into a backward that is traced; ``refusing_backward(value, op)`` puts it behind results that torch
+So the traced operators check, when they run, whether they are differentiated, and raise. ``refusing(value, upstream,
+op)`` puts this check into a backward that is traced. ``refusing_backward(value, op)`` puts it behind results that torch
 differentiates.
 """
 
@@ -28,12 +29,12 @@ _WAY_OUT = "Call the function itself for it, neither compiled nor exported."
 
 
 def is_backward_traced() -> bool:
-    """Whether a backward runs to be traced, not to be differentiated: then it must have what refuses in it."""
+    """Whether a backward is being traced and not differentiated. It must contain the check then."""
     return internals.is_tracing() and not torch.is_grad_enabled()
 
 
 def refuse_derivatives(op: str, *operands: Tensor) -> None:
-    """RuntimeError where the backward that runs was traced before, and is differentiated."""
+    """RuntimeError if the running backward was traced before and is now differentiated."""
     in_backward = internals.graph_task() != -1
     if torch.is_grad_enabled() and (in_backward or any(t.requires_grad for t in operands)):
         differentiated = True
@@ -48,7 +49,7 @@ def refuse_derivatives(op: str, *operands: Tensor) -> None:
 
 
 def refuse_tangents(op: str, *operands: Tensor | None) -> None:
-    """RuntimeError where forward mode would lose the tangent of one of them."""
+    """RuntimeError if forward mode would lose the tangent of an operand."""
     if internals.forward_mode_level() < 0:
         return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
@@ -56,7 +57,7 @@ def refuse_tangents(op: str, *operands: Tensor | None) -> None:
 
 
 def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator of this namespace, for every device."""
+    """Defines an operator ``softmax_ext::name`` for every device, and returns it."""
     torch.library.define(f"softmax_ext::{name}", schema)
     torch.library.impl(f"softmax_ext::{name}", "default", kernel)
     torch.library.register_fake(f"softmax_ext::{name}", fake)
@@ -71,7 +72,8 @@ def _refusing(value: Tensor, upstream: Tensor, op: str) -> Tensor:
     return value.clone()
 
 
-# A copy of ``value``, which is small. ``upstream`` only keeps it from being computed in the forward.
+# Returns a copy of ``value``, which is small. Without the argument ``upstream`` torch.compile could move the call into
+# the forward.
 refusing = define(
     "refusing",
     "(Tensor value, Tensor upstream, str op) -> Tensor",

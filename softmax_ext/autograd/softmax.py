@@ -1,4 +1,4 @@
-"""Softmax and log-softmax for autograd. The gradient is a Function of its own, so that it has derivatives too."""
+"""Softmax and log-softmax for autograd. The gradient is a Function too, so that it has derivatives."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .transforms import is_batched, is_plain_backward, nested_forward_mode, to_f
 
 
 def _gradient_by_formula(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """What SoftmaxBackward computes, by torch's operations, where a batched gradient is differentiated itself.
+    """The same as SoftmaxBackward by torch's operations, for batched gradients that are differentiated again.
 
-    Autograd's batching keeps the graph and the tangents of those, and silently none of a Function.
+    Where autograd batches gradients, torch's operations have a graph and tangents, but a Function silently loses both.
     """
     wide = torch.promote_types(output.dtype, torch.float32)
     g, y = grad_output.to(wide), output.to(wide)
@@ -33,7 +33,7 @@ def _traced_gradient(grad_output: Tensor, output: Tensor, dim: int, log: bool, d
     return ops.softmax_backward(grad_output, output, dim, log, dtype)  # type: ignore[no-any-return]
 
 
-# In a backward that is traced.
+# The gradient in a backward that is traced.
 _softmax_backward_traced = refusals.define(
     "softmax_backward_traced",
     "(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor",
@@ -88,7 +88,7 @@ class SoftmaxBackward(Function):
 
 
 class Softmax(Function):
-    """(input, dim, log, dtype) -> softmax or log_softmax over dim (counted from the front)."""
+    """(input, dim, log, dtype) -> softmax or log_softmax over dim, which is not negative."""
 
     @staticmethod
     def forward(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Any:
@@ -113,7 +113,7 @@ class Softmax(Function):
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], tangent: Tensor, *_: None) -> Any:
-        (x,) = saved  # not the output, whose own tangent a nested forward mode would miss
+        (x,) = saved  # the input and not the output, because nested forward mode would miss the output's tangent
         t = tangent.to(ctx.output_dtype)
         p = x.softmax(ctx.dim, dtype=ctx.output_dtype)
         centred = t - (t * p).sum(ctx.dim, keepdim=True)
@@ -124,7 +124,7 @@ class Softmax(Function):
         return Softmax.apply(to_front(input, in_dims[0], info.batch_size), dim + 1, log, dtype), 0
 
 
-# Torch asks for the signature at every call; see cross_entropy.py.
+# torch asks for the signature at every call; see cross_entropy.py.
 _forward: Any
 for _forward in (SoftmaxBackward.forward, Softmax.forward):
     _forward.__signature__ = inspect.signature(_forward)
@@ -133,5 +133,5 @@ _apply = internals.eager_apply(Softmax)
 
 
 def eager_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
-    """Softmax where no transform is at work."""
+    """Softmax or log-softmax outside of transforms."""
     return _apply(internals.alive(input), dim, log, dtype)  # type: ignore[no-any-return]

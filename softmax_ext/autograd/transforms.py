@@ -1,4 +1,4 @@
-"""What the Functions share: torch.func's transforms, forward mode, and gradients that autograd batches."""
+"""Helpers of all Functions for torch.func's transforms, forward mode, and gradients that autograd batches."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch.autograd import Function, forward_ad
 
 from .. import internals
 
-# ---- what is going on ----
+# ---- which transforms are active ----
 
 
 def in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only the full Functions understand."""
+    """Whether torch.func or forward-mode AD is active. Then only a Function with all derivatives may be used."""
     return internals.transforms_active() or internals.forward_mode_level() >= 0
 
 
 def needs_plain_formulas(target: Tensor, weight: Tensor | None, transformed: bool, compiling: bool) -> bool:
     """Whether a derivative may be asked for that no Function has.
 
-    That is one in the class weights, which torch has for probabilities only, and any within a transform that is itself
-    compiled: Dynamo takes no ``jvp`` and would lose the derivatives of a Function in silence.
+    There are two kinds. The first is a derivative in the class weights, which torch has for probabilities only. The
+    second is any derivative in a transform that is compiled: Dynamo accepts no ``jvp``, and would silently lose the
+    derivatives of a Function.
     """
     if transformed:
         return compiling or (weight is not None and target.is_floating_point())
@@ -49,10 +50,11 @@ def is_plain(upstream: Sequence[Tensor | None]) -> bool:
 
 
 def nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a ``jvp`` be differentiated in forward mode itself.
+    """Makes a ``jvp`` differentiable in forward mode.
 
-    Torch runs a Function's jvp with forward mode switched off, so that an outer level of it would see a constant and
-    second derivatives would be wrong in silence. Here it is on, and the level being computed is taken off the inputs.
+    torch runs a Function's jvp with forward mode switched off. An outer level of forward mode then sees a constant, and
+    second derivatives are silently wrong. So this switches forward mode on, and removes from the saved tensors the
+    tangents of the level that the jvp computes.
     """
 
     def nested(ctx: Any, *tangents: Any) -> Any:
@@ -67,18 +69,18 @@ def nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def to_front(tensor: Tensor, batch_dim: int | None, size: int, to: int = 0) -> Tensor:
-    """The vmapped dimension moved to ``to``; a tensor without one is expanded."""
+    """The tensor with its vmapped dimension moved to ``to``; expanded there to ``size`` if it has none."""
     if batch_dim is None:
         return tensor.unsqueeze(to).expand(*tensor.shape[:to], size, *tensor.shape[to:])
     return tensor.movedim(batch_dim, to)
 
 
-# Dynamo traces this loop where compiled code is vmapped, and fails; its import costs the first call a second.
+# Where compiled code is vmapped, Dynamo would trace this loop, and fail. The first call imports Dynamo, in a second.
 @internals.disable_dynamo
 def one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
-    """Vmap as a loop, for arguments that the kernels take only once per call.
+    """A vmap as a loop, for arguments that the kernels accept only once per call.
 
-    An empty batch takes its shapes and its graph from a sample of zeros, which is left out.
+    For an empty batch one sample of zeros gives the shapes and the graph, and is then left out.
     """
 
     def sample(i: int) -> list[Any]:
@@ -97,6 +99,6 @@ def one_by_one(function: type[Function], size: int, in_dims: tuple[Any, ...], ar
 
 
 def spread(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """One entry for each of ``needs``; ``grads`` holds those that are needed."""
+    """One entry for each of ``needs``: the next of ``grads`` if it is needed, else None."""
     remaining = iter(grads)
     return [next(remaining) if needed else None for needed in needs]
