@@ -2,15 +2,14 @@
 # .venv, installs there what it needs and builds the libraries. What is up to date stays.
 #
 #   PYTHON=python3.12              the interpreter of a new .venv
-#   TORCH='torch==2.11.0'          another torch, or other arguments of pip install; without it the next make changes back
+#   TORCH='torch==2.11.0'          another torch, or other arguments of pip install; kept in .venv/torch.txt for the next make
 #   VERSION=2.11.0                 the torch of make test-torch
 #   PYTEST_ARGS='-k softmax'       what make test and test-torch pass to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
-#   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz.py besides
-#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
+#   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz/run.py besides
+#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py besides
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 VERSION ?=
 PYTEST_ARGS ?=
 FUZZ_ARGS ?=
@@ -18,6 +17,8 @@ PEERS ?=
 BENCH_ARGS ?=
 
 VENV := .venv
+# What was chosen last, until another is given.
+TORCH := $(or $(TORCH),$(shell cat $(VENV)/torch.txt 2>/dev/null),torch==2.13.0)
 VENV_PEERS := .venv-peers
 VENV_AUDIT := .venv-audit
 BIN := $(VENV)/bin
@@ -31,10 +32,11 @@ TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist wheel audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
+.PHONY: help build cuda-library demo test check test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist wheel audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
 
-help: ## this list
+help: ## this list, and below it what can be given to them
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
 build: $(VENV)/.built ## build the libraries into softmax_ext/
 
@@ -44,70 +46,72 @@ cuda-library: $(VENV)/.built ## compile the CUDA library too, with nvcc and no G
 demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; draws demo/report.png
 	$(BIN)/python examples/report.py
 
-test: $(VENV)/.test $(VENV)/.built ## run the tests
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
-	$(BIN)/python tests/kernel_suite.py sanitized --sample 8 -n 2 -q
+test: $(VENV)/.test $(VENV)/.built ## run the tests, but for those marked slow; six minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+
+check: $(VENV)/.test $(VENV)/.built ## what CI runs besides: slow tests, sanitizers, the emulator, every GPU architecture, sdist, wheel
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python tests/tools/kernel_suite.py sanitized --sample 8 -n 2 -q
 	$(BIN)/python tests/native/run.py --trials 25 thread
-	$(BIN)/python tests/emulated.py -n 2
-	$(BIN)/python tests/cuda_check.py --skip-without-nvcc
+	$(BIN)/python tests/emulator/run.py -n 2
+	$(BIN)/python tests/gpu/cuda_check.py --skip-without-nvcc
+	$(MAKE) dist wheel
 
 # What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the libraries load.
-VERSIONED := compile compile_cache compiled_derivatives transforms linear inplace integration errors modules diagnostics
+VERSIONED := compile $(patsubst %,unit/test_%.py,transforms linear inplace integration errors modules) package/test_diagnostics.py
 
 # The library is the one of .venv: built with one torch it serves every other, which is a part of what this tests.
 test-torch: $(VENV)-torch-$(VERSION)/.installed $(VENV)/.built ## run what depends on the torch with VERSION=2.11.0, in .venv-torch-2.11.0
-	$(VENV)-torch-$(VERSION)/bin/python -m pytest -n 2 $(VERSIONED:%=tests/test_%.py) $(PYTEST_ARGS)
+	$(VENV)-torch-$(VERSION)/bin/python -m pytest -n 2 $(VERSIONED:%=tests/%) $(PYTEST_ARGS)
 
 large: $(VENV)/.test $(VENV)/.built ## run the tests of more than 2^31 logits; takes 15 GiB of memory
-	$(BIN)/python -m pytest --large $(PYTEST_ARGS) tests/test_size.py
+	$(BIN)/python -m pytest --large $(PYTEST_ARGS) tests/stress/test_size.py
 
-test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, without a GPU; part of make test
-	$(BIN)/python tests/emulated.py -n 2
+test-emulated: $(VENV)/.test $(VENV)/.built ## run the CUDA kernels on the CPU, without a GPU; part of make check
+	$(BIN)/python tests/emulator/run.py -n 2
 
-cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make test
-	$(BIN)/python tests/cuda_check.py
+cuda-check: $(VENV)/.test $(VENV)/.built ## compile the CUDA kernels for every architecture, read registers and spills; part of make check
+	$(BIN)/python tests/gpu/cuda_check.py
 
 fuzz: $(VENV)/.test $(VENV)/.built ## 20000 drawn calls against torch in float64; make test has 2000 of a fixed seed
-	$(BIN)/python tests/fuzz.py -n 2 $(FUZZ_ARGS)
+	$(BIN)/python tests/fuzz/run.py -n 2 $(FUZZ_ARGS)
 
 test-gpu: $(VENV)/.test $(VENV)/.built ## run the tests on CUDA tensors, and some under compute-sanitizer
 	$(BIN)/python -m pytest --device cuda $(PYTEST_ARGS)
-	$(BIN)/python tests/sanitize_gpu.py
+	$(BIN)/python tests/gpu/sanitize_gpu.py
 
-sanitize: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels under AddressSanitizer and UBSan; a sample is part of make test
-	$(BIN)/python tests/kernel_suite.py sanitized -n 2 $(PYTEST_ARGS)
+sanitize: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels under AddressSanitizer and UBSan; a sample is part of make check
+	$(BIN)/python tests/tools/kernel_suite.py sanitized -n 2 $(PYTEST_ARGS)
 
-native: $(VENV)/.built ## run the kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer (part of make test)
+native: $(VENV)/.built ## run the kernels without torch: plain, under AddressSanitizer and UBSan, under ThreadSanitizer (part of make check)
 	$(BIN)/python tests/native/run.py
 
 test-isas: $(VENV)/.test $(VENV)/.built ## run the tests of the CPU kernels with each kernel set that this processor has
-	$(BIN)/python tests/kernel_suite.py isas -n 2 $(PYTEST_ARGS)
+	$(BIN)/python tests/tools/kernel_suite.py isas -n 2 $(PYTEST_ARGS)
 
 old-cpu: $(VENV)/.built ## run a wheel and the kernels on emulated CPUs: Nehalem, Haswell, ARM (needs qemu-user, g++-aarch64-linux-gnu)
-	$(BIN)/python tests/old_cpu.py
+	$(BIN)/python tests/package/old_cpu.py
 	$(BIN)/python tests/native/run.py Nehalem Haswell aarch64
 
 trust: sanitize native test-isas old-cpu fuzz large accuracy training audit ## everything that takes longer than CI has
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
-	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py)
 
 bench-linear: $(VENV)/.bench $(VENV)/.built ## measure linear cross entropy; fills benchmarks/results/linear.*
-	$(BIN)/python benchmarks/bench_linear.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench.py --op linear $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
 	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
-	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
-	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py --gpu)
+	$(BIN)/python benchmarks/bench.py --device cuda $(BENCH_ARGS)
 
 accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/studies/accuracy.py
 
 training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, a quarter of an hour; fills docs/training.md
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/studies/training.py
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check
@@ -120,9 +124,11 @@ format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
 
+# The time of every file in them: 1980, the earliest that a wheel can hold.
+dist wheel: export SOURCE_DATE_EPOCH ?= 315532800
+
 dist: $(VENV)/.dist ## an sdist in dist/, of the same bytes every time
-	rm -f dist/*.tar.gz
-	$(BIN)/python -m build --no-isolation --sdist
+	.ci/make_sdist $(BIN)/python
 
 wheel: $(VENV)/.dist ## a wheel in dist/ for every Python and torch, with the CUDA kernels where there is an nvcc
 	$(BIN)/python .ci/make_wheel.py
@@ -153,7 +159,7 @@ $(VENV)/.tools: $(VENV)/torch.txt constraints.txt
 	touch $@
 
 # By setup.py itself, since pip hides the plan and the progress.
-$(VENV)/.built: $(VENV)/.tools setup.py pyproject.toml softmax_ext/_version.py $(CPP)
+$(VENV)/.built: $(VENV)/.tools setup.py $(wildcard build_support/*.py) pyproject.toml softmax_ext/_version.py $(CPP)
 	$(BIN)/python setup.py build_ext --inplace
 	touch $@
 

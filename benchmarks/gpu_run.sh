@@ -84,7 +84,7 @@ fi
 
 pytest=("$python" -m pytest --device cuda -q --tb=short --maxfail=100 -p no:cacheprovider)
 has pytest_timeout || pytest+=(-o addopts=-ra) # --strict-config refuses the setting of a plugin that is not there
-rest=(--ignore=tests/test_cuda.py -m "not slow")
+rest=(--ignore=tests/gpu/test_cuda.py -m "not slow")
 has xdist && rest+=(-n "$(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 8))")
 
 # share PERCENT MOST: of the time that is left
@@ -96,8 +96,8 @@ share() {
 if ! has pytest; then
   skipped "tests" "pytest is not installed"
 else
-  step "tests of CUDA" "$(share 20 80)" gpu_tests.log "${pytest[@]}" tests/test_cuda.py
-  has hypothesis || { rest+=(--ignore=tests/test_softmax.py) && skipped "tests of softmax" "no hypothesis"; }
+  step "tests of CUDA" "$(share 20 80)" gpu_tests.log "${pytest[@]}" tests/gpu/test_cuda.py
+  has hypothesis || { rest+=(--ignore=tests/unit/test_softmax.py) && skipped "tests of softmax" "no hypothesis"; }
   has expecttest || { rest+=(-k "not opcheck") && skipped "tests by opcheck" "no expecttest"; }
   skipped "slow tests" "make test-gpu runs them"
   step "other tests" "$(share 35 130)" gpu_tests.log "${pytest[@]}" "${rest[@]}" tests
@@ -111,7 +111,7 @@ if ! has pytest; then
 else
   before=$status
   step "compute-sanitizer" "$(share 20 70)" gpu_sanitizer.log \
-    "$python" tests/sanitize_gpu.py --tool memcheck -q -k "test_every_kernel and (float32 or bfloat16)"
+    "$python" tests/gpu/sanitize_gpu.py --tool memcheck -q -k "test_every_kernel and (float32 or bfloat16)"
   case $? in 124 | 137) status=$before ;; esac # the rest is for make test-gpu, which has the time
   grep -hE '^compute-sanitizer|ERROR SUMMARY' "$output/gpu_sanitizer.log"
 fi
@@ -124,10 +124,10 @@ else
   # No case begins in the last 40 seconds; one that hangs is ended.
   seconds=$(($(left) > 80 ? $(left) - 40 : 40))
   step "benchmark" "$((seconds + 35))" gpu_bench.log \
-    "$python" benchmarks/bench_gpu.py --output "$output" --seconds "$((seconds * 3 / 4))"
+    "$python" benchmarks/bench.py --device cuda --op cross_entropy softmax --output "$output" --seconds "$((seconds * 3 / 4))"
   seconds=$(($(left) > 60 ? $(left) - 40 : 20))
   step "linear" "$((seconds + 35))" gpu_bench.log \
-    "$python" benchmarks/bench_linear.py --gpu --output "$output" --seconds "$seconds"
+    "$python" benchmarks/bench.py --device cuda --op linear --output "$output" --seconds "$seconds"
   cat "$output/gpu_bench.log"
 fi
 

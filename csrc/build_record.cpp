@@ -1,4 +1,4 @@
-// The versions that a library was built of and with, for softmax_ext/library_file.py, which finds them in the file of one
+// The versions that a library was built of and with, for softmax_ext/libraries.py, which finds them in the file of one
 // that can't be loaded, or must not be. The program does not read them.
 namespace {
 

@@ -1,7 +1,7 @@
 // Lets a library that is linked on a new system run on an old one: with glibc 2.28 and the libstdc++ of GCC 8, which is what
 // torch's own wheels ask for (manylinux_2_28). The linker takes the newest version of a function that it finds; here each
-// that is newer has another in its place. setup.py gives the linker a --wrap for each name in this file, and a test holds
-// the libraries to the bound (tests/test_binary.py). On x86-64 alone.
+// that is newer has another in its place. build_support gives the linker a --wrap for each name in this file, and a test
+// holds the libraries to the bound (tests/package/test_binary.py). On x86-64 alone.
 #include <new>
 #include <sstream>
 

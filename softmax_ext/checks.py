@@ -94,7 +94,8 @@ def integer(op: str, argument: str, value: Any) -> int:
 def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The target in the shape that the operator takes. RuntimeError or ValueError for another shape or dtype."""
     check_dense(op, "target", target)
-    check_device(op, "target", target, input)
+    if target.device != input.device:
+        check_device(op, "target", target, input)
     shape = input.shape
     batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
     if target.shape == batch and target.dtype in _CLASSES:
@@ -132,7 +133,9 @@ def _classes_elsewhere(op: str, shape: torch.Size, target: Tensor) -> str:
 
 def check_logits(op: str, input: Tensor, target: object) -> None:
     """The same as ``check_floating``, but the text tells when logits and target are probably swapped."""
-    if input.dtype not in _FLOATING and isinstance(target, Tensor) and target.is_floating_point():
+    if input.dtype in _FLOATING:
+        return
+    if isinstance(target, Tensor) and target.is_floating_point():
         need = "be float64, float32, bfloat16 or float16"
         way_out = "The logits come first, the target second: are the two swapped?"
         refuse(NotImplementedError, op, "input", need, describe(input), way_out)
@@ -194,7 +197,8 @@ def check_options(
         if not _SMALLEST <= cap <= _LARGEST or abs(logit_scale / cap) > _LARGEST:
             need = "be finite and positive (and so logit_scale / softcap, in float32), or None"
             refuse(ValueError, op, "softcap", need, f"{cap}")
-    ignore_index = integer(op, "ignore_index", ignore_index)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        ignore_index = integer(op, "ignore_index", ignore_index)
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 

@@ -54,9 +54,9 @@ def default_chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
 
 
 def _checks_targets(target: Tensor) -> bool:
-    return not target.is_floating_point() and (
-        target.device.type == "cpu" or os.environ.get("SOFTMAX_EXT_CHECK_TARGETS") == "1"
-    )
+    """On a CPU always; elsewhere on demand, as targets_are_checked() of csrc/ops/cuda/cross_entropy.cpp has it."""
+    on_demand = os.environ.get("SOFTMAX_EXT_CHECK_TARGETS", "") not in ("", "0")
+    return not target.is_floating_point() and (target.device.type == "cpu" or on_demand)
 
 
 def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 
-from . import libraries, library_file
+from . import libraries
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/layout.h
 
@@ -40,7 +40,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, (
             f"softmax_ext's CUDA kernels do not load with torch {torch.__version__}: they were built as "
-            f"{library_file.built_as(found)} ({libraries.first_line(error)}); "
+            f"{libraries.built_as(found)} ({libraries.first_line(error)}); "
             f"build them again with this torch: FORCE_CUDA=1 {libraries.REINSTALL}"
         )
     return kernels, None

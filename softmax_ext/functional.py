@@ -235,8 +235,9 @@ def cross_entropy(
         TypeError: an argument is not a Tensor, a number or an int where one is needed.
         ValueError: the batch sizes differ; an unknown reduction; an option out of range; ``inplace`` with a leaf that
             requires grad or with overlapping elements.
-        IndexError: a class out of range; the text names the position and the value. On CUDA only where the environment
-            has SOFTMAX_EXT_CHECK_TARGETS=1, since the host must wait for the answer; the loss is NaN otherwise.
+        IndexError: a class out of range; the text names the position and the value. On CUDA only where
+            SOFTMAX_EXT_CHECK_TARGETS is set in the environment (to anything but 0), since the host must wait for the
+            answer; the loss is NaN otherwise.
         RuntimeError: other shapes or dtypes of target and weight, ``label_smoothing`` out of range, different
             devices; a second backward after ``inplace``.
         NotImplementedError: logits of another dtype or layout.

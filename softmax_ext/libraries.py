@@ -7,12 +7,12 @@ the report and for the choice of the instruction set. So one file serves every P
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from pathlib import Path
 
 import torch
 
-from . import library_file
 from ._version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
@@ -23,16 +23,32 @@ REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 """The same command over an installed package. For a wheel its file name stands in place of the dot."""
 
 
+_RECORD = b"softmax_ext build record: "  # csrc/build_record.cpp
+
+
 def find(device: str) -> str | None:
     """The path of the library for "cpu" or "cuda", or None. A dangling link counts, so that ``load`` reports it."""
     path = PACKAGE / f"libsoftmax_ext_{device}.so"
     return str(path) if path.exists() or path.is_symlink() else None
 
 
+def built_as(path: str) -> str:
+    """The versions of softmax_ext and torch that the library was built from, as its file says."""
+    try:
+        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            begin = content.find(_RECORD)
+            if begin >= 0:
+                return content[begin + len(_RECORD) : content.find(b"\0", begin)].decode(errors="replace")
+    except OSError:
+        return "unknown versions (it can't be read)"
+    except ValueError:  # mmap refuses an empty file
+        pass
+    return "unknown versions (it is damaged, or another library)"
+
+
 def load(path: str) -> ctypes.CDLL:
     """Loads the library, which registers its operators. If that fails, an OSError whose first line says why."""
-    library_file.check(path)
-    if not library_file.built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may be other ones
+    if not built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may differ from this version's
         raise OSError(f"the rest of the package is softmax_ext {__version__}")
     try:
         torch.ops.load_library(path)
@@ -91,7 +107,7 @@ def load_cpu() -> tuple[CpuLibrary | None, str | None]:
     except (OSError, AttributeError) as error:
         return None, (
             f"the CPU library {path} was found but does not load with torch {torch.__version__}: "
-            f"it was built as {library_file.built_as(path)} ({first_line(error)}); "
+            f"it was built as {built_as(path)} ({first_line(error)}); "
             f"build it again with this torch: {REINSTALL}"
         )
 

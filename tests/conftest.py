@@ -3,7 +3,7 @@
 pytest --device cpu         the CPU kernels (the default); with --sanitized those of kernel_suite.py's build
 pytest --device cuda        the CUDA kernels: every tensor that a test makes is on the GPU, unless the test asks for
                             `device`: then it puts there what belongs there, and computes on the CPU what is right
-pytest --device emulated    the CUDA kernels too, on CPU tensors: cuda_on_cpu/ runs them without a GPU; with
+pytest --device emulated    the CUDA kernels too, on CPU tensors: tests/emulator/ runs them without a GPU; with
                             --sanitized under AddressSanitizer and UBSan
 pytest --large              the tests marked so, which take minutes and up to 15 GiB of memory, too
 """
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _forks() -> NoReturn:
-    raise RuntimeError("a test forks in a process of its own: tests/fresh.py says why")
+    raise RuntimeError("a test forks in a process of its own: tests/tools/fresh.py says why")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _check_sanitized() -> None:
     library = Path(ops.library.path)
     if b"__asan_" not in library.read_bytes():
-        raise pytest.UsageError(f"--sanitized: start it by tests/kernel_suite.py; {library} is not sanitized")
+        raise pytest.UsageError(f"--sanitized: start it by tests/tools/kernel_suite.py; {library} is not sanitized")
 
 
 def _use_cuda() -> None:
@@ -85,12 +85,12 @@ def _use_cuda() -> None:
 
 
 def _load_emulated(sanitized: bool) -> None:
-    from cuda_on_cpu import build
+    import emulator
 
     if sanitized and "libasan" not in os.environ.get("LD_PRELOAD", ""):
-        raise pytest.UsageError("--sanitized: start it by tests/emulated.py, which preloads AddressSanitizer")
+        raise pytest.UsageError("--sanitized: start it by tests/emulator/run.py, which preloads AddressSanitizer")
     try:
-        library = build.build("libemulated.so", sanitized)
+        library = emulator.build("libemulated.so", sanitized)
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from None
     # Warns, once, that it replaces the CPU kernels.

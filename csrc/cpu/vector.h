@@ -66,8 +66,8 @@ struct Ahead {
   void fetch(int64_t vector) const { __builtin_prefetch(at + vector * step); }
 };
 
-// exp(x) for x <= 0 within 1.01 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest normal
-// number. Float only: double takes Sleef's, within 1 ULP too.
+// exp(x) for x <= 0 within 1.01 ULP (tests/unit/test_kernels.py measures it over all of its range), 0 below the smallest
+// normal number. Float only: double takes Sleef's, within 1 ULP too.
 constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite
 

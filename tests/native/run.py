@@ -16,7 +16,6 @@ Without names the first three. Each then commits faults on purpose (faults.cpp),
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import platform
 import shutil
@@ -24,10 +23,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT))
+
+from build_support import libraries  # noqa: E402
+from build_support.ninja_build import Library, Unit, run_ninja, write_ninja  # noqa: E402
+from build_support.tools import find_compiler  # noqa: E402
+
 BUILD = Path("build/native")
 CROSS = "aarch64-linux-gnu-g++"
 CROSS_LIBRARIES = "/usr/aarch64-linux-gnu"
@@ -60,39 +65,31 @@ BUILDS = {
 }
 
 
-def load_setup() -> Any:
-    """setup.py, which knows the flags of the kernels."""
-    spec = importlib.util.spec_from_file_location("softmax_ext_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def build(folder: str) -> Path:
     """Compiles what has changed, and returns the program."""
-    setup = load_setup()
-    command, compiler = setup.find_compiler()
-    isas = setup.X86_ISAS if platform.machine() == "x86_64" else setup.OTHER_ISAS
-    extra: list[str] = {"address": setup.SANITIZERS, "thread": THREAD_SANITIZER}.get(folder, [])
+    command, compiler = find_compiler()
+    isas = libraries.X86_ISAS if platform.machine() == "x86_64" else libraries.OTHER_ISAS
+    extra: list[str] = {"address": libraries.SANITIZERS, "thread": THREAD_SANITIZER}.get(folder, [])
     if folder == "aarch64":
-        command, compiler, isas = [CROSS], CROSS, setup.OTHER_ISAS
+        command, compiler, isas = [CROSS], CROSS, libraries.OTHER_ISAS
         # What GCC 12 says of arm_neon.h and std::pair: uninitialised values that are not used, and its own older ABI.
         extra = ["-Wno-maybe-uninitialized", "-Wno-psabi"]
     target = BUILD / folder
 
-    def placed(unit: Any) -> Any:
-        name = unit.object.removeprefix(f"{setup.BUILD[setup.CPU]}/")
+    def placed(unit: Unit) -> Unit:
+        name = unit.object.removeprefix(f"{libraries.BUILD[libraries.CPU]}/")
         return unit._replace(object=str(target / name), flags=[*unit.flags, *extra])
 
-    own = [*setup.common_flags(), f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}", *setup.torch_headers()]
+    target_version = f"-DTORCH_TARGET_VERSION={libraries.TORCH_TARGET_VERSION}"
+    own = [*libraries.common_flags(), target_version, *libraries.torch_headers()]
     sources = [*sorted(HERE.relative_to(ROOT).glob("*.cpp")), Path("csrc/ops/cpu/kept_memory.cpp")]
-    units = [setup.Unit(str(path), str(target / "own" / f"{path.stem}.o"), [*own, *extra]) for path in sources]
-    units += [placed(unit) for unit in setup.kernel_units(isas, compiler)]
+    units = [Unit(str(path), str(target / "own" / f"{path.stem}.o"), [*own, *extra]) for path in sources]
+    units += [placed(unit) for unit in libraries.kernel_units(isas, compiler)]
     target.mkdir(parents=True, exist_ok=True)
     program = target / "native_kernels"
-    library = setup.Library(units, [*extra, "-pthread"])
-    setup.write_ninja(target / "build.ninja", {"compile": command}, library, str(program))
-    setup.run_ninja(target / "build.ninja", library)
+    library = Library(units, [*extra, "-pthread"])
+    write_ninja(target / "build.ninja", {"compile": command}, library, str(program))
+    run_ninja(target / "build.ninja", library)
     return program
 
 

@@ -55,7 +55,7 @@ const char* name_of(DType type);
 std::string text_of(const Shape& shape);
 
 // Errors allowed: half a unit in the last place of what is stored, and this of the arithmetic, relative to what the
-// result was computed from. tests/test_numerics.py measures the kernels' errors; here they are to be right everywhere.
+// result was computed from. tests/unit/test_numerics.py measures the kernels' errors; here they are to be right everywhere.
 template <typename T>
 constexpr double kArithmeticError = sizeof(T) == 8 ? 4e-14 : 4e-6;
 

@@ -41,6 +41,7 @@ struct Workspace {
   }
 };
 
+// Set, and neither empty nor 0. The same in softmax_ext/chunks.py.
 bool targets_are_checked() {
   const char* value = std::getenv("SOFTMAX_EXT_CHECK_TARGETS");
   return value && *value && std::string(value) != "0";

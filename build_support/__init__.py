@@ -1,0 +1,1 @@
+"""How softmax_ext's libraries are built; setup.py starts it."""
