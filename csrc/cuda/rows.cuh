@@ -1,31 +1,31 @@
-// The kernels for rows whose classes are adjacent in memory: kept_rows, which holds the row in registers between its
-// reduction and its output, and stream_rows, which reads it a second time.
+// The kernels for rows whose classes are adjacent in memory: register_rows, which holds the row in registers between its
+// reduction and its output, and two_pass_rows, which reads it a second time.
 //
 // Both, and those of columns.cuh, are written over an Op, which says what is reduced and what is written:
 //
 //   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
 //   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
-//   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
-//   kColumns                         the shape of stream_columns (columns.cuh)
-//   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
+//   kTwoPassChunks                    16-byte chunks of each input that are loaded at once where the row is read again
+//   kColumns                         the shape of lane_rows (columns.cuh)
+//   kRegisterChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
 //   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
 //   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
-//   never_kept()                     what is true of no Op that kept_rows is launched with
-//   idle()                           whether the output is what is there already
+//   never_in_registers()                     what is true of no Op that register_rows is launched with
+//   is_noop()                           whether the output is what is there already
 //   overwrites()                     whether the output overwrites what a leader keeps
 //   input(i, at), output(at)         where the row at a Position begins
 //   fetch(at) -> Context             the row's own data, which is loaded; nothing waits for it
 //   begin(context)                   what follows from it
 //   keep(context, leader, value)     more of that; the leader also keeps what the output may overwrite, the logit value(c)
 //                                    of a class. Apart from begin, so that the row's loads are under way
-//   skips(context)                   whether the row is not read and its output is 0
-//   clears(context)                  whether its output is 0, be it read or not
-//   level(x)                         of the elements x of all inputs: what the maximum is taken of
+//   skip_row(context)                   whether the row is not read and its output is 0
+//   zero_gradient(context)                  whether its output is 0, be it read or not
+//   logit(x)                         of the elements x of all inputs: what the maximum is taken of
 //   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
 //   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
 //   value(context, coefficients, x, c)             the output of class c
-//   apart(context, coefficients, &c, &value)       whether one class has an output that is computed apart
-//   extra(context, coefficients, x, c)             writes a second output of class c (not in kept_rows)
+//   target_override(context, coefficients, &c, &value)       whether one class has an output that is computed apart
+//   write_second(context, coefficients, x, c)             writes a second output of class c (not in register_rows)
 #pragma once
 
 #include "group.cuh"
@@ -34,7 +34,7 @@
 namespace softmax_ext {
 namespace cuda {
 
-// Of stream_columns: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
+// Of lane_rows: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
 // multiprocessor, so that what has eight warps has twice the registers.
 struct ColumnShape {
   int classes, warps;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void add_elements(const Op& op, const typename Op::Co
   if constexpr (Op::kMaximum) {
     typename Op::T max = sums.max;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) max = larger(max, op.level(element(i)));
+    for (int i = 0; i < kCount; i++) max = larger(max, op.logit(element(i)));
     sums.raise(max);
   }
 #pragma unroll
@@ -137,7 +137,7 @@ template <typename Op>
 __device__ __forceinline__ void write_one(const Op& op, const typename Op::Context& context,
                                           const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
                                           const Elements<Op>& x, int c) {
-  if (op.has_extra) op.extra(context, coefficients, x, c);
+  if (op.writes_second) op.write_second(context, coefficients, x, c);
   if (op.writes) narrow(op.value(context, coefficients, x, c), row.output.data[c]);
 }
 
@@ -146,8 +146,8 @@ __device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Con
                                             const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
                                             const InputChunk<Op>& chunk, int at) {
   constexpr int kSize = InputChunk<Op>::kSize;
-  if (op.has_extra)
-    for (int i = 0; i < kSize; i++) op.extra(context, coefficients, chunk.elements(i), at + i);
+  if (op.writes_second)
+    for (int i = 0; i < kSize; i++) op.write_second(context, coefficients, chunk.elements(i), at + i);
   if (!op.writes) return;
   Chunk<typename Op::Out, kSize> out;
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Con
 
 // Writes 0 to the chunks first, first + step, ... of a row, up to `last`.
 template <typename Op>
-__device__ __forceinline__ void clear_chunks(const RowOperands<Op>& row, int first, int last, int step) {
+__device__ __forceinline__ void zero_chunks(const RowOperands<Op>& row, int first, int last, int step) {
   Chunk<typename Op::Out, InputChunk<Op>::kSize> zero;
 #pragma unroll
   for (int i = 0; i < InputChunk<Op>::kSize; i++) clear(zero.element[i]);
@@ -166,12 +166,12 @@ __device__ __forceinline__ void clear_chunks(const RowOperands<Op>& row, int fir
 
 // The class whose output is computed apart, if it is one of [first, last).
 template <typename Op>
-__device__ __forceinline__ void write_apart(const Op& op, const typename Op::Context& context,
-                                            const typename Op::Coefficients& coefficients, typename Op::Out* output,
-                                            int first, int last) {
+__device__ __forceinline__ void write_target_override(const Op& op, const typename Op::Context& context,
+                                                      const typename Op::Coefficients& coefficients,
+                                                      typename Op::Out* output, int first, int last) {
   int c;
   typename Op::T value;
-  if (op.apart(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
+  if (op.target_override(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
 }
 
 // What an Op needs not have: an Op without context whose rows are all read and written.
@@ -179,30 +179,30 @@ template <typename Arithmetic>
 struct SimpleOp {
   using T = Arithmetic;
   struct Context {};
-  static constexpr bool reduces = true, writes = true, has_extra = false;
+  static constexpr bool reduces = true, writes = true, writes_second = false;
 
-  __device__ __forceinline__ bool never_kept() const { return false; }
-  __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ bool never_in_registers() const { return false; }
+  __device__ __forceinline__ bool is_noop() const { return false; }
   __device__ __forceinline__ bool overwrites() const { return false; }
   __device__ __forceinline__ Context fetch(const Position&) const { return {}; }
   template <typename C>
-  __device__ __forceinline__ void begin(C&) const {}
+  __device__ __forceinline__ void decode_target(C&) const {}
   template <typename C, typename Value>
-  __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
+  __device__ __forceinline__ void read_target_logit(C&, bool, const Value&) const {}
   template <typename C>
-  __device__ __forceinline__ bool skips(const C&) const {
+  __device__ __forceinline__ bool skip_row(const C&) const {
     return false;
   }
   template <typename C>
-  __device__ __forceinline__ bool clears(const C&) const {
+  __device__ __forceinline__ bool zero_gradient(const C&) const {
     return false;
   }
   template <typename C, typename K>
-  __device__ __forceinline__ bool apart(const C&, const K&, int&, T&) const {
+  __device__ __forceinline__ bool target_override(const C&, const K&, int&, T&) const {
     return false;
   }
   template <typename C, typename K, typename X>
-  __device__ __forceinline__ void extra(const C&, const K&, const X&, int) const {}
+  __device__ __forceinline__ void write_second(const C&, const K&, const X&, int) const {}
 };
 
 // ---- a row in registers --------------------------------------------------------------------------------------------
@@ -212,8 +212,8 @@ constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of 
 // A thread's part of a row: chunks thread, thread + size, ..., and loose elements in the same way. kThreads: the fewest
 // that share a row.
 template <typename Op, int kThreads>
-struct KeptRow {
-  static constexpr int kChunks = Op::kKeptChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
+struct RegisterRow {
+  static constexpr int kChunks = Op::kRegisterChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
   static constexpr int kLoose = (2 * kSize - 2 + kThreads - 1) / kThreads;
   InputChunk<Op> chunk[kChunks];
   Elements<Op> loose[kLoose];
@@ -238,7 +238,7 @@ struct KeptRow {
       for (int k = 0; k < kChunks; k++)
         if (thread + k * size < row.cut.chunks) {
 #pragma unroll
-          for (int i = 0; i < kSize; i++) max = larger(max, op.level(chunk[k].elements(i)));
+          for (int i = 0; i < kSize; i++) max = larger(max, op.logit(chunk[k].elements(i)));
           chunk[k].hide();
         }
       sums.raise(max);
@@ -279,67 +279,67 @@ struct KeptRow {
 // with one in its place the compiler spills a register somewhere that it need not.
 template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 6 : 0)
-    kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
+    register_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;
 #else
   constexpr bool kRuns = kScope != Scope::kCluster;
 #endif
   if constexpr (kRuns) {
-    if (op.never_kept()) __builtin_unreachable();  // spares the registers
+    if (op.never_in_registers()) __builtin_unreachable();  // spares the registers
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
     auto context = op.fetch(at);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
-    KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
-    kept.load_half(0, row, group.thread, group.size);
-    op.begin(context);
-    const bool skips = op.skips(context);
-    if (!skips) kept.load_half(1, row, group.thread, group.size);
-    op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
+    RegisterRow<Op, kScope == Scope::kWarp ? 8 : kWarp> in_registers;
+    in_registers.load_half(0, row, group.thread, group.size);
+    op.decode_target(context);
+    const bool skip_row = op.skip_row(context);
+    if (!skip_row) in_registers.load_half(1, row, group.thread, group.size);
+    op.read_target_logit(context, leader, [&](int c) { return row.load_one(c).of[0]; });
     typename Op::Sums sums;
     if (op.reduces) {
-      if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
+      if (!skip_row) in_registers.add(op, context, row, group.thread, group.size, sums);
       group.reduce(sums);
     }
     const auto coefficients = op.finish(context, sums, leader);
     if (!op.reduces && op.overwrites()) group.sync();  // the leader has read what it keeps
-    if (op.writes && op.clears(context))
-      kept.clear(row, group.thread, group.size);
+    if (op.writes && op.zero_gradient(context))
+      in_registers.clear(row, group.thread, group.size);
     else if (op.writes)
-      kept.write(op, context, coefficients, row, group.thread, group.size);
+      in_registers.write(op, context, coefficients, row, group.thread, group.size);
     group.sync();
-    if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, 0, op.layout.classes);
+    if (op.writes && leader) write_target_override(op, context, coefficients, row.output.data, 0, op.layout.classes);
   }
 }
 
 // ---- a row read again ----------------------------------------------------------------------------------------------
 
-constexpr int kStreamBlock = 512;
+constexpr int kTwoPassBlock = 512;
 
 // A block for each row, or, without a reduction, for each of `parts` of it. Of those, only the part that holds class y uses
 // what its leader has read there; another may have read what that part has written.
 template <typename Op>
-__global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
-  constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
-  if (op.idle()) return;
+__global__ void __launch_bounds__(kTwoPassBlock, 1) two_pass_rows(const __grid_constant__ Op op, unsigned parts) {
+  constexpr int kChunks = Op::kTwoPassChunks, kSize = InputChunk<Op>::kSize;
+  if (op.is_noop()) return;
   const unsigned outer = blockIdx.x / parts;
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
   const bool leader = threadIdx.x == 0;
   auto context = op.fetch(at);
-  op.begin(context);
+  op.decode_target(context);
   const RowOperands<Op> row(op, at, op.layout.classes);
-  op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
+  op.read_target_logit(context, leader, [&](int c) { return row.load_one(c).of[0]; });
   const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
   const int end = min(row.cut.chunks, begin + share), first = begin + threadIdx.x, step = blockDim.x;
   const int loose = threadIdx.x;
-  const bool skips = op.skips(context);
+  const bool skip_row = op.skip_row(context);
   const bool has_loose = loose < row.cut.loose && part == (loose < row.cut.head ? 0 : last_part);
   LongSums<Op> sums;
   if (op.reduces) {
-    if (!skips) {
+    if (!skip_row) {
       int chunk = first;
       for (; chunk + (kChunks - 1) * step < end; chunk += kChunks * step) {
         InputChunk<Op> chunks[kChunks];
@@ -365,11 +365,11 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
   }
   const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
-  if (!op.writes && !op.has_extra) return;
+  if (!op.writes && !op.writes_second) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
-  if (op.clears(context)) {
-    clear_chunks(row, first, end, step);
+  if (op.zero_gradient(context)) {
+    zero_chunks(row, first, end, step);
     if (has_loose) clear(row.output.data[row.cut.of_loose(loose)]);
   } else {
     int chunk = first;
@@ -389,7 +389,7 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
     }
   }
   __syncthreads();
-  if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, first_class, last_class);
+  if (op.writes && leader) write_target_override(op, context, coefficients, row.output.data, first_class, last_class);
 }
 
 }  // namespace cuda

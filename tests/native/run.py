@@ -85,7 +85,7 @@ def build(folder: str) -> Path:
         return unit._replace(object=str(target / name), flags=[*unit.flags, *extra])
 
     own = [*setup.common_flags(), f"-DTORCH_TARGET_VERSION={setup.TORCH_TARGET_VERSION}", *setup.torch_headers()]
-    sources = [*sorted(HERE.relative_to(ROOT).glob("*.cpp")), Path("csrc/ops/cpu/kept_memory.cpp")]
+    sources = [*sorted(HERE.relative_to(ROOT).glob("*.cpp")), Path("csrc/ops/cpu/block_cache.cpp")]
     units = [setup.Unit(str(path), str(target / "own" / f"{path.stem}.o"), [*own, *extra]) for path in sources]
     units += [placed(unit) for unit in setup.kernel_units(isas, compiler)]
     target.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def run(name: str, trials: int) -> bool:
     built = time.monotonic()
     command = [*chosen.emulator, *(without_random_addresses() if name == "thread" else []), program, *chosen.arguments]
     done = subprocess.run([*command, str(trials)], stdout=subprocess.PIPE, text=True, check=False)
-    right = done.returncode == 0 and (chosen.isas is None or f"on {chosen.isas}, and kept memory" in done.stdout)
+    right = done.returncode == 0 and (chosen.isas is None or f"on {chosen.isas}, and the block cache" in done.stdout)
     print(f"native {name}: {done.stdout.strip() or f'ended with status {done.returncode}'}")
     for fault, words in chosen.faults.items():
         if not is_stopped([*command, "--fault", fault], words):

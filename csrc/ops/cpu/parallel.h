@@ -19,7 +19,7 @@ constexpr LayoutRule kLayoutRule{kSmallClasses, std::numeric_limits<int>::max()}
 
 // Rows, or tiles of kTile rows.
 inline int64_t units(const Layout& layout) {
-  return layout.rows ? layout.outer : layout.outer * ((layout.inner + kTile - 1) / kTile);
+  return layout.kind == LayoutKind::kRows ? layout.outer : layout.outer * ((layout.inner + kTile - 1) / kTile);
 }
 
 // Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
@@ -34,7 +34,8 @@ class Groups {
     count_ = (units + size_ - 1) / size_;
     grain_ = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements_per_unit * size_));
   }
-  explicit Groups(const Layout& layout) : Groups(units(layout), layout.classes * (layout.rows ? 1 : kTile)) {}
+  explicit Groups(const Layout& layout)
+      : Groups(units(layout), layout.classes * (layout.kind == LayoutKind::kRows ? 1 : kTile)) {}
 
   int64_t count() const { return count_; }
 

@@ -3,8 +3,9 @@
 // Included only by units compiled per instruction set.
 #pragma once
 
-#include "kernels.h"
-#include "logsumexp.h"
+#include "../../row_math.h"
+#include "../kernel_table.h"
+#include "../logsumexp.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -21,23 +22,21 @@ struct RowBatch {
   alignas(64) double live[kTile];    // 0 where ignored, else 1
   alignas(64) T z[kTile];            // logit of class y
   alignas(64) double weight[kTile];  // of class y
-  RowSums<T> sums;
+  BatchSums<T> sums;
 
-  // Sums b_c (z_c - max) with b_c = w_c ((1 - eps) q_c + eps / C), and so on. Class indices need the smoothing's part alone,
-  // sum w_c (z_c - max), in `dot`.
+  // Sums over the classes, as row_math.h asks for them.
   alignas(64) double dot[kTile];
   alignas(64) double b_sum[kTile];  // sum b_c
   alignas(64) double q_dot[kTile];  // sum q_c (z_c - max)
   alignas(64) double q_sum[kTile];  // sum q_c
 
-  // dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (kept w_c + nll) ]
-  // slope_c is 1 - (z_c / softcap)^2, or 1; scale is logit_scale, which is in alpha, beta, uniform and smooth.
+  // GradientCoefficients; those that no term of the gradient needs are not set.
   alignas(64) T alpha[kTile];
   alignas(64) T beta[kTile];
   alignas(64) T uniform[kTile];
   alignas(64) T smooth[kTile];
-  alignas(64) T kept[kTile];
-  alignas(64) T nll[kTile];
+  alignas(64) T q_coef[kTile];
+  alignas(64) T nll_coef[kTile];
   alignas(64) T log_sum[kTile];
   alignas(64) double at_target[kTile];  // the whole gradient of class y
 };
@@ -46,14 +45,29 @@ struct RowBatch {
 
 // Without smoothing and weights b_c = q_c.
 template <typename T>
-inline bool is_plain(const CrossEntropy<T>& p) {
-  return p.label_smoothing == 0 && !p.weight;
+inline bool mass_is_probability(const CrossEntropy<T>& p) {
+  return p.options.label_smoothing == 0 && !p.weight;
 }
 
 // Whether the loss has terms that run over the classes besides log-sum-exp.
 template <typename T>
 inline bool has_terms(const CrossEntropy<T>& p) {
-  return p.has_probabilities || p.label_smoothing != 0;
+  return p.has_probabilities || p.options.label_smoothing != 0;
+}
+
+template <typename T>
+inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
+  const OptionsOf<T>& o = p.options;
+  const double eps = o.label_smoothing;
+  return {p.has_probabilities,
+          p.weight != nullptr,
+          p.grad_entropy.given,
+          p.grad_probabilities != nullptr,
+          logit_transform(o).is_capped,
+          eps,
+          eps / static_cast<double>(p.layout.classes),
+          o.z_loss,
+          o.logit_scale};
 }
 
 // ---- one value per row, between the batch and memory ---------------------------------------------------------------
@@ -83,18 +97,18 @@ inline void gather(const RowBatch<T>& batch, const S* in, double* values) {
 template <typename T>
 inline void gather_upstream(const RowBatch<T>& batch, const RowValues& values, double* out) {
   const int64_t padded = round_up(batch.rows, kLanes<double>);
-  if (!values.data || values.stride == 0) {
-    std::fill(out, out + padded, values.data ? values.scale * load_value(values.data, values.type, 0) : 0.0);
+  const double scale = values.given ? inverse_divisor(values) : 0;
+  if (!values.given || !values.data || values.stride == 0) {
+    std::fill(out, out + padded, values.given ? scale * load_row_value(values, 0) : 0.0);
     return;
   }
-  for (int64_t r = 0; r < batch.rows; r++)
-    out[r] = values.scale * load_value(values.data, values.type, batch.number[r] * values.stride);
+  for (int64_t r = 0; r < batch.rows; r++) out[r] = scale * load_row_value(values, batch.number[r]);
   std::fill(out + batch.rows, out + padded, 0.0);
 }
 
 // ---- state -------------------------------------------------------------------------------------------------------
 
-// Saves what backward needs of the rows: (max, rest), with probabilities also (sum of b, sum of q).
+// The state of the rows is described in params.h.
 template <typename T>
 inline void store_state(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   if (!p.state) return;
@@ -126,7 +140,7 @@ inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
 // With statistics too, so that they do not change the loss's last bit.
 template <typename T>
 inline bool sums_at_once(const CrossEntropy<T>& p) {
-  return !p.loss && !p.has_probabilities && !p.weight && p.z_loss == 0;
+  return !p.loss && !p.has_probabilities && !p.weight && p.options.z_loss == 0;
 }
 
 inline double sum_of(const DoubleVec& losses) {
@@ -142,7 +156,7 @@ inline double sum_of(const DoubleVec& losses) {
 template <typename T>
 double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>, kFactors = 16;
-  const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
+  const RowRules<double> rules = row_rules(p);
   const DoubleVec zero(0);
   DoubleVec total(0);
   for (int64_t first = 0; first < batch.rows; first += kFactors * L) {
@@ -152,8 +166,8 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
       const DoubleVec rest = zero_where(ignored, load_double(batch.sums.rest + r));
       product_less_one = at::vec::fmadd(product_less_one, rest, product_less_one + rest);
       const DoubleVec below_max = load_double(batch.sums.max + r) - load_double(batch.z + r);
-      DoubleVec others = multiply_or_zero(DoubleVec(1 - eps), below_max);
-      if (eps != 0) others = others - DoubleVec(share) * load_double(batch.dot + r);
+      DoubleVec others = multiply_or_zero(DoubleVec(1 - rules.eps), below_max);
+      if (rules.eps != 0) others = others - DoubleVec(rules.share) * load_double(batch.dot + r);
       rest_of_loss = rest_of_loss + zero_where(ignored, others);
     }
     total = total + product_less_one.log1p() + rest_of_loss;
@@ -161,17 +175,31 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   return sum_of(total);
 }
 
-// mass * log_sum - dot, rounded once where the processor can; without mass -dot, whatever the logarithm.
-inline DoubleVec cost(const DoubleVec& mass, const DoubleVec& log_sum, const DoubleVec& dot) {
-  const DoubleVec zero(0);
-  return DoubleVec::blendv(at::vec::fmsub(mass, log_sum, dot), zero - dot, mass == zero);
-}
+// What becomes of a batch's rows between its sums and its gradients, one row in each lane. Row of row_math.h.
+template <typename T>
+struct RowLanes {
+  const CrossEntropy<T>& p;
+  const RowBatch<T>& batch;
+  int64_t r;  // the first of them
+
+  DoubleVec max() const { return load_double(batch.sums.max + r); }
+  DoubleVec rest() const { return load_double(batch.sums.rest + r); }
+  DoubleVec z() const { return load_double(batch.z + r); }
+  DoubleVec weight() const { return load_double(batch.weight + r); }
+  DoubleVec dot() const { return load_double(batch.dot + r); }
+  DoubleVec b_sum() const { return load_double(batch.b_sum + r); }
+  DoubleVec q_dot() const { return load_double(batch.q_dot + r); }
+  DoubleVec q_sum() const { return load_double(batch.q_sum + r); }
+  // With the digits of T, as the weights.
+  double weight_sum() const { return p.weight_sum ? static_cast<T>(*p.weight_sum) : static_cast<T>(p.layout.classes); }
+  DoubleVec ignored() const { return load_double(batch.live + r) == DoubleVec(0); }
+};
 
 // Writes what forward writes of each row and returns the sum of the losses.
 template <typename T>
 double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>;
-  const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
+  const RowRules<double> rules = row_rules(p);
   alignas(64) double loss[kTile], nll[kTile], lse[kTile], entropy[kTile];
   DoubleVec total(0);
   for (int64_t r = 0; r < batch.rows; r++)
@@ -181,29 +209,15 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     return sum_losses(p, batch);
   }
   for (int64_t r = 0; r < batch.rows; r += L) {
-    const DoubleVec zero(0), max = load_double(batch.sums.max + r), rest = load_double(batch.sums.rest + r);
-    const DoubleVec log_sum = rest.log1p(), live = load_double(batch.live + r);
-    DoubleVec row_nll, row_loss;
-    if (p.has_probabilities) {
-      row_nll = cost(load_double(batch.q_sum + r), log_sum, load_double(batch.q_dot + r));
-      row_loss = cost(load_double(batch.b_sum + r), log_sum, load_double(batch.dot + r));
-    } else {
-      row_nll = log_sum - (load_double(batch.z + r) - max);
-      row_loss = multiply_or_zero(DoubleVec(1 - eps) * load_double(batch.weight + r), row_nll);
-      if (eps != 0) {
-        const DoubleVec smoothing = cost(DoubleVec(p.weight_sum), log_sum, load_double(batch.dot + r));
-        row_loss = row_loss + DoubleVec(share) * smoothing;
-      }
-    }
-    const DoubleVec row_lse = max + log_sum;
-    if (p.z_loss != 0) row_loss = row_loss + DoubleVec(p.z_loss) * row_lse * row_lse;
-    row_loss = zero_where(live == zero, row_loss);
-    total = total + row_loss;
-    row_loss.store(loss + r);
+    const RowLanes<T> rows{p, batch, r};
+    const RowLoss<DoubleVec> of = row_loss<VectorMath<double>>(rules, rows);
+    const DoubleVec counted = zero_where(rows.ignored(), of.loss);
+    total = total + counted;
+    counted.store(loss + r);
     if (!p.stats) continue;
-    zero_where(live == zero, row_nll).store(nll + r);
-    row_lse.store(lse + r);
-    (log_sum - load_double(batch.sums.weighted + r) / (DoubleVec(1) + rest)).store(entropy + r);
+    zero_where(rows.ignored(), of.nll).store(nll + r);
+    of.lse.store(lse + r);
+    row_entropy<VectorMath<double>>(of.log_sum, load_double(batch.sums.weighted + r), rows.rest()).store(entropy + r);
   }
   store_state(p, batch);
   if (p.loss)
@@ -219,61 +233,63 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
 
 // ---- gradient ----------------------------------------------------------------------------------------------------
 
+// What the gradients of a batch need besides its sums.
+template <typename T>
+struct UpstreamBatch {
+  alignas(64) double loss[kTile], lse[kTile], nll[kTile], entropy[kTile];
+  alignas(64) double saved_entropy[kTile];
+  alignas(64) T exp_at_target[kTile];
+
+  UpstreamBatch(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
+    gather_upstream(batch, p.grad_loss, loss);
+    if (p.grad_lse.given) gather_upstream(batch, p.grad_lse, lse);
+    if (p.grad_nll.given) gather_upstream(batch, p.grad_nll, nll);
+    if (p.grad_entropy.given) gather_upstream(batch, p.grad_entropy, entropy);
+    if (p.grad_entropy.given) gather(batch, p.entropy, saved_entropy);
+    if (p.has_probabilities) return;
+    for (int64_t r = 0; r < batch.rows; r += kLanes<T>)
+      exp_nonpositive(Vec<T>::loadu(batch.z + r) - Vec<T>::loadu(batch.sums.max + r)).store(exp_at_target + r);
+  }
+};
+
+template <typename T>
+struct GradientLanes : RowLanes<T> {
+  const UpstreamBatch<T>& upstream;
+
+  DoubleVec g_loss() const { return zero_where(this->ignored(), load_double(upstream.loss + this->r)); }
+  DoubleVec g_lse() const { return this->p.grad_lse.given ? load_double(upstream.lse + this->r) : DoubleVec(0); }
+  DoubleVec g_nll() const {
+    return this->p.grad_nll.given ? zero_where(this->ignored(), load_double(upstream.nll + this->r)) : DoubleVec(0);
+  }
+  DoubleVec g_entropy() const {
+    return this->p.grad_entropy.given ? load_double(upstream.entropy + this->r) : DoubleVec(0);
+  }
+  DoubleVec entropy() const { return load_double(upstream.saved_entropy + this->r); }
+  bool has_target() const { return !this->p.has_probabilities; }
+  DoubleVec exp_at_target(const DoubleVec&) const { return load_double(upstream.exp_at_target + this->r); }
+  DoubleVec tanh_at_target(const DoubleVec& z) const { return z / DoubleVec(logit_transform(this->p.options).cap); }
+};
+
 // Fills the coefficients of the gradient and its value at the target.
 template <typename T>
 void prepare_gradients(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>;
-  const double eps = p.label_smoothing, share = eps / static_cast<double>(p.layout.classes);
-  const DoubleVec scale(p.logit_scale), zero(0), one(1);
-  alignas(64) double g[kTile], g_lse[kTile], g_nll[kTile], g_entropy[kTile], entropy[kTile];
-  alignas(64) T exp_at_target[kTile];
-  gather_upstream(batch, p.grad_loss, g);
-  if (p.grad_lse.data) gather_upstream(batch, p.grad_lse, g_lse);
-  if (p.grad_nll.data) gather_upstream(batch, p.grad_nll, g_nll);
-  if (p.grad_entropy.data) gather_upstream(batch, p.grad_entropy, g_entropy);
-  if (p.grad_entropy.data) gather(batch, p.entropy, entropy);
-  if (!p.has_probabilities)
-    for (int64_t r = 0; r < batch.rows; r += kLanes<T>)
-      exp_nonpositive(Vec<T>::loadu(batch.z + r) - Vec<T>::loadu(batch.sums.max + r)).store(exp_at_target + r);
+  const RowRules<double> rules = row_rules(p);
+  const UpstreamBatch<T> upstream(p, batch);
   for (int64_t r = 0; r < batch.rows; r += L) {
-    const DoubleVec max = load_double(batch.sums.max + r), rest = load_double(batch.sums.rest + r);
-    const DoubleVec ignored = load_double(batch.live + r) == zero;
-    const DoubleVec upstream = zero_where(ignored, load_double(g + r));
-    const DoubleVec upstream_nll = p.grad_nll.data ? zero_where(ignored, load_double(g_nll + r)) : zero;
-    const DoubleVec upstream_entropy = p.grad_entropy.data ? load_double(g_entropy + r) : zero;
-    DoubleVec all = p.grad_lse.data ? load_double(g_lse + r) : zero;
-    const bool needs_log = p.z_loss != 0 || p.grad_entropy.data || p.grad_probabilities;
-    const DoubleVec log_sum = needs_log ? rest.log1p() : zero;
-    if (p.z_loss != 0) all = all + upstream * DoubleVec(2.0 * p.z_loss) * (max + log_sum);
-    if (p.grad_entropy.data) all = all + upstream_entropy * (log_sum - load_double(entropy + r));  // E - max
-    DoubleVec one_hot = zero;
-    if (p.has_probabilities) {
-      all = all + upstream * load_double(batch.b_sum + r) + upstream_nll * load_double(batch.q_sum + r);
-      store_double(upstream * DoubleVec(1 - eps), batch.kept + r);
-      store_double(upstream_nll, batch.nll + r);
-      store_double(log_sum, batch.log_sum + r);
+    const GradientLanes<T> rows{{p, batch, r}, upstream};
+    const GradientCoefficients<DoubleVec> k = gradient_coefficients<VectorMath<double>>(rules, rows);
+    store_double(k.alpha, batch.alpha + r);
+    store_double(k.uniform, batch.uniform + r);
+    if (rules.has_weight) store_double(k.smooth, batch.smooth + r);
+    if (rules.has_entropy_gradient) store_double(k.beta, batch.beta + r);
+    if (rules.has_probabilities) {
+      store_double(k.q_coef, batch.q_coef + r);
+      store_double(k.nll_coef, batch.nll_coef + r);
+      store_double(k.log_sum, batch.log_sum + r);
     } else {
-      one_hot = upstream * DoubleVec(1 - eps) * load_double(batch.weight + r) + upstream_nll;
-      all = all + upstream * DoubleVec(share * p.weight_sum);
+      k.at_target.store(batch.at_target + r);
     }
-    const DoubleVec uniform = upstream * DoubleVec(share);
-    store_double(p.weight ? zero : uniform * scale, batch.uniform + r);
-    if (p.weight) store_double(uniform * scale, batch.smooth + r);
-    const DoubleVec inverse_sum = one / (one + rest);
-    store_double((one_hot + all) * inverse_sum * scale, batch.alpha + r);
-    if (p.grad_entropy.data) store_double(zero - upstream_entropy * inverse_sum * scale, batch.beta + r);
-    if (p.has_probabilities) continue;
-    const DoubleVec z = load_double(batch.z + r), d = z - max;
-    const DoubleVec probability = load_double(exp_at_target + r) * inverse_sum;
-    // p_y - 1: of a maximal class by its complement, which does not cancel; any other p_y is at most 1/2.
-    const DoubleVec less_one = DoubleVec::blendv(probability - one, zero - rest * inverse_sum, d == zero);
-    DoubleVec at_target = one_hot * less_one + multiply_or_zero(probability, all - upstream_entropy * d);
-    if (eps != 0) at_target = at_target - (p.weight ? uniform * load_double(batch.weight + r) : uniform);
-    if (p.softcap != 0) {
-      const DoubleVec tanh_z = z / DoubleVec(p.softcap);
-      at_target = at_target * (one - tanh_z * tanh_z);
-    }
-    (at_target * scale).store(batch.at_target + r);
   }
 }
 

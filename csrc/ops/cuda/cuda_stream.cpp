@@ -1,5 +1,5 @@
-// See stream.h.
-#include "stream.h"
+// See cuda_stream.h.
+#include "cuda_stream.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
