@@ -57,9 +57,10 @@ enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilit
 //
 //   sum_c exp(z_c) = exp(max) (1 + rest),   rest: exp(z_c - max), summed over all classes but one of largest logit
 //
-// log-sum-exp is max + log1p(rest). Were it saved instead, it would be rounded at the magnitude of the maximum. As the 1 is
-// no part of the sum, log1p(rest) has its full relative precision when one class has nearly all the probability, and so has
-// p - 1 = -rest / (1 + rest) of that class. With probability targets the state has two more: sum b_c and sum q_c.
+// log-sum-exp is max + log1p(rest). Were it saved instead, it would be rounded at the magnitude of the maximum. As the
+// 1 is no part of the sum, log1p(rest) has its full relative precision when one class has nearly all the probability,
+// and so has p - 1 = -rest / (1 + rest) of that class. With probability targets the state has two more: sum b_c and sum
+// q_c.
 template <typename T>
 struct CrossEntropyParams {
   const void* logits;
@@ -103,7 +104,8 @@ struct SoftmaxParams {
   DType output_type;
 };
 
-// grad_input from the upstream gradient and the saved output, all of one shape. In the layout grad_input is kSoftmaxInput.
+// grad_input from the upstream gradient and the saved output, all of one shape. In the layout grad_input is
+// kSoftmaxInput.
 //   softmax: p (g - sum g p)        log_softmax: g - exp(output) sum g
 struct SoftmaxBackwardParams {
   bool log;

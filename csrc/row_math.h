@@ -18,7 +18,7 @@
 
 namespace softmax_ext {
 
-// ---- logits ----------------------------------------------------------------------------------------------------------
+// ---- logits ---------------------------------------------------------------------------------------------------------
 
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
 template <typename Number>
@@ -49,7 +49,7 @@ SOFTMAX_EXT_KERNEL_INLINE Value capped_slope(const Value& tanh) {
   return Value(1) - tanh * tanh;
 }
 
-// ---- targets ---------------------------------------------------------------------------------------------------------
+// ---- targets --------------------------------------------------------------------------------------------------------
 
 // b_c = w_c ((1 - eps) q_c + eps / C), the mass of class c in the loss; share is eps / C.
 template <typename Math, typename Value = typename Math::Value>
@@ -58,7 +58,7 @@ SOFTMAX_EXT_KERNEL_INLINE Value smoothed_mass(const Value& q, const Value& w, co
   return w * Math::multiply_add(q, one_minus_eps, share);
 }
 
-// ---- what the rows of a call have in common --------------------------------------------------------------------------
+// ---- what the rows of a call have in common -------------------------------------------------------------------------
 
 template <typename Number>
 struct RowRules {
@@ -72,7 +72,7 @@ struct RowRules {
   Number scale;  // logit_scale
 };
 
-// ---- loss and statistics -----------------------------------------------------------------------------------------------
+// ---- loss and statistics --------------------------------------------------------------------------------------------
 
 // mass * log_sum - dot; without mass -dot, whatever the logarithm.
 template <typename Math, typename Value = typename Math::Value>
@@ -91,7 +91,8 @@ struct RowLoss {
 //
 //   max(), rest()                            the state (params.h)
 //   z(), weight()                            of the target class
-//   dot()                                    sum b_c (z_c - max); with class indices of smoothing's part, sum w_c (z_c - max)
+//   dot()                                    sum b_c (z_c - max); with class indices the part of smoothing alone,
+//                                            sum w_c (z_c - max)
 //   weight_sum()                             sum w_c
 //   b_sum(), q_sum(), q_dot()                sum b_c, sum q_c, sum q_c (z_c - max)
 template <typename Math, typename Number, typename Row>
@@ -118,9 +119,11 @@ SOFTMAX_EXT_KERNEL_INLINE Value row_entropy(const Value& log_sum, const Value& w
   return log_sum - Math::divide(weighted, Value(1) + rest);
 }
 
-// ---- gradient --------------------------------------------------------------------------------------------------------
+// ---- gradient -------------------------------------------------------------------------------------------------------
 
-// dL/dx_c = slope_c [ exp(z_c - max) (alpha + beta (z_c - max)) - uniform - smooth w_c - scale q_c (q_coef w_c + nll_coef) ]
+// With d_c = z_c - max:
+//
+//   dL/dx_c = slope_c [ exp(d_c) (alpha + beta d_c) - uniform - smooth w_c - scale q_c (q_coef w_c + nll_coef) ]
 //
 // slope_c is capped_slope, or 1; scale is logit_scale, which is in alpha, beta, uniform and smooth.
 template <typename Value>
@@ -130,10 +133,13 @@ struct GradientCoefficients {
   Value at_target;  // the whole gradient of the target class, if the row has one
 };
 
-// The gradient at the target class is p_coef p_y + y_coef (p_y - 1) and what entropy and smoothing add: in one piece,
-// since what each class of the sum has in common nearly cancels where p_y is near 1. Of the row it asks besides the above:
+// The gradient of a class is p_c (p_coef + y_coef), and y_coef less for the target class. There that difference would
+// cancel where p_y is near 1: at_target is y_coef (p_y - 1) + p_coef p_y, with p_y - 1 from the state.
 //
-//   g_loss(), g_lse(), g_nll(), g_entropy()  upstream gradients, 0 without; of loss and nll also where the row is ignored
+// Of the row it asks, besides the above:
+//
+//   g_loss(), g_lse(), g_nll(), g_entropy()  upstream gradients, 0 without; those of loss and nll are 0 where the row is
+//                                            ignored
 //   entropy()                                the statistic
 //   has_target()                             whether at_target is wanted, and there is a target class
 //   exp_at_target(z - max)                   exp of that, in the type of the arithmetic
@@ -182,8 +188,8 @@ struct GradientTerms {
   SOFTMAX_EXT_INLINE bool any() const { return entropy || smooth || probabilities || capped; }
 };
 
-// Coefficients: of GradientCoefficients, those that the terms need. e = exp(z - max), or, with its own alpha, of any other
-// shift.
+// Coefficients: of GradientCoefficients, those that the terms need. e = exp(z - max), or, with its own alpha, of any
+// other shift.
 template <typename Math, typename Coefficients, typename Value = typename Math::Value>
 SOFTMAX_EXT_KERNEL_INLINE Value plain_gradient(const Coefficients& k, const Value& e) {
   return Math::multiply_subtract(e, k.alpha, k.uniform);

@@ -34,7 +34,7 @@ BUILD = ROOT / "build" / "ninja-cuda"  # setup.py's BUILD
 # and the reason.
 ALLOWED = [
     (
-        r"^stream_rows<CrossEntropyOp<\w+, double,",
+        r"^two_pass_rows<CrossEntropyOp<\w+, double,",
         100,
         "arithmetic in double has long subroutines, and is not there for its speed",
     ),

@@ -1,13 +1,13 @@
 // Softmax cross entropy of rows: forward, backward, or both in one visit (formulas: docs/math.md).
 //
-// Forward reads the logits once. Where the gradient is wanted in the same call, the exponentials are stored, in the gradient
-// itself or in a buffer, and become the gradient once the row's sum is known. A row is read a second time instead if it is too
-// long for the cache, or if its gradient needs the logits again. Backward reads the logits once and writes the gradient
-// once.
+// Forward reads the logits once. Where the gradient is wanted in the same call, the exponentials are stored, in the
+// gradient itself or in a buffer, and become the gradient once the row's sum is known. A row is read a second time
+// instead if it is too long for the cache, or if its gradient needs the logits again. Backward reads the logits once
+// and writes the gradient once.
 //
-// In the rows layout, float32 logits that need no transformation are read where they lie. Everything else, and every tile,
-// passes through a buffer of the arithmetic's type. What depends on the target class alone is computed once per row, in
-// double (cross_entropy/row_batch.h).
+// In the rows layout, float32 logits that need no transformation are read where they lie. Everything else, and every
+// tile, passes through a buffer of the arithmetic's type. What depends on the target class alone is computed once per
+// row, in double (cross_entropy/row_batch.h).
 #include "cross_entropy/rows.h"
 #include "cross_entropy/tiles.h"
 #include "isa_kernels.h"

@@ -1,6 +1,6 @@
-// The table through which the CPU's kernels are called, and what they are given. One table per instruction set; dispatch.h
-// chooses. No tensors, no threads, no allocations: the caller splits the units of work [0, units) and calls a kernel with
-// a range of them and memory to work in.
+// The table through which the CPU's kernels are called, and what they are given. One table per instruction set;
+// dispatch.h chooses. No tensors, no threads, no allocations: the caller splits the units of work [0, units) and calls
+// a kernel with a range of them and memory to work in.
 #pragma once
 
 #include <cstddef>
@@ -35,8 +35,8 @@ struct ClassScan {
   bool out_of_range;
 };
 
-// `scratch` has as many bytes as scratch_bytes(params) says, aligned as a Scratch wants it (scratch.h). No other call may use
-// that memory meanwhile.
+// `scratch` has as many bytes as scratch_bytes(params) says, aligned as a Scratch wants it (scratch.h). No other call
+// may use that memory meanwhile.
 template <typename Params, typename Result>
 struct KernelFunctions {
   size_t (*scratch_bytes)(const Params&);

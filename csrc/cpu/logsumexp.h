@@ -1,11 +1,6 @@
-// The reduction every kernel shares: the maximum of a row and the sum of the other exponentials, block by block.
-//
-//   sum_c exp(z_c) = exp(max) (1 + rest),  rest = sum over all classes but one of largest logit of exp(z_c - max)
-//
-// (max, rest) merges like any such pair; with the 1 kept out of the sum, log1p(rest) stores its full relative
-// precision when one class has nearly all the probability, and so does p - 1 = -rest / (1 + rest) of that class. Blocks
-// are summed in T in whole vectors and merged in double. The exponentials can be kept on the way.
-// Included only by units compiled per instruction set.
+// The reduction that every kernel shares: a row's state (params.h), block by block. A block is summed in T in whole
+// vectors and merged in double. Its exponentials can be stored on the way. Included only by units compiled per
+// instruction set.
 #pragma once
 
 #include <array>
@@ -94,8 +89,9 @@ inline int64_t first_of_run(const T* z, int64_t padded, const Lanes& lanes) {
   return -1;
 }
 
-// Brings row.max up to the classes [first, first + padded) of a row. Where they raise it, the position in z of a maximal
-// class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first NaN.
+// Brings row.max up to the classes [first, first + padded) of a row. Where they raise it, the position in z of a
+// maximal class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first
+// NaN.
 template <bool Weighted, typename T>
 inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t first) {
   const auto is_nan = [](const Vec<T>& x) { return nan_lanes(x); };
@@ -114,8 +110,8 @@ inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t
   return k;
 }
 
-// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`; with `StoreExps`
-// writes the exponentials to `kept`, which may be z.
+// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`; with
+// `StoreExps` writes the exponentials to `exps`, which may be z.
 template <bool Weighted, bool StoreExps, typename T>
 inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* exps, const Ahead& ahead) {
   constexpr int64_t L = kLanes<T>;
@@ -211,9 +207,9 @@ inline void merge(BatchSums<T>& sums, int64_t r, T max, double rest, double lost
   sums.set(r, row);
 }
 
-// N vectors of rows, sums' [r, r + N lanes): merges the classes [first, first + classes) of the tile at z. With StoreExps
-// the exponentials go to kept, which may be z; then all classes of the rows must come in one call. `ahead` has one for
-// each vector.
+// N vectors of rows, sums' [r, r + N lanes): merges the classes [first, first + classes) of the tile at z. With
+// StoreExps the exponentials go to `exps`, which may be z; then all classes of the rows must come in one call. `ahead`
+// has one for each vector.
 template <bool Weighted, bool StoreExps, int N, typename T>
 inline void add_columns(BatchSums<T>& sums, int64_t r, const T* z, int64_t classes, int64_t first, T* exps,
                         const std::array<Ahead, N>& ahead) {

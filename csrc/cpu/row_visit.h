@@ -1,5 +1,5 @@
-// The visit of a row whose classes are adjacent: a first pass that reduces it, block by block, and can keep the exponentials
-// on the way, and a second that writes a result of the same shape. Included only by units compiled per instruction set.
+// The visit of a row whose classes are adjacent. A first pass reduces it, block by block, and can store the
+// exponentials. A second writes a result of the same shape. Included only by units compiled per instruction set.
 #pragma once
 
 #include "logsumexp.h"
@@ -9,16 +9,16 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// Where the exponentials of one row are kept (null: nowhere), and the shift that those of each block were taken with.
+// Where the exponentials of one row are stored, and the shift that those of each block were taken with.
 template <typename T>
 struct RowExps {
-  T* data = nullptr;
+  T* data = nullptr;  // null: nowhere
   T* shifts = nullptr;
   bool in_result = false;  // which is then in cache when it is written
 };
 
-// The same for a batch of rows: in the result itself, where it is of type T and the logits are used where they lie, or in
-// a buffer. A row that would not stay in cache is read again instead.
+// The same for a batch of rows. The exponentials are stored in the result itself if it is of type T and the logits are
+// used where they lie, otherwise in a buffer. A row that would not stay in cache is read again instead.
 template <typename T>
 class ExpBuffers {
  public:
@@ -48,9 +48,9 @@ class ExpBuffers {
   T* buffer_ = nullptr;
 };
 
-// Reduces a row of classes. load(c, n, buffer) returns z of the classes [c, c + n) padded with -inf to whole vectors, in
-// `buffer` or, if `direct`, where they lie; visit(max so far, z, c, n) sees each block before its exponentials take its
-// place; source and type are those of the logits, class 0 being element `at`.
+// Reduces a row of classes. load(c, n, buffer) returns z of the classes [c, c + n) padded with -inf to whole vectors,
+// in `buffer` or, if `direct`, where they lie; visit(max so far, z, c, n) sees each block before its exponentials take
+// its place; source and type are those of the logits, class 0 being element `at`.
 template <bool Weighted, typename T, typename Load, typename Visit>
 inline LogSumExp<T> reduce_row(int64_t classes, bool direct, const RowExps<T>& exps, const void* source, DType type,
                                int64_t at, const Load& load, const Visit& visit) {
@@ -82,9 +82,9 @@ inline LogSumExp<T> reduce_row(int64_t classes, bool direct, const RowExps<T>& e
   return sums;
 }
 
-// [at, at + n) of an operand = value(i, count) as store_vectors() takes it, of type T. `value` is taken by value, and should
-// hold by value what it needs in its loop: a reference would be read again after each store, which the compiler must take
-// to change anything.
+// [at, at + n) of an operand = value(i, count), of type T, as store_vectors() takes it. `value` should hold by value
+// what it needs: a reference would be read again after each store, since for all that the compiler knows a store
+// changes anything.
 template <typename T, typename Value>
 inline void write_run(void* dst, DType type, int64_t at, int64_t n, Store how, Value value) {
   if (is_own<T>(type)) return store_vectors(static_cast<T*>(dst) + at, n, how, value);

@@ -1,7 +1,8 @@
 // Softmax and log-softmax over the classes, their backward, and the scaling of rows by an upstream gradient.
 //
-// Forward reads a row once from memory and stores its exponentials, in the output where that is possible, until their sum
-// is known. Backward reads the upstream gradient and the saved output once from memory and once from cache.
+// Forward reads a row once from memory. Until the sum of its exponentials is known these are stored, in the output
+// where that is possible. Backward reads the upstream gradient and the saved output once from memory and once from
+// cache.
 #include "isa_kernels.h"
 #include "row_visit.h"
 
@@ -9,7 +10,7 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// ---- what is computed for one vector ---------------------------------------------------------------------------------
+// ---- what is computed for one vector --------------------------------------------------------------------------------
 
 template <typename T>
 struct Normaliser {
@@ -33,7 +34,7 @@ inline Vec<T> backward_value(bool log, const Vec<T>& sum, const Vec<T>& grad, co
   return log ? grad - exp_nonpositive(at::vec::minimum(output, Vec<T>(0))) * sum : output * (grad - sum);
 }
 
-// ---- rows --------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // [at, at + n) of an operand, padded to whole vectors; in `buffer` unless they can be used in place.
 template <typename T>
@@ -129,7 +130,7 @@ void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
   });
 }
 
-// ---- columns -----------------------------------------------------------------------------------------------------------
+// ---- columns --------------------------------------------------------------------------------------------------------
 
 // Replaces each element of the first `classes` classes of a tile by value(normaliser of its row, element).
 template <typename T, typename Value>
@@ -215,7 +216,7 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
   });
 }
 
-// ---- scaling -------------------------------------------------------------------------------------------------------------
+// ---- scaling --------------------------------------------------------------------------------------------------------
 
 inline double factor_of(const ScaleRows& p, int64_t row) {
   return inverse_divisor(p.factor) * load_row_value(p.factor, row);

@@ -1,5 +1,6 @@
-// Where a unit of work lies, and the movement of tiles: buffers [classes, kTile] of the arithmetic's type T with one row
-// per column, so that a vector holds one class of several rows. Included only by units compiled per instruction set.
+// Where a unit of work lies, and the movement of tiles: buffers [classes, kTile] of the arithmetic's type T with one
+// row per column, so that a vector holds one class of several rows. Included only by units compiled per instruction
+// set.
 #pragma once
 
 #include "scratch.h"
@@ -212,9 +213,10 @@ inline void store_operand_tile(const Layout& layout, int operand, const T* src, 
 
 // ---- buffers -------------------------------------------------------------------------------------------------------
 
-// `count` buffers [classes, kTile]: of all classes as long as these are few enough to stay in cache, and then each operand
-// is loaded once; else of a block of them at a time. Logits that lie in this order already are copied all the same: their
-// strides are often such that the classes of a tile would drive each other out of the cache before they are read again.
+// `count` buffers [classes, kTile]: of all classes as long as these are few enough to stay in cache, and then each
+// operand is loaded once; else of a block of them at a time. Logits that lie in this order already are copied all the
+// same: their strides are often such that the classes of a tile would drive each other out of the cache before they are
+// read again.
 template <typename T>
 class TileBuffers {
  public:

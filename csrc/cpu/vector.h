@@ -28,8 +28,8 @@ constexpr int64_t kLanes = Vec<T>::size();
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// An L1-resident buffer of a block: 8 KiB, whole vectors, aligned; and a vector that may be read behind it. Two blocks and
-// what is fetched ahead fit into L1.
+// An aligned buffer for a block of classes: 8 KiB, and a vector that may be read behind them. Two blocks and what is
+// fetched ahead fit into L1.
 constexpr int64_t kBlockBytes = 8192;
 template <typename T>
 constexpr int64_t kBlock = kBlockBytes / sizeof(T);
@@ -54,8 +54,8 @@ inline int64_t next_block(int64_t remaining, int64_t classes, bool direct) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// What is to be read soon: the line at `at` is fetched with the first vector of a loop, the one `step` bytes further with
-// the next. An address beyond the tensor does no harm. Without this the memory would rest while a block is computed.
+// What a loop is to fetch ahead: with its first vector the line at `at`, with the next the one `step` bytes further.
+// Without it the memory would rest while a block is computed. An address beyond the tensor does no harm.
 struct Ahead {
   const char* at;
   int64_t step;
@@ -66,14 +66,15 @@ struct Ahead {
   void fetch(int64_t vector) const { __builtin_prefetch(at + vector * step); }
 };
 
-// exp(x) for x <= 0 within 1.01 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest normal
-// number. Float only: double takes Sleef's, within 1 ULP too.
+// exp(x) for x <= 0 within 1.01 ULP (tests/test_kernels.py measures it over all of its range), 0 below the smallest
+// normal number. Float only: double takes Sleef's, within 1 ULP too.
 constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite
 
 #ifdef CPU_CAPABILITY_AVX512
-// x = m ln 2 + r with m a multiple of 1/16 and |r| <= ln 2 / 32: exp(x) = 2^floor(m) 2^(j/16) exp(r), j the low bits of 16 m.
-// The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), c close to 1/2 so that no value falls at a turn.
+// x = m ln 2 + r with m a multiple of 1/16 and |r| <= ln 2 / 32: exp(x) = 2^floor(m) 2^(j/16) exp(r), j the low bits of
+// 16 m. The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), c close to 1/2 so that no value falls
+// at a turn.
 inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   using at::vec::fmadd;
   const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
@@ -89,8 +90,8 @@ inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   return _mm512_maskz_scalef_ps(normal, fmadd(power * r, slope, power), m);
 }
 #else
-// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative error
-// 3e-9).
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative
+// error 3e-9).
 inline Vec<float> exp_nonpositive(const Vec<float>& argument) {
   using at::vec::fmadd;
   const Vec<float> smallest(kSmallestExponent), round_to_integer(12582912.f);
@@ -202,7 +203,8 @@ inline V lost_in(const V& a, const V& b, const V& sum) {
   return (a - (sum - of_b)) + (b - of_b);
 }
 
-// A sum in double. Where T is double too, what rounding takes from it is kept apart: the sum has no more digits than T then.
+// A sum in double. Where T is double too it has no more digits than T: what rounding takes from it is then summed in
+// `lost`.
 template <typename T>
 struct LongSum {
   double sum = 0, lost = 0;
@@ -407,8 +409,8 @@ inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*)
 
 // ---- results, vector by vector --------------------------------------------------------------------------------
 
-// How a result is stored: into the caches, or, where it is too large to be found there again, past them, which saves
-// reading the lines that it replaces.
+// How a result is stored: into the caches, or past them. Past them saves reading the lines that it replaces, and is for
+// results too large to be found in a cache again.
 enum class Store { kCached, kNonTemporal };
 
 template <typename Params>
@@ -437,22 +439,22 @@ inline void store_non_temporal(const Vec<S>& v, S* dst) {
 }
 #endif
 
-// Streamed stores are not ordered with what tells another thread that they are done.
+// Orders the non-temporal stores before what tells another thread that they are done.
 inline void fence_non_temporal() {
 #ifdef __x86_64__
   __builtin_ia32_sfence();
 #endif
 }
 
-// The elements before the first that a whole vector of S can be streamed to.
+// The elements before the first place for a non-temporal store, which must be aligned.
 template <typename S>
 inline int64_t elements_to_alignment(const S* dst) {
   constexpr uintptr_t kBytes = sizeof(Vec<S>);
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dst) % kBytes / sizeof(S));
 }
 
-// dst[i] = value(i, count) for i < n; value(i, count) is the vector of S at i, of which `count` lanes are used: all but in
-// the first and the last.
+// dst[i] = value(i, count) for i < n. value(i, count) is the vector of S at i, of which `count` lanes are used: all of
+// them, except in the first vector and the last.
 template <typename S, typename Value>
 __attribute__((flatten)) inline void store_vectors(S* dst, int64_t n, Store how, Value value) {
   constexpr int64_t L = Vec<S>::size();

@@ -1,5 +1,5 @@
-// The kernel for rows of many classes that are apart in memory: in lane_rows the lanes of a warp are adjacent rows. Op is
-// as in rows.cuh.
+// The kernel for rows of many classes that are not adjacent in memory: lane_rows, in which the lanes of a warp are
+// adjacent rows. Op is as in rows.cuh.
 #pragma once
 
 #include "rows.cuh"
@@ -23,8 +23,8 @@ __device__ __forceinline__ void reduce_columns(V& value, V* shared) {
   value = shared[lane];
 }
 
-// The pointer n elements on, as a value that the compiler does not take apart: it would keep all of a loop's offsets, for which
-// it has no registers.
+// The pointer n elements on. The compiler does not see where it came from: otherwise it would hold the offsets of a
+// whole loop, for which it has no registers.
 template <typename E>
 __device__ __forceinline__ E* advanced(E* pointer, int64_t n) {
   pointer += n;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(Op::kColumns.warps* kWarp, 2)
   }
   const auto coefficients = op.finish(context, sums.total, leader);
   if (!op.writes && !op.writes_second) return;
-  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read the target's logit
   const bool zero_gradient = op.zero_gradient(context);
   typename Op::Out* const output = op.output(at);
   const int64_t stride = layout.class_stride[Op::kOutputOperand];

@@ -148,8 +148,8 @@ struct alignas(kSize * sizeof(E) % 16 == 0 ? 16 : 8) Chunk {
   }
 };
 
-// How a row of n elements of type S is cut: `head` elements, `chunks` of 16 bytes that are aligned in memory, and the rest.
-// The elements before and behind the chunks are the loose ones, fewer than 2 kSize.
+// How a row of n elements of type S is cut: `head` elements, `chunks` of 16 bytes that are aligned in memory, and the
+// rest. The elements before and behind the chunks are the loose ones, fewer than 2 kSize.
 template <typename S>
 struct Cut {
   static constexpr int kSize = 16 / sizeof(S);
@@ -211,8 +211,8 @@ struct Row {
 
 // ---- layouts -----------------------------------------------------------------------------------------------------
 
-// A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31 blocks
-// of one outer index each, so that indices are divided in 32 bits.
+// A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31
+// blocks of one outer index each, so that indices are divided in 32 bits.
 struct DeviceDim {
   unsigned size;
   int64_t stride[kOperands];

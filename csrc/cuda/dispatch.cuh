@@ -10,8 +10,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-// The rows of a tile: one for each thread; fewer where their classes do not fit in shared memory; several where they are so
-// few that too little would be under way, if that leaves several tiles for each block that runs at a time.
+// The rows of a tile: one for each thread; fewer where their classes do not fit in shared memory; several where they
+// are so few that too little would be under way, if that leaves several tiles for each block that runs at a time.
 inline int rows_per_tile(const Layout& layout, int64_t row_bytes, const Device& device) {
   constexpr int64_t kMostBytes = 48 << 10, kEnoughBytes = 12 << 10, kTilesEach = 4;
   const int64_t enough_tiles = kTilesEach * kTileBlocks * device.multiprocessors;

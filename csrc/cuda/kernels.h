@@ -35,7 +35,7 @@ void softmax_backward(const SoftmaxBackwardParams& params, const Layout& layout,
 // Nothing is touched where the factor is 1. It has no divisor.
 void scale_rows(const ScaleRowsParams& params, const Layout& layout, Stream stream);
 
-// ---- sums, in double and in an order that depends on the sizes alone -------------------------------------------------
+// ---- sums, in double and in an order that depends on the sizes alone ------------------------------------------------
 
 // Doubles of device memory that the sums below need for their partial results, two for each share of a long sum.
 constexpr int64_t kMostShares = 1024;
@@ -68,7 +68,7 @@ void sum_losses(const CrossEntropyParams<T>& params, int64_t classes, const Loss
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream);
 
-// ---- what was chosen, for reports and tests --------------------------------------------------------------------------
+// ---- what was chosen, for reports and tests -------------------------------------------------------------------------
 
 // The kernel that cross_entropy would launch for rows of unit class stride on the current device: "tile", "warp",
 // "block", "cluster of 4" or "two_pass".

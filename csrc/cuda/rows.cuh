@@ -1,31 +1,47 @@
-// The kernels for rows whose classes are adjacent in memory: register_rows, which holds the row in registers between its
-// reduction and its output, and two_pass_rows, which reads it a second time.
+// The kernels for rows whose classes are adjacent in memory. register_rows holds a row in registers between its
+// reduction and its output. two_pass_rows reads it a second time.
 //
-// Both, and those of columns.cuh, are written over an Op, which says what is reduced and what is written:
+// Both, and those of columns.cuh and tiles.cuh, are written over an Op, which says what is reduced and what is written:
 //
-//   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
-//   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
-//   kTwoPassChunks                    16-byte chunks of each input that are loaded at once where the row is read again
-//   kColumns                         the shape of lane_rows (columns.cuh)
-//   kRegisterChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
-//   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
-//   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
-//   never_in_registers()                     what is true of no Op that register_rows is launched with
-//   is_noop()                           whether the output is what is there already
-//   overwrites()                     whether the output overwrites what a leader keeps
-//   input(i, at), output(at)         where the row at a Position begins
-//   fetch(at) -> Context             the row's own data, which is loaded; nothing waits for it
-//   begin(context)                   what follows from it
-//   keep(context, leader, value)     more of that; the leader also keeps what the output may overwrite, the logit value(c)
-//                                    of a class. Apart from begin, so that the row's loads are under way
-//   skip_row(context)                   whether the row is not read and its output is 0
-//   zero_gradient(context)                  whether its output is 0, be it read or not
-//   logit(x)                         of the elements x of all inputs: what the maximum is taken of
-//   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
-//   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
-//   value(context, coefficients, x, c)             the output of class c
-//   target_override(context, coefficients, &c, &value)       whether one class has an output that is computed apart
-//   write_second(context, coefficients, x, c)             writes a second output of class c (not in register_rows)
+//   In, Out, T            type of the inputs' elements, of the output's, and of the arithmetic
+//   kInputs               how many inputs of the row's length there are
+//   kMaximum              whether Sums have a maximum, which is to be raised before anything is added
+//   kTwoPassChunks        16-byte chunks of each input that two_pass_rows loads at once
+//   kRegisterChunks       16-byte chunks of each input that a thread can hold; 0: the row is always read again
+//   kColumns              the shape of lane_rows (columns.cuh)
+//   Sums                  what the reduction collects; they merge as in sums.cuh
+//   Context               what is known of one row
+//   Coefficients          what the output is computed from
+//   layout                DeviceLayout
+//   reduces, writes       whether there is a reduction, and an output
+//   writes_second         whether there is a second output; register_rows has none
+//
+// Functions that say what a call needs:
+//
+//   never_in_registers()  false in every launch of register_rows; lets the compiler drop what hangs on it
+//   is_noop()             whether the output is there already
+//   overwrites()          whether the output takes the memory that read_target_logit() reads
+//
+// and those of one row, in the order in which they are called. Loads take long, so that whatever does not need what is
+// loaded comes first.
+//
+//   input(i, at), output(at)                   where the row begins
+//   fetch(at) -> Context                       loads the row's target and state; nothing waits for them yet
+//   [the loads of the row's first chunks are issued here]
+//   decode_target(context)                     waits for the target
+//   skip_row(context)                          whether the row is not read, and its output is 0
+//   [the loads of its other chunks]
+//   read_target_logit(context, leader, value)  the leader alone reads value(y), the logit of the target class, now: the
+//                                              output may overwrite it
+//   logit(x)                                   of the elements x of all inputs: what the maximum is taken of
+//   add(sums, context, x, c)                   adds class c; sums.max is no smaller than its logit
+//   finish(context, sums, leader) -> Coefficients
+//                                              the leader writes what there is of the row besides the output
+//   zero_gradient(context)                     whether the output is 0, be the row read or not
+//   value(context, coefficients, x, c)         the output of class c
+//   target_override(context, coefficients, &c, &value)
+//                                              whether one class has another output, which is computed with more care
+//   write_second(context, coefficients, x, c)  writes the second output of class c
 #pragma once
 
 #include "group.cuh"
@@ -35,7 +51,7 @@ namespace softmax_ext {
 namespace cuda {
 
 // Of lane_rows: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
-// multiprocessor, so that what has eight warps has twice the registers.
+// multiprocessor: a thread of a block of eight warps has twice the registers of one of sixteen.
 struct ColumnShape {
   int classes, warps;
 };
@@ -164,7 +180,7 @@ __device__ __forceinline__ void zero_chunks(const RowOperands<Op>& row, int firs
   for (int chunk = first; chunk < last; chunk += step) row.output.store(row.cut.of_chunk(chunk), zero);
 }
 
-// The class whose output is computed apart, if it is one of [first, last).
+// Writes the output of the class that has an override, if it is one of [first, last).
 template <typename Op>
 __device__ __forceinline__ void write_target_override(const Op& op, const typename Op::Context& context,
                                                       const typename Op::Coefficients& coefficients,
@@ -174,7 +190,7 @@ __device__ __forceinline__ void write_target_override(const Op& op, const typena
   if (op.target_override(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
 }
 
-// What an Op needs not have: an Op without context whose rows are all read and written.
+// What an Op without context need not define: its rows are all read and written.
 template <typename Arithmetic>
 struct SimpleOp {
   using T = Arithmetic;
@@ -218,8 +234,8 @@ struct RegisterRow {
   InputChunk<Op> chunk[kChunks];
   Elements<Op> loose[kLoose];
 
-  // Two halves, so that the first is under way before it is known whether the row is needed: what an ignored row costs.
-  // All loads are under way before the first value is used.
+  // In two halves. The loads of the first are issued before it is known whether the row is ignored. All are issued
+  // before the first value is used.
   __device__ __forceinline__ void load_half(int half, const RowOperands<Op>& row, int thread, int size) {
 #pragma unroll
     for (int k = half == 0 ? 0 : kFirst; k < (half == 0 ? kFirst : kChunks); k++)
@@ -275,8 +291,8 @@ struct RegisterRow {
   }
 };
 
-// The second bound: six blocks of warps with rows of their own fit on a multiprocessor. For the others 0, no number at all:
-// with one in its place the compiler spills a register somewhere that it need not.
+// Six blocks fit on a multiprocessor where each row has a warp or less. The others have no bound on blocks (0): with
+// one, nvcc spills.
 template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 6 : 0)
     register_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
@@ -286,7 +302,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
   constexpr bool kRuns = kScope != Scope::kCluster;
 #endif
   if constexpr (kRuns) {
-    if (op.never_in_registers()) __builtin_unreachable();  // spares the registers
+    if (op.never_in_registers()) __builtin_unreachable();
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
@@ -304,7 +320,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
       group.reduce(sums);
     }
     const auto coefficients = op.finish(context, sums, leader);
-    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read what it keeps
+    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read the target's logit
     if (op.writes && op.zero_gradient(context))
       in_registers.clear(row, group.thread, group.size);
     else if (op.writes)
@@ -318,8 +334,9 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kS
 
 constexpr int kTwoPassBlock = 512;
 
-// A block for each row, or, without a reduction, for each of `parts` of it. Of those, only the part that holds class y uses
-// what its leader has read there; another may have read what that part has written.
+// A block for each row. Without a reduction a row may have several blocks, one for each of its `parts`. The leader of
+// each reads the target's logit, which another part may have overwritten by then: only the part that holds class y uses
+// it.
 template <typename Op>
 __global__ void __launch_bounds__(kTwoPassBlock, 1) two_pass_rows(const __grid_constant__ Op op, unsigned parts) {
   constexpr int kChunks = Op::kTwoPassChunks, kSize = InputChunk<Op>::kSize;
@@ -364,7 +381,7 @@ __global__ void __launch_bounds__(kTwoPassBlock, 1) two_pass_rows(const __grid_c
     reduce_block(sums.total, shared_memory<typename Op::Sums>());
   }
   const auto coefficients = op.finish(context, sums.total, leader);
-  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read the target's logit
   if (!op.writes && !op.writes_second) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);

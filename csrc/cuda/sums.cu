@@ -1,5 +1,5 @@
-// What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order that
-// depends on the sizes alone, and the search for a class out of range.
+// What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order
+// that depends on the sizes alone, and the search for a class out of range.
 #include <algorithm>
 
 #include "group.cuh"
@@ -92,8 +92,8 @@ struct Results {
   }
 };
 
-// The sum of value(first), value(first + step), ..., over a block's threads. The elements are loaded a few at a time, and
-// past the end the last one again: a branch for each would make each load wait for the one before.
+// The sum of value(first), value(first + step), ..., over a block's threads. The elements are loaded a few at a time,
+// and past the end the last one again: a branch for each would make each load wait for the one before.
 template <typename Value>
 __device__ __forceinline__ Totals sum_strided(const Value& value, int64_t first, int64_t step, int64_t n) {
   Totals totals;

@@ -1,5 +1,5 @@
-// The kernel for rows of few classes, wherever these lie: tile_rows takes a tile of rows through shared memory, each row by
-// one thread. Op is as in rows.cuh.
+// The kernel for rows of few classes, wherever these lie: tile_rows takes a tile of rows through shared memory, each
+// row by one thread. Op is as in rows.cuh.
 #pragma once
 
 #include "rows.cuh"
@@ -23,8 +23,8 @@ struct TilePlace {
 
 // ---- the tile in shared memory -------------------------------------------------------------------------------------
 
-// Elements from one row to the next in a tile whose classes are adjacent. That a tile can be copied as it lies, the rows
-// follow one another, unless the threads of a warp would meet in a few banks then.
+// Elements from one row to the next in a tile whose classes are adjacent. That a tile can be copied as it lies, the
+// rows follow one another, unless the threads of a warp would meet in a few banks then.
 __host__ __device__ inline int tile_pitch(int64_t classes) {
   return static_cast<int>(classes % 4 == 0 ? classes + 1 : classes);
 }

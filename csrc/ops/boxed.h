@@ -1,5 +1,5 @@
-// Operators as torch calls them: their arguments on a stack, and their results on the same. What TORCH_BOX does, except that
-// the options of cross entropy, which are arguments one by one, are one parameter of the function.
+// Operators as torch calls them: their arguments on a stack, and their results on the same. What TORCH_BOX does, except
+// that the options of cross entropy, which are arguments one by one, are one parameter of the function.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

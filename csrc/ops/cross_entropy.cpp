@@ -55,7 +55,7 @@ std::vector<int64_t> state_sizes(const Call& call) {
   return sizes;
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // The gradient goes to `grad` if given. Where that is the input itself no backward can follow, and the state is empty.
 Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, const std::optional<Tensor>& grad,
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   return {out.loss, out.state, out.total_weight, stat[0], stat[1], stat[2], stat[3]};
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 struct UpstreamGradients {
   std::optional<Tensor> loss, lse, nll, entropy;

@@ -20,7 +20,7 @@ void define_operators(torch::stable::detail::StableLibrary& library);
 void add_cross_entropy(torch::stable::detail::StableLibrary& library);
 void add_softmax(torch::stable::detail::StableLibrary& library);
 
-// ---- cross entropy ---------------------------------------------------------------------------------------------------
+// ---- cross entropy --------------------------------------------------------------------------------------------------
 
 // The arguments that forward and backward share, checked.
 struct Call {
@@ -70,7 +70,7 @@ inline bool divides_by_total(const Call& call, const Forward& out) {
 // IndexError for the class y in the given row.
 [[noreturn]] void throw_bad_class(const Call& call, int64_t row, int64_t y);
 
-// ---- what a device defines -------------------------------------------------------------------------------------------
+// ---- what a device defines ------------------------------------------------------------------------------------------
 
 namespace device {
 

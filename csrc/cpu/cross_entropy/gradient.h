@@ -8,7 +8,7 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// The coefficients of RowBatch for one row in all lanes, or for a row in each.
+// GradientCoefficients and the maximum: of one row in all lanes, or of a row in each.
 template <typename T>
 struct GradientVectors {
   Vec<T> max, alpha, beta, uniform, smooth, q_coef, nll_coef, log_sum;

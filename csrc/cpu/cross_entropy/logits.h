@@ -38,7 +38,8 @@ bool needs_no_copy(const CrossEntropy<T>& p) {
   return is_own<T>(p.logits_type) && logit_transform(p.options).is_identity;
 }
 
-// z of the classes [at, at + n) of a row, padded with -inf to whole vectors; in `buffer` unless they can be used in place.
+// z of the classes [at, at + n) of a row, padded with -inf to whole vectors; in `buffer` unless they can be used in
+// place.
 template <typename T>
 const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buffer) {
   const int64_t padded = round_up(n, kLanes<T>);

@@ -62,8 +62,8 @@ Vec<T> load_weight(const CrossEntropy<T>& p, int64_t c) {
   return p.weight ? Vec<T>::loadu(p.weight + c) : Vec<T>(1);
 }
 
-// Calls visit(k, i, count) for the vectors of [begin, end), which take turns in k, 0 to 3; count is a constant in all but
-// the last.
+// Calls visit(k, i, count) for the vectors of [begin, end). k goes round from 0 to 3; count is a constant except in the
+// last vector.
 template <typename T, typename Visit>
 inline void each_vector(int64_t begin, int64_t end, const Visit& visit) {
   constexpr int64_t L = kLanes<T>;
@@ -77,8 +77,9 @@ inline void each_vector(int64_t begin, int64_t end, const Visit& visit) {
 // The terms that a call has: those of b, those of q, or both; without those of b they are the same.
 enum class Terms { kOfB, kOfQ, kBoth };
 
-// Adds the terms of n classes, each vector's by add(sums, i, count). They are summed in T in short runs: one class can
-// have nearly all the mass, and what is added to its lane afterwards is rounded at its magnitude, every time the same way.
+// Adds the terms of n classes, each vector's by add(sums, i, count). They are summed in T in short runs:
+// one class can have nearly all the mass, and whatever its lane adds afterwards is rounded at that magnitude, each time
+// the same way.
 template <Terms terms, typename T, typename Add>
 inline void add_runs(RowTerms<T>& row, int64_t n, const Add& add) {
   constexpr int64_t kRun = 16 * kLanes<T>;

@@ -1,6 +1,5 @@
-// What cross entropy computes once per row: the loss from the sums over the classes, and the coefficients of the gradient.
-// A batch of rows at a time, in vectors of double, one row per lane (formulas: docs/math.md).
-// Included only by units compiled per instruction set.
+// What cross entropy computes once per row, from row_math.h: the loss, and the coefficients of the gradient. A batch of
+// rows at a time, in vectors of double, one row per lane. Included only by units compiled per instruction set.
 #pragma once
 
 #include "../../row_math.h"
@@ -151,8 +150,8 @@ inline double sum_of(const DoubleVec& losses) {
   return sum.value();
 }
 
-// The sum of the losses with one logarithm for each lane: sum log1p(rest) = log1p(prod (1 + rest) - 1), the product less one
-// being built up as it is, without a loss of small figures. 16 factors of up to 10^19 do not overflow.
+// The sum of the losses with one logarithm for each lane: sum log1p(rest) = log1p(prod (1 + rest) - 1), the product
+// less one being built up as it is, without a loss of small figures. 16 factors of up to 10^19 do not overflow.
 template <typename T>
 double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>, kFactors = 16;
@@ -175,12 +174,12 @@ double sum_losses(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   return sum_of(total);
 }
 
-// What becomes of a batch's rows between its sums and its gradients, one row in each lane. Row of row_math.h.
+// The rows [r, r + lanes) of a batch, as row_math.h asks for them.
 template <typename T>
 struct RowLanes {
   const CrossEntropy<T>& p;
   const RowBatch<T>& batch;
-  int64_t r;  // the first of them
+  int64_t r;
 
   DoubleVec max() const { return load_double(batch.sums.max + r); }
   DoubleVec rest() const { return load_double(batch.sums.rest + r); }
@@ -190,7 +189,7 @@ struct RowLanes {
   DoubleVec b_sum() const { return load_double(batch.b_sum + r); }
   DoubleVec q_dot() const { return load_double(batch.q_dot + r); }
   DoubleVec q_sum() const { return load_double(batch.q_sum + r); }
-  // With the digits of T, as the weights.
+  // Rounded to T, as the weights are.
   double weight_sum() const { return p.weight_sum ? static_cast<T>(*p.weight_sum) : static_cast<T>(p.layout.classes); }
   DoubleVec ignored() const { return load_double(batch.live + r) == DoubleVec(0); }
 };
@@ -233,7 +232,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
 
 // ---- gradient ----------------------------------------------------------------------------------------------------
 
-// What the gradients of a batch need besides its sums.
+// What the gradients of a batch need besides its sums: upstream gradients, and more of the target's class.
 template <typename T>
 struct UpstreamBatch {
   alignas(64) double loss[kTile], lse[kTile], nll[kTile], entropy[kTile];

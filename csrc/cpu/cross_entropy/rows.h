@@ -11,7 +11,7 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// Rows are taken together up to this many elements, so that what is computed once per row fills vectors.
+// Rows are taken together up to this many elements and rows, so that what is computed once per row fills vectors.
 constexpr int64_t kBatchElements = 8192, kBatchRows = 16;
 
 template <typename T>

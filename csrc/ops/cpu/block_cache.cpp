@@ -1,9 +1,9 @@
 // A cache of the memory of large results; see block_cache.h.
 //
-// malloc returns large memory to the system as soon as it is freed (glibc everything beyond 32 MiB). The next step's result
-// is mapped, cleared and faulted in anew, page by page, which takes longer than computing it. A cached block costs nothing
-// of that. Its pages are given up with MADV_FREE: the system takes them whenever it is short of memory, before it swaps or
-// refuses anything. Until then they are written again without a fault.
+// malloc returns large memory to the system as soon as it is freed (glibc everything beyond 32 MiB). The next step's
+// result is mapped, cleared and faulted in anew, page by page, which takes longer than computing it. A cached block
+// costs nothing of that. Its pages are given up with MADV_FREE: the system takes them whenever it is short of memory,
+// before it swaps or refuses anything. Until then they are written again without a fault.
 #include "block_cache.h"
 
 #include <sys/mman.h>

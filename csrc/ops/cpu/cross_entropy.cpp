@@ -81,7 +81,8 @@ double scan_targets(const Call& call, const Weights<T>& weights) {
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
 }
 
-// With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54, 1974).
+// With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54,
+// 1974).
 double compensated_sum(const std::vector<double>& values) {
   double sum = 0, rest = 0;
   for (double value : values) {

@@ -5,7 +5,8 @@
 
 namespace softmax_ext {
 
-// Beyond this a result has left the caches before anybody reads it; the largest last-level caches per core are far below.
+// Beyond this a result has left the caches before anybody reads it; the largest last-level caches per core are far
+// below.
 constexpr int64_t kNonTemporalBytes = 32 << 20;
 
 // Whether `result` is large, and not the memory of `source`, which is in the caches already when it is overwritten.

@@ -11,8 +11,8 @@
 
 namespace softmax_ext {
 
-// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
-// nothing else, so that a row has the same bits alone and among others.
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends
+// on nothing else, so that a row has the same bits alone and among others.
 constexpr int64_t kSmallClasses = 128;
 
 constexpr LayoutRule kLayoutRule{kSmallClasses, std::numeric_limits<int>::max()};
@@ -25,8 +25,8 @@ inline int64_t units(const Layout& layout) {
 // Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
 // run(group, begin unit, end unit, scratch). Sums over groups taken in order are the same for any number of threads.
 //
-// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups' work
-// differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
+// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups'
+// work differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
 class Groups {
  public:
   Groups(int64_t units, int64_t elements_per_unit) : units_(units) {
@@ -44,7 +44,8 @@ class Groups {
     return std::clamp<int64_t>((count_ + grain_ - 1) / grain_, 1, torch::stable::get_num_threads());
   }
 
-  // The memory of all threads, `scratch_bytes` (a multiple of Scratch::kAlignment) for each, is there before any begins.
+  // The memory of all threads, `scratch_bytes` (a multiple of Scratch::kAlignment) for each, is there before any
+  // begins.
   template <typename F>
   void run(size_t scratch_bytes, const F& f) const {
     struct alignas(Scratch::kAlignment) Line {

@@ -1,8 +1,8 @@
 // The cross-entropy operators on CUDA tensors: sums, kernel, reduction, all queued on the current stream.
 //
 // The host waits for nothing: the mean's denominator stays on the device, and every kernel that divides by it reads it
-// there. A class out of range makes the loss of its row NaN; with SOFTMAX_EXT_CHECK_TARGETS=1 the host asks first, waits
-// for the answer, and raises the CPU's IndexError.
+// there. A class out of range makes the loss of its row NaN; with SOFTMAX_EXT_CHECK_TARGETS=1 the host asks first,
+// waits for the answer, and raises the CPU's IndexError.
 #include <cstdlib>
 #include <limits>
 #include <string>

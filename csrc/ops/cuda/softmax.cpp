@@ -1,7 +1,7 @@
 // The softmax operators on CUDA tensors, queued on the current stream.
 //
-// The kernels are compiled for equal types and for a half type beside float32, in which it is computed. Other pairs, which
-// are rare, go through a copy in the type of the arithmetic.
+// The kernels are compiled for equal types and for a half type beside float32, in which it is computed. Other pairs,
+// which are rare, go through a copy in the type of the arithmetic.
 #include "../kernel_params.h"
 #include "cuda_stream.h"
 #include "operands.h"
