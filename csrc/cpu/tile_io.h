@@ -1,5 +1,6 @@
-// Where a unit of work lies, and the movement of tiles: buffers [classes, kTile] of the arithmetic's type T with one row
-// per column, so that a vector holds one class of several rows. Included only by units compiled per instruction set.
+// Where a unit of work lies, and the movement of tiles: buffers [classes, kTile] of the arithmetic's type T with one
+// row per column, so that a vector holds one class of several rows. Included only by units compiled per instruction
+// set.
 #pragma once
 
 #include "scratch.h"
@@ -23,11 +24,12 @@ struct Position {
 
 inline Position locate(const Layout& layout, int64_t unit) {
   Position at{};
-  const int64_t tiles = layout.rows ? 1 : (layout.inner + kTile - 1) / kTile;
+  const int64_t tiles = layout.kind == LayoutKind::kRows ? 1 : (layout.inner + kTile - 1) / kTile;
   int64_t outer = unit / tiles;
   const int64_t first = (unit % tiles) * kTile;
-  at.rows = layout.rows ? 1 : (layout.inner - first < kTile ? layout.inner - first : kTile);
-  for (int i = 0; i < kOperands; i++) at.offset[i] = layout.rows ? 0 : first * layout.inner_stride[i];
+  at.rows = layout.kind == LayoutKind::kRows ? 1 : (layout.inner - first < kTile ? layout.inner - first : kTile);
+  for (int i = 0; i < kOperands; i++)
+    at.offset[i] = layout.kind == LayoutKind::kRows ? 0 : first * layout.inner_stride[i];
   for (int d = layout.outer_dims - 1; d >= 0; d--) {
     const OuterDim& dim = layout.dims[d];
     const int64_t index = d == 0 ? outer : outer % dim.size;  // a division saved, which counts for short rows
@@ -162,8 +164,8 @@ inline void load_tile_as(const S* src, int64_t class_stride, int64_t inner_strid
 template <typename T>
 inline void load_tile(const void* src, DType type, int64_t at, int64_t class_stride, int64_t inner_stride,
                       int64_t classes, int64_t rows, T* dst) {
-  with_type(type, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
+  with_type(type, [&](auto element) {
+    using S = typename decltype(element)::Type;
     load_tile_as(static_cast<const S*>(src) + at, class_stride, inner_stride, classes, rows, dst);
   });
 }
@@ -185,8 +187,8 @@ inline void store_tile_as(const T* src, int64_t class_stride, int64_t inner_stri
 template <typename T>
 inline void store_tile(const T* src, void* dst, DType type, int64_t at, int64_t class_stride, int64_t inner_stride,
                        int64_t classes, int64_t rows, Store how) {
-  with_type(type, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
+  with_type(type, [&](auto element) {
+    using S = typename decltype(element)::Type;
     store_tile_as(src, class_stride, inner_stride, classes, rows, static_cast<S*>(dst) + at, how);
   });
 }
@@ -211,16 +213,17 @@ inline void store_operand_tile(const Layout& layout, int operand, const T* src, 
 
 // ---- buffers -------------------------------------------------------------------------------------------------------
 
-// `count` buffers [classes, kTile]: of all classes as long as these are few enough to stay in cache, and then each operand
-// is loaded once; else of a block of them at a time. Logits that lie in this order already are copied all the same: their
-// strides are often such that the classes of a tile would drive each other out of the cache before they are read again.
+// `count` buffers [classes, kTile]: of all classes as long as these are few enough to stay in cache, and then each
+// operand is loaded once; else of a block of them at a time. Logits that lie in this order already are copied all the
+// same: their strides are often such that the classes of a tile would drive each other out of the cache before they are
+// read again.
 template <typename T>
 class TileBuffers {
  public:
   TileBuffers(const Layout& layout, int count, Scratch& scratch)
       : whole_(layout.classes * kTile <= kCachedElements),
         classes_(whole_ ? layout.classes : kTileClasses<T>),
-        data_(scratch.take<T>(layout.rows ? 0 : count * classes_ * kTile)) {}
+        data_(scratch.take<T>(layout.kind == LayoutKind::kRows ? 0 : count * classes_ * kTile)) {}
 
   bool whole() const { return whole_; }
   int64_t classes() const { return classes_; }  // at a time

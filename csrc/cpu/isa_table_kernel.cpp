@@ -1,4 +1,4 @@
-// The table of one instruction set.
+// The table of one instruction set's kernels: like them compiled once for each, as files named *_kernel.cpp are.
 #include "isa_kernels.h"
 
 #define SOFTMAX_EXT_STRING_OF(name) #name

@@ -1,9 +1,10 @@
-// See stream.h.
-#include "stream.h"
+// See cuda_stream.h.
+#include "cuda_stream.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
-// In libtorch_cuda. Torch's own declaration asks for the CUDA headers; torch::stable has the stream's handle from 2.13 on.
+// In libtorch_cuda. Torch's own declaration asks for the CUDA headers; torch::stable has the stream's handle from 2.13
+// on.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace softmax_ext {
