@@ -7,7 +7,7 @@
 #   PYTEST_ARGS='-k softmax'       what make test and test-torch pass to pytest besides
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
 #   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz/run.py besides
-#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py and bench_gpu.py besides
+#   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py besides
 
 PYTHON ?= python3
 VERSION ?=
@@ -97,23 +97,21 @@ trust: sanitize native test-isas old-cpu fuzz large accuracy training audit ## e
 
 bench: $(VENV)/.bench $(VENV)/.built $(if $(PEERS),$(VENV_PEERS)/.installed) ## measure against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py $(if $(PEERS),--peers $(VENV_PEERS)/bin/python) $(BENCH_ARGS)
-	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py)
 
 bench-linear: $(VENV)/.bench $(VENV)/.built ## measure linear cross entropy; fills benchmarks/results/linear.*
-	$(BIN)/python benchmarks/bench_linear.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/bench.py --op linear $(BENCH_ARGS)
 
 bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a minute; writes nothing
 	$(BIN)/python benchmarks/bench.py --quick $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
-	$(BIN)/python benchmarks/bench_gpu.py $(BENCH_ARGS)
-	$(if $(BENCH_ARGS),,$(BIN)/python benchmarks/bench_linear.py --gpu)
+	$(BIN)/python benchmarks/bench.py --device cuda $(BENCH_ARGS)
 
 accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
-	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/studies/accuracy.py
 
 training: $(VENV)/.demo $(VENV)/.bench $(VENV)/.built ## train a GPT with each way to compute the loss, a quarter of an hour; fills docs/training.md
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/studies/training.py
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check

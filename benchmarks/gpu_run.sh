@@ -124,10 +124,10 @@ else
   # No case begins in the last 40 seconds; one that hangs is ended.
   seconds=$(($(left) > 80 ? $(left) - 40 : 40))
   step "benchmark" "$((seconds + 35))" gpu_bench.log \
-    "$python" benchmarks/bench_gpu.py --output "$output" --seconds "$((seconds * 3 / 4))"
+    "$python" benchmarks/bench.py --device cuda --op cross_entropy softmax --output "$output" --seconds "$((seconds * 3 / 4))"
   seconds=$(($(left) > 60 ? $(left) - 40 : 20))
   step "linear" "$((seconds + 35))" gpu_bench.log \
-    "$python" benchmarks/bench_linear.py --gpu --output "$output" --seconds "$seconds"
+    "$python" benchmarks/bench.py --device cuda --op linear --output "$output" --seconds "$seconds"
   cat "$output/gpu_bench.log"
 fi
 

@@ -12,74 +12,61 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from cases import COMPILE, DEFAULT, EAGER, INPLACE, LOSS, MEMORY, MUL, PEERS
-from linear_cases import CHUNKED, SECTION, VOCABULARY_SECTION
+import cases
+from report import figure, ratio_cell
 from results import CSV_NAME, DEFAULT_DIRECTORY, Environment, Figures, Record, measured_on, read_csv
-from table import figure, ratio_cell
 
-_README = Path(__file__).resolve().parents[1] / "README.md"
-_NAMES = {EAGER: "eager", COMPILE: "compile", DEFAULT: "default", INPLACE: "in place", MUL: "limit"}
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+PAGE = Path(__file__).resolve().parents[1] / "README.md"
+RESULTS = DEFAULT_DIRECTORY
 
 
-def _cell(figures: Figures, case: str, what: str, variant: str) -> str:
-    value = figures.median(case, what, variant)
-    return "" if value is None else figure(value)
+def _markdown(head: list[str], rows: list[list[str]], figures: Figures, environment: Environment) -> list[str]:
+    """The table, and what it was measured on."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    threads = figures.records[0].threads
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), "", f"Measured on {measured_on(environment, threads)}."]
 
 
-def _ratios(figures: Figures, case: str, variant: str) -> str:
-    """Against eager and against torch.compile."""
-    parts = [ratio_cell(figures, case, LOSS, slower, variant) or "-" for slower in (EAGER, COMPILE)]
-    return " / ".join(parts)
-
-
-def _memory(figures: Figures, case: str) -> str:
-    """MiB, eager -> default -> in place."""
-    cells = []
-    for variant in (EAGER, DEFAULT, INPLACE):
-        value = figures.median(case, MEMORY, variant)
-        cells.append("-" if value is None else f"{value:.0f}")
-    return " / ".join(cells)
+def _slashed(values: list[float | None], form: str) -> str:
+    return " / ".join("-" if value is None else form.format(value) for value in values)
 
 
 def table_block(records: list[Record], environment: Environment, directory: str) -> str:
     """Of results.csv; ``directory`` is where the pictures are, from README.md."""
-    figures = Figures(records, "table")
+    figures = Figures(records, cases.TABLE_SECTION)
     if not figures.records:
         raise ValueError("the results hold none of the table's cases; run make bench.")
-    peers = [peer for peer in PEERS if any(record.variant == peer for record in figures.records)]
-    variants = [EAGER, COMPILE, *peers, DEFAULT, INPLACE, MUL]
-    head = ["logits", *(_NAMES.get(name, name) for name in variants)]
+    peers = [peer for peer in cases.PEERS if any(record.variant == peer for record in figures.records)]
+    variants = [cases.EAGER, cases.COMPILE, *peers, cases.DEFAULT, cases.INPLACE, cases.MUL]
+    head = ["logits", *variants[:-1], "limit"]
     head += ["default: x less", "in place: x less", "MiB: eager / default / in place"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    for case in dict.fromkeys(record.case for record in figures.records):
-        cells = [_cell(figures, case, LOSS, variant) for variant in variants]
-        ratios = [_ratios(figures, case, variant) for variant in (DEFAULT, INPLACE)]
-        lines.append(_line([case, *cells, *ratios, _memory(figures, case)]))
-    threads = figures.records[0].threads
-    lines += ["", f"Measured on {measured_on(environment, threads)}."]
-    return "\n".join([*lines, "", f"![Time and memory against the vocabulary size]({directory}/vocabulary.png)"])
+    rows = []
+    for case in figures.cases:
+        row = [case, *(figure(figures.median(case, cases.LOSS, name)) for name in variants)]
+        for name in (cases.DEFAULT, cases.INPLACE):
+            ratios = [ratio_cell(figures, case, cases.LOSS, slower, name) for slower in (cases.EAGER, cases.COMPILE)]
+            row.append(" / ".join(ratio or "-" for ratio in ratios))
+        memory = [figures.median(case, cases.MEMORY, name) for name in (cases.EAGER, cases.DEFAULT, cases.INPLACE)]
+        rows.append([*row, _slashed(memory, "{:.0f}")])
+    picture = f"![Time and memory against the vocabulary size]({directory}/vocabulary.png)"
+    return "\n".join([*_markdown(head, rows, figures, environment), "", picture])
 
 
 def linear_block(records: list[Record], environment: Environment, directory: str) -> str:
     """Of linear.csv."""
-    figures = Figures(records, SECTION)
+    figures = Figures(records, cases.LINEAR_SECTION)
     if not figures.records:
         raise ValueError("the results hold none of the cases; run make bench-linear.")
-    others = (EAGER, COMPILE, CHUNKED)
-    head = ["rows x width x classes", *(_NAMES.get(name, name) for name in others), "softmax_ext", "x less"]
-    lines = [_line([*head, "MiB beyond the gradients"]), _line(["---", *["---:"] * len(head)])]
-    for case in dict.fromkeys(record.case for record in figures.records):
-        cells = [_cell(figures, case, LOSS, variant) or "-" for variant in (*others, DEFAULT)]
-        ratios = [figures.ratio(case, LOSS, name, DEFAULT) for name in others]
-        memory = [figures.median(case, MEMORY, name) for name in (*others, DEFAULT)]
-        cells.append(" / ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
-        lines.append(_line([case, *cells, " / ".join("-" if m is None else f"{m:.0f}" for m in memory)]))
-    lines += ["", f"Measured on {measured_on(environment, figures.records[0].threads)}."]
-    if any(record.section == VOCABULARY_SECTION for record in records):
+    others = (cases.EAGER, cases.COMPILE, cases.CHUNKED)
+    head = ["rows x width x classes", *others, "softmax_ext", "x less"]
+    rows = []
+    for case in figures.cases:
+        row = [case, *(figure(figures.median(case, cases.LOSS, name)) or "-" for name in (*others, cases.DEFAULT))]
+        row.append(_slashed([figures.ratio(case, cases.LOSS, name, cases.DEFAULT) for name in others], "{:.2f}"))
+        memory = [figures.median(case, cases.MEMORY, name) for name in (*others, cases.DEFAULT)]
+        rows.append([*row, _slashed(memory, "{:.0f}")])
+    lines = _markdown([*head, "MiB beyond the gradients"], rows, figures, environment)
+    if any(record.section == cases.LINEAR_VOCABULARY_SECTION for record in records):
         lines += ["", f"![Time and memory against the vocabulary size]({directory}/linear.png)"]
     return "\n".join(lines)
 
@@ -118,15 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if README.md is not up to date")
     parser.add_argument("--part", choices=PARTS, help="one of the tables (default: all)")
-    parser.add_argument("--results", type=Path, default=DEFAULT_DIRECTORY, help="default: %(default)s")
-    parser.add_argument("--readme", type=Path, default=_README, help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        old = new = options.readme.read_text()
-        directory = os.path.relpath(options.results, options.readme.parent)
-        for name in [options.part] if options.part else PARTS:
-            records, environment = read_csv(options.results / PARTS[name].csv)
-            part = PARTS[name]
+        old = new = PAGE.read_text()
+        directory = os.path.relpath(RESULTS, PAGE.parent)
+        for part in [PARTS[options.part]] if options.part else PARTS.values():
+            records, environment = read_csv(RESULTS / part.csv)
             new = between(new, part.begin, part.end, part.write(records, environment, directory))
     except (OSError, ValueError) as error:
         print(f"readme.py: {error}", file=sys.stderr)
@@ -134,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.check:
         print("README.md is up to date" if old == new else "README.md is not; run python benchmarks/readme.py")
         return 0 if old == new else 1
-    options.readme.write_text(new)
+    PAGE.write_text(new)
     return 0
 
 

@@ -1,9 +1,12 @@
 """What was measured, on what machine, and the CSV that holds both: one line for each figure.
 
-The table, the plots and the README are made from this file alone.
+The tables, the pictures and the README are made from this file alone. An environment is what the figures depend on
+besides the code: names and texts, in the order of the CSV's last columns.
 """
 
 import csv
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -12,12 +15,15 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-from cases import MEMORY, Job
-from measure import MIB
+from cases import LIGER, MEMORY, MIB, QUACK, Job
 
 OK = "ok"
 DEFAULT_DIRECTORY = Path(__file__).resolve().parent / "results"
 CSV_NAME = "results.csv"
+# Of the peers on a GPU: what is imported, and what was installed.
+GPU_PACKAGES = {LIGER: ("liger_kernel", "liger-kernel"), QUACK: ("quack", "quack-kernels")}
+
+Environment = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -45,60 +51,12 @@ class Record:
     @classmethod
     def of(cls, job: Job, variant: str, what: str, status: str, note: str = "", **figures: float) -> "Record":
         """A record of a job."""
-        case = job.case
-        return cls(
-            section=job.section,
-            case=case.name,
-            rows=case.rows,
-            classes=case.classes,
-            dtype=case.dtype,
-            logits_mib=case.logits_bytes / MIB,
-            variant=variant,
-            what=what,
-            threads=job.threads,
-            thp=job.thp,
-            status=status,
-            note=note,
-            unit="MiB" if what == MEMORY else "ms",
-            **figures,
-        )
+        case, unit = job.case, "MiB" if what == MEMORY else "ms"
+        of_case = (case.name, case.rows, case.classes, case.dtype, case.logits_bytes / MIB)
+        return cls(job.section, *of_case, variant, what, job.threads, job.thp, status, note, unit, **figures)
 
 
-@dataclass(frozen=True)
-class Environment:
-    """What the figures depend on besides the code."""
-
-    cpu: str
-    processors: int
-    isa: str  # of the kernels that softmax_ext chose
-    huge_pages: str  # the kernel's own setting
-    python: str
-    torch: str
-    softmax_ext: str
-    jax: str
-    optax: str
-    tensorflow: str
-    commit: str
-    date: str  # UTC
-
-
-@dataclass(frozen=True)
-class GpuEnvironment:
-    """The same where the figures are a GPU's."""
-
-    gpu: str
-    memory_gib: float
-    driver: str
-    cuda: str  # of torch
-    architectures: str  # of the kernels of softmax_ext
-    python: str
-    torch: str
-    softmax_ext: str
-    triton: str
-    liger: str
-    quack: str
-    commit: str
-    date: str  # UTC
+# ---- the machine ----
 
 
 def read_text(path: str) -> str:
@@ -109,23 +67,28 @@ def read_text(path: str) -> str:
         return ""
 
 
-def commit() -> str:
-    """Of the source, from git; where that does not know it, from the variable SOFTMAX_EXT_COMMIT."""
-    command = ["git", "describe", "--always", "--dirty"]
+def _output(*command: str) -> str:
+    """What it prints; "" if it cannot be run or fails."""
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SOFTMAX_EXT_COMMIT", "unknown")
+        return ""
+    return done.stdout.strip()
 
 
-def today() -> str:
-    """The date, UTC."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
-def describe_environment(peer_versions: dict[str, str]) -> Environment:
+def _of_the_code() -> Environment:
+    commit = _output("git", "describe", "--always", "--dirty") or os.environ.get("SOFTMAX_EXT_COMMIT", "unknown")
+    return {"commit": commit, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+
+
+def describe_cpu(peer_versions: dict[str, str]) -> Environment:
     """This machine and what is installed; raises RuntimeError if softmax_ext does not work here."""
     import torch  # here, since what reads a CSV needs no torch
 
@@ -136,29 +99,80 @@ def describe_environment(peer_versions: dict[str, str]) -> Environment:
         raise RuntimeError(str(ops.load_error))
     name = re.search(r"^model name\s*: (.+)$", read_text("/proc/cpuinfo"), re.MULTILINE)
     huge_pages = re.search(r"\[(\w+)\]", read_text("/sys/kernel/mm/transparent_hugepage/enabled"))
-    return Environment(
-        cpu=name[1].strip() if name else platform.processor() or platform.machine(),
-        processors=os.cpu_count() or 1,
-        isa=ops.library.selected_isa(),
-        huge_pages=huge_pages[1] if huge_pages else "unknown",
-        python=platform.python_version(),
-        torch=torch.__version__,
-        softmax_ext=softmax_ext.__version__,
-        jax=peer_versions.get("jax", ""),
-        optax=peer_versions.get("optax", ""),
-        tensorflow=peer_versions.get("tensorflow", ""),
-        commit=commit(),
-        date=today(),
-    )
+    return {
+        "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
+        "processors": str(os.cpu_count() or 1),
+        "isa": ops.library.selected_isa(),  # of the kernels that softmax_ext chose
+        "huge_pages": huge_pages[1] if huge_pages else "unknown",  # the kernel's own setting
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "softmax_ext": softmax_ext.__version__,
+        **{package: peer_versions.get(package, "") for package in ("jax", "optax", "tensorflow")},
+        **_of_the_code(),
+    }
 
 
-def write_csv(path: Path, records: list[Record], environment: Environment | GpuEnvironment) -> None:
+def gpu_peers() -> tuple[str, ...]:
+    """Which of them can be imported."""
+    return tuple(peer for peer, (module, _) in GPU_PACKAGES.items() if importlib.util.find_spec(module))
+
+
+def describe_gpu() -> Environment:
+    """The first GPU and what is installed; raises RuntimeError with a sentence if nothing can be measured here."""
+    import torch
+
+    import softmax_ext
+    from softmax_ext import cuda, ops
+
+    if ops.load_error is not None:
+        raise RuntimeError(ops.load_error)
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"there is no GPU that torch {torch.__version__} can use; --device cpu needs none.")
+    if cuda.library is None:
+        raise RuntimeError(f"{cuda.missing}.")
+    properties = torch.cuda.get_device_properties(0)
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": properties.name,
+        "memory_gib": str(round(properties.total_memory / 2**30, 1)),
+        "driver": driver.partition("\n")[0] or "unknown",
+        "cuda": torch.version.cuda or "",  # of torch
+        "architectures": cuda.architectures(),  # of the kernels of softmax_ext
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "softmax_ext": softmax_ext.__version__,
+        "triton": _version("triton"),
+        **{peer: _version(distribution) for peer, (_, distribution) in GPU_PACKAGES.items()},
+        **_of_the_code(),
+    }
+
+
+def of_gpu(environment: Environment) -> bool:
+    """Whether the figures are a GPU's."""
+    return "gpu" in environment
+
+
+def measured_on(environment: Environment, threads: int) -> str:
+    """The machine in a sentence's words."""
+    if of_gpu(environment):
+        text = "one {gpu}, driver {driver}, CUDA {cuda}, torch {torch}, Python {python}, commit {commit}, {date}"
+    else:
+        text = (
+            "{threads} of {processors} processors of {cpu} with {isa} kernels, torch {torch}, Python {python},"
+            " huge pages: {huge_pages}, commit {commit}, {date}"
+        )
+    return text.format(threads=threads, **environment)
+
+
+# ---- the file ----
+
+
+def write_csv(path: Path, records: list[Record], environment: Environment) -> None:
     """One line for each record, with the environment on each."""
-    names = [field.name for cls in (Record, type(environment)) for field in fields(cls)]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Record)] + [*environment], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**asdict(record), **asdict(environment)} for record in records)
+        writer.writerows({**asdict(record), **environment} for record in records)
 
 
 def _parse(kind: object, text: str) -> object:
@@ -171,48 +185,33 @@ def _parse(kind: object, text: str) -> object:
     return text
 
 
-def _from_row(cls: type, row: dict[str, str]) -> object:
-    return cls(**{field.name: _parse(field.type, row[field.name]) for field in fields(cls)})
-
-
-def read_csv(path: Path) -> tuple[list[Record], Environment | GpuEnvironment]:
+def read_csv(path: Path) -> tuple[list[Record], Environment]:
     """The inverse of write_csv; raises ValueError with a sentence where the file is not one."""
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        records = [_from_row(Record, row) for row in rows]
-        return records, _from_row(GpuEnvironment if "gpu" in rows[0] else Environment, rows[0])
+        kinds = {field.name: field.type for field in fields(Record)}
+        records = [Record(**{name: _parse(kind, row[name]) for name, kind in kinds.items()}) for row in rows]
+        environment = {name: value for name, value in rows[0].items() if name not in kinds}
+        measured_on(environment, 1)
     except (OSError, KeyError, IndexError, ValueError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is no table of results ({reason}); make bench writes one.") from None
-
-
-def measured_on(environment: Environment | GpuEnvironment, threads: int) -> str:
-    """The machine in a sentence's words."""
-    if isinstance(environment, GpuEnvironment):
-        return (
-            f"one {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, torch {environment.torch},"
-            f" Python {environment.python}, commit {environment.commit}, {environment.date}"
-        )
-    return (
-        f"{threads} of {environment.processors} processors of {environment.cpu} with {environment.isa} kernels,"
-        f" torch {environment.torch}, Python {environment.python}, huge pages: {environment.huge_pages},"
-        f" commit {environment.commit}, {environment.date}"
-    )
+    return records, environment
 
 
 class Figures:
-    """The medians by case, what and variant, with the ratios that reports show."""
+    """The medians of a section by case, what and variant, with the ratios that reports show."""
 
     def __init__(self, records: list[Record], section: str):
         self.records = [record for record in records if record.section == section]
         self._by_key = {(record.case, record.what, record.variant): record for record in self.records}
+        self.cases = list(dict.fromkeys(record.case for record in self.records))
 
     def pairs(self) -> list[tuple[str, str]]:
         """(case, what), in the order in which cases were measured, the whats of a case together."""
-        cases = list(dict.fromkeys(record.case for record in self.records))
         pairs = dict.fromkeys((record.case, record.what) for record in self.records)
-        return sorted(pairs, key=lambda pair: cases.index(pair[0]))
+        return sorted(pairs, key=lambda pair: self.cases.index(pair[0]))
 
     def record(self, case: str, what: str, variant: str) -> Record | None:
         """The record, if this was measured or tried."""

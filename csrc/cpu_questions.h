@@ -1,5 +1,5 @@
-// What Python asks the CPU library, by ctypes: how it was built, and which kernel set is used. Functions of C, so that the
-// library needs no Python and serves every version of it (softmax_ext/libraries.py). Texts belong to the library.
+// What Python asks the CPU library, by ctypes: how it was built, and which kernel set is used. Functions of C, so that
+// the library needs no Python and serves every version of it (softmax_ext/libraries.py). Texts belong to the library.
 #pragma once
 
 #include <cstdint>

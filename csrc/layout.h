@@ -1,7 +1,7 @@
 // The two layouts that every input shape is brought to, and the strides of each operand in them. Plain data.
 //
-//   rows      [outer, classes]          every operand has unit class stride; SIMD lanes run along the classes
-//   columns   [outer, classes, inner]   any strides; SIMD lanes run along `inner`, one row of classes per lane
+//   kRows      [outer, classes]          every operand has unit class stride; SIMD lanes run along the classes
+//   kColumns   [outer, classes, inner]   any strides; SIMD lanes run along `inner`, one row of classes per lane
 //
 // `outer` is a list of dimensions (row-major order of iteration), so that a view of any rank is read where it lies.
 // All strides are in elements of the operand and 64-bit.
@@ -10,8 +10,6 @@
 #include <cstdint>
 
 namespace softmax_ext {
-
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 // Tensors of the input's shape come first (at most four in one kernel); the last slot is the index of the row
 // itself, in the row-major order of the batch, which addresses everything that has one value per row.
@@ -26,8 +24,10 @@ struct OuterDim {
   int64_t stride[kOperands];
 };
 
+enum class LayoutKind : int32_t { kRows, kColumns };
+
 struct Layout {
-  bool rows;  // which of the two layouts
+  LayoutKind kind;
   int64_t classes;
   int64_t inner;  // 1 in the rows layout
   int64_t outer;  // product of the outer sizes

@@ -1,13 +1,13 @@
-// Lets a library that is linked on a new system run on an old one: with glibc 2.28 and the libstdc++ of GCC 8, which is what
-// torch's own wheels ask for (manylinux_2_28). The linker takes the newest version of a function that it finds; here each
-// that is newer has another in its place. build_support gives the linker a --wrap for each name in this file, and a test
-// holds the libraries to the bound (tests/package/test_binary.py). On x86-64 alone.
+// Lets a library that is linked on a new system run on an old one: with glibc 2.28 and the libstdc++ of GCC 8, which is
+// what torch's own wheels ask for (manylinux_2_28). The linker takes the newest version of a function that it finds;
+// here each that is newer has another in its place. build_support gives the linker a --wrap for each name in this file, and
+// a test holds the libraries to the bound (tests/package/test_binary.py). On x86-64 alone.
 #include <new>
 #include <sstream>
 
-// A function of glibc by an older version, which is still in every later one. Of those that moved from libpthread, libdl and
-// librt into libc (2.34) it is the same function. torch's libraries bring these three into the process where they still are
-// apart. (exp sets errno as SVID wants, and is otherwise the same.)
+// A function of glibc by an older version, which is still in every later one. Of those that moved from libpthread,
+// libdl and librt into libc (2.34) it is the same function. torch's libraries bring these three into the process where
+// they still are apart. (exp sets errno as SVID wants, and is otherwise the same.)
 #define OLD_FUNCTION(name, version)                                                                         \
   __asm__(".symver old_" #name ", " #name "@GLIBC_" version "\n.pushsection .text\n.hidden __wrap_" #name   \
           "\n.globl __wrap_" #name "\n.type __wrap_" #name ", @function\n__wrap_" #name ": jmp *old_" #name \

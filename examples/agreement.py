@@ -1,4 +1,4 @@
-"""How close two training runs are, told by the losses of their steps, which are float32 numbers."""
+"""Measures how close two training runs are, by the losses of their steps, which are float32 numbers."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ import numpy as np
 class Agreement:
     """How close the losses of two runs are, step by step."""
 
-    difference: np.ndarray  # [steps], the other's loss minus the baseline's
+    difference: np.ndarray  # [steps], the other run's loss minus the baseline's
     spacing: np.ndarray  # [steps], between the baseline's loss and the next larger float32
-    relative: np.ndarray  # [steps]
+    relative: np.ndarray  # [steps], the size of the difference divided by the baseline's loss
 
     @classmethod
     def of(cls, baseline: list[float], other: list[float]) -> "Agreement":
@@ -22,7 +22,7 @@ class Agreement:
 
     @property
     def spacings(self) -> np.ndarray:
-        """The differences counted in float32 spacings: 1 is the least that there can be."""
+        """The differences counted in float32 spacings; the smallest difference of two losses is 1."""
         return self.difference / self.spacing
 
     def in_words(self) -> str:

@@ -1,4 +1,4 @@
-"""What the examples share: how they ask for a missing package and check a count."""
+"""Helpers of the examples: the message for a missing package, and an argument that is a count."""
 
 import argparse
 
@@ -6,7 +6,7 @@ PYPI_NAMES = {"sklearn": "scikit-learn"}
 
 
 def explain_missing(error: ModuleNotFoundError) -> str:
-    """Says how to get the package that an example failed to import."""
+    """A text that says how to install the package that an example failed to import."""
     package = (error.name or "").partition(".")[0]
     if package == "softmax_ext":
         return (

@@ -1,9 +1,10 @@
 """Recognises handwritten digits with a small network, trained by plain SGD.
 
-The data are scikit-learn's 1797 scans of 8 x 8 pixels. A fifth is held out. The network ends in
-ten logits; softmax_ext gives the loss that trains it (softmax cross entropy) and the probabilities
-that it predicts (softmax). Prints the accuracy on the held-out fifth, and some of its digits with
-their predicted distributions: the first two, and the two that the network is least sure of.
+The data are scikit-learn's 1797 scans of 8 x 8 pixels. A fifth of them is held out. The network
+ends in ten logits. softmax_ext turns them into the loss for training (softmax cross entropy) and
+into the predicted probabilities (softmax). The script prints the accuracy on the held-out fifth.
+It also prints four of these digits with their predicted distributions: the first two, and the two
+that the network is least sure of.
 
     python examples/digits.py
 """
@@ -35,13 +36,13 @@ EPOCHS = 30
 BATCH = 32
 LEARNING_RATE = 0.5
 SHADES = " ░▒▓█"  # from no ink to full ink
-ASCII_SHADES = " .+x#"  # for terminals without the others
+ASCII_SHADES = " .+x#"  # for terminals that cannot show SHADES
 BAR_WIDTH = 16  # characters of a probability of 1
 
 
 @dataclass
 class Split:
-    """Scans and the digits they show."""
+    """Scans, and the digits that they show."""
 
     images: Tensor  # [scans, 64], 0 is paper and 1 is ink
     target: Tensor  # [scans]
@@ -49,7 +50,7 @@ class Split:
 
 @dataclass
 class Result:
-    """The held-out scans and what the trained network makes of them."""
+    """The held-out scans, and the trained network's probabilities for them."""
 
     test: Split
     probabilities: Tensor  # [scans, 10]
@@ -94,19 +95,19 @@ def train(epochs: int, console: Console) -> Result:
 
 
 def interesting(result: Result) -> list[int]:
-    """Positions of the first two test digits and of the two predicted with least certainty."""
+    """Positions of the first two test digits, and of the two others predicted with least certainty."""
     certainty = result.probabilities.max(dim=1).values
     return [0, 1, *(certainty[2:].argsort()[:2] + 2).tolist()]
 
 
 def picture(image: Tensor, shades: str) -> Text:
-    """The scan in characters, two for a pixel since characters are twice as high as wide."""
+    """The scan in characters. A pixel is two characters, because these are twice as high as wide."""
     levels = (image * (len(shades) - 1)).round().int().reshape(8, 8)
     return Text("\n".join("".join(shades[level] * 2 for level in row) for row in levels.tolist()))
 
 
 def distribution(probabilities: Tensor, target: int, shades: str) -> Table:
-    """The ten probabilities as bars; the right one is green, and red the highest of the others."""
+    """The ten probabilities as bars: green for the right digit, red for the highest if it is wrong."""
     bars = Table.grid(padding=(0, 1))
     highest = int(probabilities.argmax())
     for digit, probability in enumerate(probabilities.tolist()):

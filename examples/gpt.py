@@ -1,14 +1,14 @@
 """Trains a small GPT on Python's own sources, with PyTorch's loss or with one of softmax_ext's.
 
-The text is the standard library of the interpreter that runs this, cut into tokens by a byte-level
-BPE (byte pair encoding) of 32768 entries, which is trained on that text first. The same seed gives
-the same initial weights and the same batches whichever the loss. A step takes 2048 tokens, so the
-logits are 2048 x 32768 floats, 256 MiB: large beside everything else that so small a model
-computes. This is where the loss costs the most, and where it pays to replace it: by the same loss
-of the logits, or by one that takes the output layer with it and never holds them.
+The text is the standard library of the Python that runs this script. A byte-level BPE (byte pair
+encoding) of 32768 entries is trained on the text first, and cuts it into tokens. With every loss
+the same seed gives the same initial weights and the same batches. A step takes 2048 tokens, so
+the logits are 2048 x 32768 floats, 256 MiB. That is large beside everything else that so small a
+model computes. Such a model gains most from another loss: one of softmax_ext's computes the same
+loss from the logits, the other includes the output layer and never holds all logits.
 
-Each step records its loss, how long it took, how much of that went to the output layer and the
-loss, and the highest resident memory.
+Each step records its loss, its time, the part of that time in the output layer and the loss, and
+the highest resident memory.
 
     python examples/gpt.py --loss torch --steps 50
     python examples/gpt.py --loss softmax_ext --steps 50
@@ -51,7 +51,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def of_logits(criterion: nn.Module) -> Loss:
-    """The output layer, and a loss of its output."""
+    """The output layer, and a loss that takes its output."""
     return lambda hidden, weight, target: criterion(F.linear(hidden, weight), target)
 
 
@@ -71,15 +71,15 @@ HEADS = 4
 BLOCKS = 2
 LEARNING_RATE = 1e-3
 
-TEXT_BYTES = 8 * 2**20  # bounds the time for the tokeniser; what exceeds it is left out
+TEXT_BYTES = 8 * 2**20  # the text ends here, so that training the tokeniser takes little time
 SKIPPED = {  # directories
     "test",
     "tests",
     "idle_test",
     "site-packages",
     "dist-packages",
-    "encodings",  # generated tables, as the next
-    "pydoc_data",
+    "encodings",  # generated tables
+    "pydoc_data",  # generated tables
 }
 END_OF_FILE = "<|endoftext|>"
 
@@ -120,7 +120,7 @@ def train_tokenizer(sources: list[str]) -> Tokenizer:
 
 
 def read_tokens(console: Console) -> Tensor:  # [tokens]
-    """The standard library as one stream of token ids, files parted by END_OF_FILE."""
+    """The standard library as one stream of token ids, with END_OF_FILE after each file."""
     sources = stdlib_sources()
     text_bytes = sum(len(source.encode()) for source in sources)
     with console.status("training the tokeniser"):
@@ -143,7 +143,7 @@ def read_tokens(console: Console) -> Tensor:  # [tokens]
 def batches(
     tokens: Tensor, steps: int, sequences: int = SEQUENCES, context: int = CONTEXT, seed: int = SEED
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random places of the text: inputs and, one token later, target; [sequences, context] each."""
+    """Random pieces of the text: inputs, and targets one token later; [sequences, context] each."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(tokens) - context, (sequences, 1), generator=generator)
@@ -155,7 +155,7 @@ def batches(
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer perceptron, each added to what it was given."""
+    """Causal self-attention and a two-layer perceptron, each with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids to the hidden states from which the output layer, ``head``, predicts the next token."""
+    """Token ids -> hidden states, from which the output layer ``head`` predicts the next token."""
 
     def __init__(self, vocabulary: int = VOCABULARY, context: int = CONTEXT, width: int = WIDTH) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class GPT(nn.Module):
 
 @dataclass
 class Step:
-    """What one training step gave and cost."""
+    """The loss, the times and the memory of one training step."""
 
     loss_name: str
     step: int
@@ -218,7 +218,7 @@ class Step:
 
 @dataclass
 class Totals:
-    """A training run in a few figures: medians over its steps, and the highest memory of any."""
+    """A training run in a few figures: medians over its steps, and the highest memory of any step."""
 
     step_ms: float
     loss_forward_ms: float
@@ -246,12 +246,12 @@ class Totals:
 
     @property
     def added_memory_mib(self) -> float:
-        """What training holds beyond the model, the text and the libraries."""
+        """The memory that training adds to that of the model, the text and the libraries."""
         return self.peak_memory_mib - self.initial_memory_mib
 
 
 def restart_peak_memory() -> None:
-    """Makes peak_memory_mib count from now on, where the system can (Linux)."""
+    """Makes peak_memory_mib count from now on, if the system can do that (Linux)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -267,7 +267,7 @@ def peak_memory_mib() -> float:
 
 
 def adamw(model: GPT) -> torch.optim.Optimizer:
-    """The optimiser of all runs."""
+    """The optimiser of every run."""
     return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
 
 
@@ -279,14 +279,14 @@ def train_step(
     target: Tensor,
     autocast: bool = False,
 ) -> tuple[float, dict[str, float]]:
-    """One step; returns its loss and the milliseconds it took, named as in Step."""
+    """One training step; returns its loss, and its times in milliseconds under the names of Step."""
     hidden_gradient_ready: list[float] = []
 
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         hidden = model(inputs)
-        # Backward begins with the loss and the output layer, which end in the gradient of the hidden
-        # states: when it arrives they are done, and nothing else has begun.
+        # Backward begins with the loss and the output layer. The gradient of the hidden states is their
+        # last result: when this hook gets it, they are done and nothing else has begun.
         hidden.register_hook(lambda _: hidden_gradient_ready.append(time.perf_counter()))
         loss_start = time.perf_counter()
         loss = loss_fn(hidden.flatten(0, 1), model.head.weight, target.flatten())
@@ -305,7 +305,7 @@ def train_step(
 
 
 def train(loss_name: str, tokens: Tensor, steps: int) -> Iterator[Step]:
-    """Trains a new GPT with one of LOSSES and yields each step as it is done."""
+    """Trains a new GPT with one of LOSSES and yields each step when it is done."""
     torch.manual_seed(SEED)
     model = GPT()
     optimizer = adamw(model)
@@ -329,7 +329,7 @@ def train(loss_name: str, tokens: Tensor, steps: int) -> Iterator[Step]:
 
 
 def write_csv(path: Path, steps: list[Step]) -> None:
-    """One line a step, with the fields of Step for columns."""
+    """Writes one line for each step; the columns are the fields of Step."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, asdict(steps[0]).keys())
         writer.writeheader()
@@ -337,7 +337,7 @@ def write_csv(path: Path, steps: list[Step]) -> None:
 
 
 def read_csv(path: Path) -> list[Step]:
-    """What write_csv wrote."""
+    """The steps that write_csv wrote."""
     with path.open(newline="") as file:
         lines = csv.reader(file)
         next(lines)

@@ -1,8 +1,9 @@
 """Runs both examples and reports what softmax_ext changes: `make demo`.
 
-First digits.py. Then the GPT of gpt.py once with each of its losses, from the same weights and on
-the same batches, each in a process of its own, so that neither finds memory that the other left.
-Prints a table of the figures and writes, into demo/ in the directory above examples/,
+It runs digits.py first. Then it trains the GPT of gpt.py once with each of its losses, from the
+same weights and on the same batches. Each training has a process of its own, so that none finds
+memory that another left. It prints a table of the figures and writes into demo/, in the directory
+above examples/:
 
     report.png  loss curves and their difference, time, memory, and the digits, side by side
     report.csv  one line for each step of each run: its loss, its times, its memory
@@ -39,11 +40,11 @@ BASELINE, *OTHERS = gpt.LOSSES
 COLOURS = dict(zip(gpt.LOSSES, ["#7f7f7f", "#d62728", "#1f77b4"], strict=False))
 
 
-# ------------------------------------------------------------------------------------- the two runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def run_gpt(loss_name: str, tokens: Path, steps: int) -> list[gpt.Step]:
-    """Trains a GPT in a process of its own, which shows its progress here."""
+    """Trains a GPT in a process of its own, which shows its progress in this terminal."""
     figures = tokens.with_name(f"{loss_name}.csv")
     command = [sys.executable, str(Path(gpt.__file__))]
     command += ["--loss", loss_name, "--steps", str(steps)]
@@ -62,11 +63,11 @@ def run_gpts(steps: int, console: Console) -> dict[str, list[gpt.Step]]:
         return {name: run_gpt(name, tokens, steps) for name in gpt.LOSSES}
 
 
-# ------------------------------------------------------------------------------- what they amount to
+# ---------------------------------------------------------------------------------------- the table
 
 
 def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -> Table:
-    """The figures of each run in columns, and how many times less each of OTHERS takes."""
+    """The figures of each run in columns, then the baseline's divided by those of each of OTHERS."""
     table = Table(title=f"the same GPT, {len(runs[BASELINE])} steps, by loss")
     table.add_column("", no_wrap=True)
     for name in gpt.LOSSES:
@@ -99,7 +100,7 @@ def comparison(totals: dict[str, gpt.Totals], runs: dict[str, list[gpt.Step]]) -
 
 
 def draw_curves(axes: Axes, runs: dict[str, list[gpt.Step]]) -> None:
-    """The loss of each run; the baseline is wide, so that what lies upon it does not hide it."""
+    """The loss of each run. The baseline's line is wide, so that the others do not hide it."""
     for name, steps in runs.items():
         axes.plot(
             [step.step for step in steps],
@@ -114,9 +115,9 @@ def draw_curves(axes: Axes, runs: dict[str, list[gpt.Step]]) -> None:
 
 
 def draw_difference(axes: Axes, agreements: dict[str, Agreement]) -> None:
-    """The difference of the losses, counted in the least differences that float32 can express.
+    """The difference of the losses, counted in spacings of float32 at the baseline's loss.
 
-    Each run's points are smaller than those of the one before, so that they do not hide them.
+    The points of each run are smaller than those of the run before, so that all can be seen.
     """
     for size, (name, agreement) in zip((7, 3), agreements.items(), strict=True):
         steps = np.arange(1, len(agreement.difference) + 1)
@@ -141,7 +142,7 @@ def draw_bars(
     parts: dict[str, tuple[str, str]],
     ends: list[str],
 ) -> None:
-    """A bar for each run: parts, {attribute: (label, colour)}, side by side, and a text after."""
+    """A bar for each run: ``parts``, {attribute: (label, colour)}, side by side, and then a text of ``ends``."""
     left = np.zeros(len(totals))
     for attribute, (label, colour) in parts.items():
         widths = np.array([getattr(run, attribute) for run in totals.values()])
@@ -155,7 +156,7 @@ def draw_bars(
 
 
 def draw_time(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
-    """The time of a step, split into output layer with loss, forward and backward, and all else."""
+    """The time of a step in three parts: output layer and loss forward, the same backward, and all else."""
     parts = {
         "loss_forward_ms": ("output layer and loss, forward", "#ff7f0e"),
         "loss_backward_ms": ("backward", "#d62728"),
@@ -167,7 +168,7 @@ def draw_time(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
 
 
 def draw_memory(axes: Axes, totals: dict[str, gpt.Totals]) -> None:
-    """The highest memory, split into what was there before and what training added."""
+    """The peak memory in two parts: added by training, and present before the first step."""
     parts = {
         "added_memory_mib": ("added by training", "#1f77b4"),
         "initial_memory_mib": ("before the first step", "#b0b0b0"),

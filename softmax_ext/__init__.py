@@ -2,7 +2,7 @@
 
     loss = softmax_ext.cross_entropy(logits, target)
 
-``python -m softmax_ext`` tells what was built and what runs here.
+``python -m softmax_ext`` prints what was built and what runs here.
 """
 
 import sys

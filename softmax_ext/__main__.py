@@ -1,6 +1,6 @@
-"""``python -m softmax_ext``: what was built, what runs here, which kernels were chosen.
+"""``python -m softmax_ext`` prints what was built, what runs here, and which kernels are chosen.
 
-It works where the libraries do not load, and says why.
+If the libraries do not load, it prints why.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from . import chunks, cuda, internals, libraries, ops
+from . import cuda, internals, libraries, matmul, ops
 from ._version import __version__
 
-# Row lengths at which the report says which kernel takes them.
+# The report names the CUDA kernel for rows of these lengths.
 _CLASSES = (10, 1000, 32000, 128256, 262144)
 
 
@@ -38,7 +38,7 @@ def _report_cuda() -> list[tuple[str, str]]:
 
 
 def _origin() -> str:
-    """The wheel that the running package was installed from, by the record that pip leaves beside it."""
+    """The wheel that the running package was installed from; pip's record beside the package names it."""
     try:
         found = metadata.distribution("softmax_ext")
     except metadata.PackageNotFoundError:
@@ -72,14 +72,14 @@ def _report() -> list[tuple[str, str]]:
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
-        ("float32 products", f"{'oneDNN for X W^T, ' if chunks.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
+        ("float32 products", f"{'oneDNN for X W^T, ' if matmul.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
         *(("not in this torch", f"{i.name}, for {i.purpose}; instead: {i.without}") for i in internals.missing()),
         *_report_cuda(),
     ]
 
 
 def main() -> int:
-    """Prints the report; 1 if what was built can't be used."""
+    """Prints the report. Returns 1 if a library does not load, else 0."""
     for name, value in _report():
         print(f"{name:22} {value}")
     return 1 if ops.load_error is not None or cuda.is_broken() else 0

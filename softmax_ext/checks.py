@@ -1,7 +1,7 @@
-"""What the public functions accept: every check raises torch's exception type with a text that says more.
+"""The checks of the public functions' arguments. Each raises torch's exception type with a better text than torch's.
 
-A text names the operation, the argument, what is needed, what came and, where there is one, the way out. Nothing is
-allocated or touched before all checks have passed.
+A text names the operation, the argument, what the argument must be and what it was, and a remedy where there is one. No
+memory is allocated or written before all checks have passed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import internals
+from .options import REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _STRIDED = torch.strided
@@ -22,19 +23,19 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
-    """How a message shows a value that it refuses."""
+    """The value as a message shows it: dtype and shape of a Tensor, else the value and its type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
 
 
 def refuse(error: type[Exception], op: str, argument: str, need: str, got: str, way_out: str = "") -> NoReturn:
-    """Raises ``error`` with the text that every message has."""
+    """Raises ``error``. All messages of this module have the form of this one."""
     raise error(f"{op}: {argument} must {need}; got {got}.{' ' + way_out if way_out else ''}")
 
 
 def check_dense(op: str, argument: str, value: Any) -> None:
-    """TypeError unless a Tensor; NotImplementedError for sparse and nested ones."""
+    """TypeError unless ``value`` is a Tensor; NotImplementedError for sparse and nested Tensors."""
     if not isinstance(value, Tensor):
         refuse(TypeError, op, argument, "be a Tensor", f"{type(value).__name__}")
     if value.layout is not _STRIDED or value.is_nested:
@@ -43,14 +44,14 @@ def check_dense(op: str, argument: str, value: Any) -> None:
 
 
 def check_floating(op: str, argument: str, value: Tensor) -> None:
-    """NotImplementedError unless of a dtype the kernels compute."""
+    """NotImplementedError unless the kernels compute the dtype of ``value``."""
     if value.dtype not in _FLOATING:
         need = "be float64, float32, bfloat16 or float16"
         refuse(NotImplementedError, op, argument, need, describe(value), f"Use {argument}.float().")
 
 
 def check_dtype(op: str, dtype: torch.dtype | None) -> None:
-    """NotImplementedError unless None or a dtype the kernels compute; TypeError for no dtype at all."""
+    """TypeError unless ``dtype`` is a torch.dtype or None; NotImplementedError unless the kernels compute it."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         refuse(TypeError, op, "dtype", "be a torch.dtype or None", describe(dtype))
     if dtype is not None and dtype not in _FLOATING:
@@ -58,14 +59,14 @@ def check_dtype(op: str, dtype: torch.dtype | None) -> None:
 
 
 def check_device(op: str, argument: str, value: Tensor, input: Tensor) -> None:
-    """RuntimeError unless on the input's device."""
+    """RuntimeError unless ``value`` is on the input's device."""
     if value.device != input.device:
         need = f"be on the input's device, {input.device}"
         refuse(RuntimeError, op, argument, need, f"{value.device}", f"Use {argument}.to(input.device).")
 
 
 def number(op: str, argument: str, value: Any) -> float:
-    """A float; TypeError unless a real number, numpy's and single-valued tensors included, flags not."""
+    """The value as a float; TypeError unless it is a real number, numpy's and 0-dim Tensors included, bool excluded."""
     if isinstance(value, bool):
         refuse(TypeError, op, argument, "be a number", describe(value))
     if isinstance(value, (int, float)):
@@ -76,7 +77,7 @@ def number(op: str, argument: str, value: Any) -> float:
 
 
 def integer(op: str, argument: str, value: Any) -> int:
-    """An int; TypeError unless what can index is given, ValueError unless it fits the operators' 64 bits."""
+    """The value as an int; TypeError unless it can be an index (no bool), ValueError unless it fits 64 bits."""
     if type(value) is int and -(2**63) <= value < 2**63:
         return value
     if isinstance(value, bool):
@@ -90,41 +91,62 @@ def integer(op: str, argument: str, value: Any) -> int:
     return value  # type: ignore[no-any-return]
 
 
-def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> tuple[int, Tensor]:
-    """The class dimension, and the target in the shape the operator takes."""
+def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The target in the shape that the operator takes. RuntimeError or ValueError for another shape or dtype."""
     check_dense(op, "target", target)
-    check_device(op, "target", target, input)
+    if target.device != input.device:
+        check_device(op, "target", target, input)
     shape = input.shape
-    dim = 0 if len(shape) == 1 else 1
     batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
     if target.shape == batch and target.dtype in _CLASSES:
-        return dim, target
+        return target
     if target.shape == shape:
         if not target.is_floating_point():
             need = "be floating (class probabilities) if it has the input's shape"
-            way_out = "Class indices have the input's shape without the dimension of the classes."
-            refuse(RuntimeError, op, "target", need, describe(target), way_out)
+            way_out = "If it is one-hot, use target.float() (probabilities) or target.argmax({}) (class indices)."
+            refuse(RuntimeError, op, "target", need, describe(target), way_out.format(0 if len(shape) == 1 else 1))
         check_floating(op, "target", target)
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
-        return dim, target
+        return target
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
     if target.dtype not in _CLASSES or target.shape != batch:
-        # The types are torch's: another number of rows is a ValueError, everything else a RuntimeError.
+        # As in torch, another number of rows is a ValueError and everything else a RuntimeError.
         if input.dim() == 1:
             other_size = target.dim() == 1 and target.dtype in _CLASSES
         else:
             other_size = target.shape[:1] != input.shape[:1]
         error = ValueError if other_size else RuntimeError
         need = f"be int64 or uint8 of shape {list(batch)}, or floating of the input's shape {list(input.shape)}"
-        way_out = "" if target.shape != batch else "Use target.long()."
+        way_out = "Use target.long()." if target.shape == batch else _classes_elsewhere(op, shape, target)
         refuse(error, op, "target", need, describe(target), way_out)
-    return dim, target
+    return target
+
+
+def _classes_elsewhere(op: str, shape: torch.Size, target: Tensor) -> str:
+    """The remedy where the classes are the input's last dimension, as in a language model; "" otherwise."""
+    if op == "cross_entropy" and len(shape) > 2 and target.shape == shape[:-1]:
+        return "The classes are dimension 1 of the input, not the last one: use input.movedim(-1, 1)."
+    return ""
+
+
+def check_logits(op: str, input: Tensor, target: object) -> None:
+    """The same as ``check_floating``, but the text tells when logits and target are probably swapped."""
+    if input.dtype in _FLOATING:
+        return
+    if isinstance(target, Tensor) and target.is_floating_point():
+        need = "be float64, float32, bfloat16 or float16"
+        way_out = "The logits come first, the target second: are the two swapped?"
+        refuse(NotImplementedError, op, "input", need, describe(input), way_out)
+    check_floating(op, "input", input)
 
 
 def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: bool) -> None:
-    """Shape [classes], floating, on the input's device; no gradient where torch gives none."""
+    """RuntimeError unless ``weight`` is floating, of shape [classes] and on the input's device.
+
+    With class indices it must not require grad either, because torch gives it no gradient there.
+    """
     check_dense(op, "weight", weight)
     if list(weight.shape) != [classes]:
         refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", describe(weight))
@@ -143,9 +165,22 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
 
 
 def check_options(
-    op: str, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
-) -> tuple[float, float, float | None, float]:
-    """The options that are numbers, within their ranges."""
+    op: str,
+    dim: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Options:
+    """The options as the operators take them: plain numbers within their ranges, and a code for the reduction.
+
+    TypeError for an option that is not a number. ValueError for one out of range, but as in torch a RuntimeError for
+    ``label_smoothing``.
+    """
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
     if not type(label_smoothing) is type(z_loss) is type(logit_scale) is float:
         label_smoothing = number(op, "label_smoothing", label_smoothing)
         z_loss = number(op, "z_loss", z_loss)
@@ -156,16 +191,19 @@ def check_options(
         refuse(ValueError, op, "z_loss", "be finite and not negative", f"{z_loss}")
     if not -_LARGEST <= logit_scale <= _LARGEST:
         refuse(ValueError, op, "logit_scale", "be finite (in float32)", f"{logit_scale}")
-    if softcap is not None:
-        softcap = number(op, "softcap", softcap)
-        if not _SMALLEST <= softcap <= _LARGEST or abs(logit_scale / softcap) > _LARGEST:
+    cap = softcap
+    if cap is not None:
+        cap = number(op, "softcap", cap)
+        if not _SMALLEST <= cap <= _LARGEST or abs(logit_scale / cap) > _LARGEST:
             need = "be finite and positive (and so logit_scale / softcap, in float32), or None"
-            refuse(ValueError, op, "softcap", need, f"{softcap}")
-    return label_smoothing, z_loss, softcap, logit_scale
+            refuse(ValueError, op, "softcap", need, f"{cap}")
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        ignore_index = integer(op, "ignore_index", ignore_index)
+    return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:
-    """ValueError where writing over the input would lose or corrupt something."""
+    """ValueError where a write over the input would lose a leaf's values or a gradient, or corrupt elements."""
     leaf = internals.view_base(input)
     if leaf.is_leaf and leaf.requires_grad and torch.is_grad_enabled():
         got = "such a leaf" if leaf is input else "a view of one"
@@ -196,8 +234,11 @@ def _strides(tensor: Tensor) -> str:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements may share memory: some dimension does not step over all that the smaller ones span."""
-    if tensor.is_contiguous():  # which a tensor without elements is
+    """Whether two elements may share memory.
+
+    They may if the stride of some dimension is smaller than the span of all dimensions with smaller strides.
+    """
+    if tensor.is_contiguous():  # true without elements
         return False
     span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -1,7 +1,7 @@
 """Loads the CUDA library, which registers the operators for CUDA tensors, and asks it what was built.
 
-``library`` is it; where it can't be had ``missing`` says why in a sentence, and CUDA tensors are refused with that
-sentence. A torch without CUDA has no such tensors, and nothing is loaded.
+``library`` is the loaded library. If it could not be loaded, ``library`` is None, ``missing`` is a sentence that says
+why, and CUDA tensors are refused with that sentence. With a torch without CUDA nothing is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in th
 
 
 def path() -> str | None:
-    """Where the library is, if it was built."""
+    """The path of the library, or None if it was not built."""
     return libraries.find("cuda")
 
 
@@ -52,7 +52,7 @@ _refusals: torch.library.Library | None = None
 
 
 def load(operators: Iterable[str]) -> None:
-    """Loads the library or, where torch has CUDA and the library can't be had, lets the operators say so."""
+    """Loads the library. If torch has CUDA but the library cannot be loaded, makes the operators raise."""
     global library, missing, _refusals
     library, missing = _load()
     if library is None and torch.version.cuda is not None:
@@ -60,7 +60,7 @@ def load(operators: Iterable[str]) -> None:
 
 
 def refuse(operators: Iterable[str]) -> torch.library.Library:
-    """Registers a sentence in the place of the CUDA kernels."""
+    """Registers, in place of the CUDA kernels, a function that raises NotImplementedError with ``missing``."""
 
     def refused(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"{missing}; until then use input.cpu().")
@@ -72,18 +72,18 @@ def refuse(operators: Iterable[str]) -> torch.library.Library:
 
 
 def is_broken() -> bool:
-    """Whether the library was built, and torch has CUDA, but the two don't work together."""
+    """Whether the library was built and torch has CUDA, but the library does not load."""
     return library is None and torch.version.cuda is not None and path() is not None
 
 
 def architectures() -> str:
-    """The compute capabilities that were compiled, as nvcc names them: "75;80;86"."""
+    """The compute capabilities that the library was compiled for, in nvcc's form: "75;80;86"."""
     assert library is not None
     return str(library.softmax_ext_cuda_architectures().decode())
 
 
 def kernel_for(classes: int, dtype: torch.dtype, device: int) -> str:
-    """Which kernel takes the rows of a cross entropy on that device; "unknown" if it can't be asked."""
+    """The name of the kernel for rows of a cross entropy on that device; "unknown" if the library cannot tell."""
     assert library is not None
     with torch.cuda.device(device):
         name = library.softmax_ext_cuda_kernel_for(classes, _DTYPES.index(dtype))

@@ -1,36 +1,41 @@
-"""The public functions: they check what they are given, bring it to the operators' terms and choose the strategy.
+"""The public functions of logits: they check the arguments, bring them into the operators' form, choose the strategy.
 
-A call goes functional -> autograd -> operator -> kernel. Where nothing can be differentiated the operator is called
-directly.
+A call goes functional -> autograd -> operator -> kernel. Where nothing can be differentiated, the function calls the
+operator directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, internals, ops, traced
-from .autograd import CrossEntropy, Softmax, eager_cross_entropy, eager_softmax, overwriting_cross_entropy
-from .reference import Options
-from .reference import cross_entropy as plain_cross_entropy
+from . import checks, internals, ops, reference
+from .autograd import compiled, refusals
+from .autograd.cross_entropy import CrossEntropy, eager_cross_entropy
+from .autograd.softmax import Softmax, eager_softmax
+from .autograd.transforms import in_transform, needs_plain_formulas
+from .dtypes import default_loss_dtype
+from .options import Keywords, Options
 
-_REDUCTIONS = {"none": ops.NONE, "mean": ops.MEAN, "sum": ops.SUM}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CrossEntropyStats(NamedTuple):
-    """What one pass over the logits tells about every position; each of the target's (index) shape.
+    """Statistics of every position, computed in the same pass as the loss.
 
-    ``lse``, ``nll`` and ``entropy`` are differentiable, of dtype float32 (float64 if any operand is).
+    Each has the shape of class indices: the input's without C. ``lse``, ``nll`` and ``entropy`` are differentiable, in
+    nats, and float32 (float64 if the input, probabilities or the loss are). docs/math.md, section 6, has the formulas.
 
     Attributes:
-        lse: log sum exp of the (scaled, capped) logits; NaN where they make no distribution, with an inf among them or
-            all of them -inf.
-        nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 where ignored.
-        entropy: of the predicted distribution, in nats.
-        prediction: the first class of largest logit, int64.
+        lse: log sum exp of the scaled and capped logits. NaN where the logits make no distribution: one of them is inf,
+            or all of them are -inf.
+        nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 for an ignored row.
+        entropy: that of the predicted distribution.
+        prediction: the class of the largest logit, the first if there are several; int64.
     """
 
     lse: Tensor
@@ -39,39 +44,8 @@ class CrossEntropyStats(NamedTuple):
     prediction: Tensor
 
 
-# So that an exported program that returns it can be saved.
+# An exported program that returns CrossEntropyStats can be saved only with this.
 internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
-
-
-# ---- what runs underneath ----
-
-
-def _in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which only the full Functions understand."""
-    return internals.transforms_active() or internals.forward_mode_level() >= 0
-
-
-def _needs_plain_formulas(target: Tensor, weight: Tensor | None, in_transform: bool, compiling: bool) -> bool:
-    """Whether a derivative may be asked for that no Function has.
-
-    That is one in the class weights, which torch has for probabilities only, and any within a transform that is itself
-    compiled: Dynamo takes no ``jvp`` and would lose the derivatives of a Function in silence.
-    """
-    if in_transform:
-        return compiling or (weight is not None and target.is_floating_point())
-    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
-
-
-def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
-    """Whether a consumable gradient is wanted and safe; saved-tensor hooks take no notice of versions."""
-    wanted = inplace or (precompute_grad and not target.requires_grad)
-    return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
-
-
-def autocasts(tensor: Tensor) -> bool:
-    """Whether torch.autocast is on for the tensor's device; meta tensors have none."""
-    device = tensor.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 # ---- softmax ----
@@ -93,13 +67,13 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if not input.shape:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
-    in_transform = _in_transform()
+    transformed = in_transform()
     result: Tensor
     if torch.compiler.is_compiling():
-        if in_transform:  # as in _needs_plain_formulas
+        if transformed:  # as in needs_plain_formulas
             return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
-        result = traced.softmax(input, dim, log, dtype, ops.VERSION)
-    elif in_transform:
+        result = compiled.softmax(input, dim, log, dtype, ops.VERSION)
+    elif transformed:
         result = Softmax.apply(input, dim, log, dtype)
     elif input.requires_grad and torch.is_grad_enabled():
         result = eager_softmax(input, dim, log, dtype)
@@ -111,20 +85,22 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
 def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     r"""Softmax over one dimension, :math:`p_c = e^{x_c - m} / \sum_k e^{x_k - m}` with :math:`m = \max x`.
 
-    The counterpart of :func:`torch.nn.functional.softmax`, fused: the input is read where it lies, whatever its
-    strides.
+    The counterpart of :func:`torch.nn.functional.softmax` as one fused kernel. It reads the input without a copy,
+    whatever the strides. Half types are computed in float32 and rounded once. docs/math.md derives the formulas.
 
     Args:
-        input: any shape and strides; float64, float32, bfloat16 or float16 (any real dtype if ``dtype`` is given).
+        input: any shape and strides; float64, float32, bfloat16 or float16. With ``dtype`` also integers and bool.
         dim: the dimension that sums to 1, from ``-input.dim()`` to ``input.dim() - 1``.
-        dtype: compute and return in this dtype, without a converted copy of a floating input.
+        dtype: compute and return in this dtype, without a converted copy of a floating input. Default: the input's;
+            float32 for half types on CUDA under autocast.
 
     Returns:
-        A tensor of the input's shape, of ``dtype`` or the input's.
+        A tensor of the input's shape and of ``dtype``.
 
     Raises:
-        TypeError: ``input`` is not a Tensor or ``dim`` not an int.
+        TypeError: ``input`` is not a Tensor, ``dim`` not an int, or ``dtype`` not a torch.dtype.
         IndexError: ``dim`` is out of range.
+        ValueError: ``dim`` does not fit 64 bits.
         NotImplementedError: a dtype or layout that is not supported.
     """
     return _softmax("softmax", input, dim, dtype, False)
@@ -133,7 +109,8 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
 def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     r"""Logarithm of the softmax over one dimension, :math:`x_c - m - \log \sum_k e^{x_k - m}`.
 
-    The counterpart of :func:`torch.nn.functional.log_softmax`; arguments, result and errors as :func:`softmax`.
+    The counterpart of :func:`torch.nn.functional.log_softmax`. Here :math:`m = \max x`. Arguments, result and errors
+    are those of :func:`softmax`, but the exponentials of the result sum to 1 over ``dim``.
     """
     return _softmax("log_softmax", input, dim, dtype, True)
 
@@ -141,17 +118,9 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 # ---- cross entropy ----
 
 
-def _default_loss_dtype(
-    input: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool
-) -> torch.dtype | None:
-    """The dtype of the loss where it is not the input's: promoted with probabilities, or autocast's."""
-    own = input.dtype
-    if probabilities:
-        for other in (target, weight):
-            own = own if other is None else torch.promote_types(own, other.dtype)
-    if own.itemsize == 2 and autocasts(input):
-        return torch.float32  # cross entropy is on autocast's float32 list
-    return None if own == input.dtype else own
+class _Keywords(Keywords, total=False):
+    precompute_grad: bool
+    inplace: bool
 
 
 @overload
@@ -165,13 +134,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    precompute_grad: bool = False,
-    inplace: bool = False,
     return_stats: Literal[False] = False,
+    **options: Unpack[_Keywords],
 ) -> Tensor: ...
 
 
@@ -186,13 +150,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    precompute_grad: bool = False,
-    inplace: bool = False,
     return_stats: Literal[True],
+    **options: Unpack[_Keywords],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -216,52 +175,61 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of logits and class indices or class probabilities.
 
-    The counterpart of :func:`torch.nn.functional.cross_entropy`, position by position up to ``label_smoothing``, as
-    one fused kernel forward and one backward. With :math:`z_c = s \tanh(a x_c / s)` (``softcap`` s, ``logit_scale`` a;
-    without a cap :math:`z = a x`), :math:`\mathrm{lse} = \log\sum_c e^{z_c}`, weights w and smoothing
-    :math:`\varepsilon`, a row's loss is
+    The counterpart of :func:`torch.nn.functional.cross_entropy`, with the same positional arguments up to
+    ``label_smoothing``, as one fused kernel forward and one backward.
+
+    Let s be the ``softcap``, a the ``logit_scale``, w the class weights and :math:`\varepsilon` the label smoothing.
+    The scaled and capped logits are :math:`z_c = s \tanh(a x_c / s)`, or :math:`z_c = a x_c` without a cap, and
+    :math:`\mathrm{lse} = \log\sum_c e^{z_c}`. The loss of a row, in nats, is for a class index y
 
     .. math::
         (1-\varepsilon) w_y (\mathrm{lse} - z_y) + \tfrac{\varepsilon}{C} \sum_c w_c (\mathrm{lse} - z_c)
         + \text{z\_loss} \cdot \mathrm{lse}^2
 
-    for a class index y, and for probabilities q
+    and for probabilities q
 
     .. math::
         \sum_c w_c ((1-\varepsilon) q_c + \varepsilon/C)(\mathrm{lse} - z_c) + \text{z\_loss} \cdot \mathrm{lse}^2 .
 
     A class without mass (:math:`q_c = 0` or :math:`w_c = 0`) contributes nothing even where its logit is -inf; torch
-    gives NaN there. Half types are computed in float32 and rounded once.
+    gives NaN there. Half types are computed in float32 and rounded once. docs/math.md derives the formulas.
+
+    ``precompute_grad`` and ``inplace`` choose the strategy. They are ignored in the cases below. The default strategy
+    then computes the same gradient and leaves the input unchanged:
+
+    - under torch.compile and torch.export;
+    - under ``torch.func`` and forward-mode AD;
+    - under saved-tensor hooks (checkpoint, save_on_cpu);
+    - with class weights that require grad;
+    - where the input gets no gradient, as without grad mode.
 
     Args:
         input: logits, ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float64, float32, bfloat16 or float16.
-        target: classes, int64 or uint8 of the input's shape without C; or probabilities, floating, of the input's
-            shape. Probabilities get a gradient too if they require one.
+        target: class indices, int64 or uint8, of the input's shape without C; or probabilities, floating, of the
+            input's shape. Probabilities get a gradient too if they require one.
         weight: ``(C)``, floating: a factor for each class.
         size_average: deprecated, see ``reduction``.
-        ignore_index: rows of this class have loss 0 and gradient 0 and do not count in the mean. Any int.
+        ignore_index: a row with this class index has loss 0 and gradient 0 and does not count in the mean. Any int64;
+            must be negative with probabilities.
         reduce: deprecated, see ``reduction``.
-        reduction: "mean" (divides by the sum of weight[target] over the rows not ignored; by the number of rows for
-            probabilities), "sum" or "none".
-        label_smoothing: in [0, 1].
+        reduction: "mean", "sum" or "none". The mean divides the sum by the sum of weight[target] over the rows that are
+            not ignored; for probabilities, by the number of rows.
+        label_smoothing: in [0, 1] (Inception-v3, arXiv:1512.00567, section 7).
         dtype: compute and return in this dtype without a converted copy. Default: the input's (promoted with the
             probabilities'); float32 for half types under autocast.
         z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5).
         softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no cap.
         logit_scale: factor of the logits, an inverse temperature.
-        precompute_grad: the forward writes the gradient while the row is in cache; the backward multiplies only if the
-            upstream gradient is not 1.
-        inplace: the gradient is written over the input's own storage, in the backward, or in the forward with
-            ``precompute_grad``. The input's values are then lost, and its version counter is raised, so that
-            autograd refuses a graph that still needs them. Under torch.compile, ``torch.func``, forward-mode AD and
-            saved-tensor hooks (checkpoint, save_on_cpu), and with class weights that require grad, both strategies
-            give way to the default one: the same numbers, the input left as it is; so without grad mode, where there is
-            no gradient.
+        precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
+            multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
+        inplace: write the gradient over the input's own storage: in the backward, or in the forward with
+            ``precompute_grad``. The input's values are lost then. Its version counter is raised, so that autograd
+            refuses a graph that still needs them.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
-        The loss: a scalar, or of the target's (index) shape for reduction "none"; with ``return_stats`` the tuple
-        (loss, stats).
+        The loss, of ``dtype``: a scalar, or with reduction "none" one value for each position, in the input's shape
+        without C. With ``return_stats`` the tuple (loss, stats).
 
     Raises:
         TypeError: an argument is not a Tensor, a number or an int where one is needed.
@@ -276,60 +244,65 @@ def cross_entropy(
     """
     op = "cross_entropy"
     checks.check_dense(op, "input", input)
-    label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
-        op, label_smoothing, z_loss, softcap, logit_scale
-    )
-    ignore_index = checks.integer(op, "ignore_index", ignore_index)
     if size_average is not None or reduce is not None:
         reduction = internals.legacy_reduction(size_average, reduce)
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        checks.refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
+    rank = input.dim()
+    dim = 0 if rank < 2 else 1
+    options = checks.check_options(op, dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is not None:
         checks.check_dtype(op, dtype)
-    checks.check_floating(op, "input", input)
-    if not input.shape:
+    checks.check_logits(op, input, target)
+    if rank == 0:
         error = IndexError if target.is_floating_point() else RuntimeError
         checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
-    dim, target = checks.check_target(op, input, target, ignore_index)
+    target = checks.check_target(op, input, target, ignore_index)
     probabilities = target.dtype.is_floating_point
     if weight is not None:
         checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
     if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
-
-    options = (dim, _REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is None and (probabilities or input.dtype.itemsize == 2):
-        dtype = _default_loss_dtype(input, target, weight, probabilities)
-    results = _run(input, target, weight, options, dtype, precompute_grad, inplace, return_stats)
+        dtype = default_loss_dtype(input, target, weight)
+    results = _run(input, target, weight, options, dtype, return_stats, precompute_grad, inplace)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
+
+
+def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace: bool) -> bool:
+    """Whether a strategy that overwrites or hands over a gradient is wanted and safe.
+
+    It is not safe under saved-tensor hooks, because they do not check version counters.
+    """
+    wanted = inplace or (precompute_grad and not target.requires_grad)
+    return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
 
 
 def _run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    options: tuple[Any, ...],
+    options: Options,
     dtype: torch.dtype | None,
+    stats: bool,
     precompute_grad: bool,
     inplace: bool,
-    stats: bool,
 ) -> Sequence[Tensor]:
-    """The loss first and, with ``stats``, the statistics last, by what the strategy and the surroundings call for."""
-    in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
-    if (in_transform or weight is not None) and _needs_plain_formulas(target, weight, in_transform, compiling):
-        plain = plain_cross_entropy(input, target, weight, Options(*options), dtype, stats)
-        if in_transform or not compiling:
+    """The loss first and, with ``stats``, the statistics last; chooses the way that the call and its context need."""
+    transformed, compiling = in_transform(), torch.compiler.is_compiling()
+    if (transformed or weight is not None) and needs_plain_formulas(target, weight, transformed, compiling):
+        plain = reference.cross_entropy(input, target, weight, options, dtype, stats)
+        if transformed or not compiling:
             return plain
-        return [traced.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
-    results: Any
-    if in_transform:
-        results = CrossEntropy.apply(input, target, weight, *options, dtype, stats)
-    elif compiling or not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        dim, reduction, ignore, smoothing, z_loss, softcap, scale = options
-        call = (input, target, weight, dim, reduction, ignore, smoothing, dtype, z_loss, softcap, scale, stats, False)
-        results = traced.cross_entropy(*call, ops.VERSION) if compiling else ops.cross_entropy(*call)
-    elif (precompute_grad or inplace) and _may_overwrite(input, target, precompute_grad, inplace):
-        results = overwriting_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+        return [refusals.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
+    results: Sequence[Tensor]
+    if transformed:
+        results = CrossEntropy.apply(input, target, weight, options, dtype, stats)
+    elif compiling:
+        results = compiled.cross_entropy(input, target, weight, *options, dtype, stats, False, ops.VERSION)
+    elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
+        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False)
     else:
-        results = eager_cross_entropy(input, target, weight, options, dtype, stats)
-    return results  # type: ignore[no-any-return]
+        if precompute_grad or inplace:
+            may = _may_overwrite(input, target, precompute_grad, inplace)
+            precompute_grad, inplace = precompute_grad and may, inplace and may
+        results = eager_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+    return results

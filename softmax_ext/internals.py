@@ -1,9 +1,9 @@
-"""Everything that this package takes from torch's inside: the one place that names what torch does not promise.
+"""All names of torch's inside that this package uses, which torch does not promise. No other module uses one.
 
-Each entry says what it is for and what is done where a torch does not have it: something public, something slower, or a
-refusal; never an AttributeError at a user's first call. ``missing()`` names the entries that this torch lacks, which
-``python -m softmax_ext`` reports. What only a build needs (torch's headers) is not here. All were there in torch
-2.10.0, 2.11.0, 2.12.1, 2.13.0 and 2.14.1, unless ``since`` says otherwise.
+Each entry says what it is for, and what replaces it in a torch that lacks it: something public, something slower, or an
+exception with a reason, but never an AttributeError at a user's first call. ``missing()`` lists the entries that this
+torch lacks; ``python -m softmax_ext`` prints them. Names that only the build uses (torch's headers) are not here. torch
+2.10.0, 2.11.0, 2.12.1, 2.13.0 and 2.14.1 have all entries, unless ``since`` says otherwise.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Internal(NamedTuple):
     """One name of torch's inside.
 
     Attributes:
-        name: as Python reaches it; ``symbol X`` for one of libtorch_cpu's; ``frame M:F`` for a function F of module M
-            that is looked for among the callers.
-        purpose: what it is for.
-        without: what is done where it is missing.
+        name: the path by which Python reaches it; ``symbol X`` for the symbol X of libtorch_cpu; ``frame M:F`` for a
+            function F of module M that is searched among the callers.
+        purpose: what this package uses it for.
+        without: what happens in a torch that lacks it.
         since: the first torch that has it.
     """
 
@@ -54,7 +54,7 @@ def _look_up(name: str) -> Any:
 
 
 def _take(name: str, purpose: str, without: str, instead: Any = None) -> Any:
-    """What ``name`` stands for, entered in the table; ``instead`` where it does not exist."""
+    """The object with this name, or ``instead`` if there is none. Adds the entry to the table."""
     TABLE.append(Internal(name, purpose, without))
     value = _look_up(name)
     return instead if value is _MISSING else value
@@ -64,26 +64,26 @@ def _exists(name: str) -> bool:
     kind, _, rest = name.rpartition(" ")
     if kind == "symbol":
         try:
-            return hasattr(ctypes.CDLL("libtorch_cpu.so"), rest)  # by its name: torch has loaded it
+            return hasattr(ctypes.CDLL("libtorch_cpu.so"), rest)  # its name is enough, because torch has loaded it
         except OSError:
             return False
     if kind == "frame":
         module, function = rest.split(":")
         try:
             spec = find_spec(module)
-        except ImportError:  # of a package around it
+        except ImportError:  # a package around the module is missing
             return False
         return spec is not None and spec.origin is not None and f"def {function}(" in Path(spec.origin).read_text()
     return _look_up(name) is not _MISSING
 
 
 def missing() -> list[Internal]:
-    """The entries that this torch does not have, though it is new enough for them."""
+    """The entries that this torch lacks although it is new enough for them."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     return [i for i in TABLE if tuple(map(int, i.since.split("."))) <= version and not _exists(i.name)]
 
 
-# ---- what is at work around a call ----
+# ---- what is active around a call ----
 
 transforms_active: Callable[[], bool] = _take(
     "torch._C._are_functorch_transforms_active",
@@ -100,7 +100,7 @@ _take(
 
 
 def forward_mode_level() -> int:
-    """The innermost level of forward mode that is open; -1 for none."""
+    """The innermost open level of forward mode; -1 if none is open."""
     return getattr(torch.autograd.forward_ad, "_current_level", 0)
 
 
@@ -112,7 +112,7 @@ _top_hooks = _take(
 
 
 def saved_tensor_hooks_active() -> bool:
-    """Whether what is saved for a backward may be moved elsewhere."""
+    """Whether tensors saved for a backward may be moved to other memory."""
     return _top_hooks is None or _top_hooks(True) is not None
 
 
@@ -134,7 +134,7 @@ _unwrapped = _take("torch._C._functorch.get_unwrapped", "what such a tensor wrap
 
 
 def requires_grad(tensor: torch.Tensor) -> bool:
-    """Be it within torch.vmap, whose tensors hide that of what they wrap."""
+    """Whether a tensor requires grad, or wraps one that does: within torch.vmap the wrapper hides it."""
     if torch.compiler.is_compiling():
         return tensor.requires_grad
     if _is_wrapped is None or _unwrapped is None:
@@ -153,11 +153,11 @@ _plain_apply = _take("torch._C._FunctionBase.apply", "what Function.apply calls 
 
 
 def eager_apply(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for eager calls alone: what torch's calls itself where no functorch transform is active.
+    """A faster ``function.apply`` for eager calls: the one that torch's own calls if no functorch transform is active.
 
-    Before that torch binds the arguments to a signature and takes dead wrappers off them (tensors that have outlived
-    their transform), one by one: as much time as the call itself takes on a small input. Whoever calls it takes them
-    off with :func:`alive`.
+    torch's own first binds the arguments to a signature and unwraps dead wrappers (tensors that have outlived their
+    transform). That takes as much time as the call itself on a small input. A caller of this one must unwrap its
+    arguments with :func:`alive`.
     """
     if _unwrap_if_dead is None or _plain_apply is None:
         return function.apply
@@ -175,7 +175,7 @@ _take(
 
 
 def view_base(tensor: torch.Tensor) -> torch.Tensor:
-    """What a view is of; the tensor itself where it is none."""
+    """The base of a view; the tensor itself if it is no view."""
     if not hasattr(tensor, "_base"):
         raise RuntimeError(f"softmax_ext: torch {torch.__version__} does not tell a view of a leaf. Use inplace=False.")
     return tensor if tensor._base is None else tensor._base
@@ -200,7 +200,7 @@ _set_forward_mode = _take(
 
 
 def forward_mode_enabled() -> contextlib.AbstractContextManager[Any]:
-    """Forward mode switched on; RuntimeError where that is not possible and another level would miss it."""
+    """A context with forward mode switched on; RuntimeError if that is impossible and an outer level needs it."""
     if _set_forward_mode is not None:
         return _set_forward_mode(True)  # type: ignore[no-any-return]
     if forward_mode_level() > 0:
@@ -219,7 +219,7 @@ _FAKE = _take("torch._C._TorchDispatchModeKey.FAKE", "the mode in which it is tr
 
 
 def is_tracing() -> bool:
-    """Whether tensors stand for others: for torch.compile, forward and backward, torch.export or a FakeTensorMode."""
+    """Whether code is being traced by torch.compile (forward or backward) or torch.export, or runs on fake tensors."""
     if torch.compiler.is_compiling() or _get_dispatch_mode is None or _FAKE is None:
         return torch.compiler.is_compiling()
     return _get_dispatch_mode(_FAKE) is not None
@@ -251,9 +251,9 @@ TABLE.append(
 
 
 def in_double_backward() -> bool:
-    """Whether the backward of compiled code that is running was called with create_graph=True.
+    """Whether the running backward of compiled code was called with create_graph=True.
 
-    Torch calls it within a Function then, which switches grad mode off, so that only the callers tell.
+    torch then calls it within a Function, which switches grad mode off. Only the frames of the callers show it.
     """
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and frame.f_code.co_name != _ENGINE:
@@ -300,7 +300,7 @@ register_namedtuple: Callable[..., None] = _take(
 )
 
 
-# Weak in csrc/ops/cpu/allocation.cpp, which does without where it is null.
+# A weak symbol in csrc/ops/cpu/allocation.cpp, which works without it if it is null.
 TABLE.append(
     Internal(
         "symbol torch_from_blob",
@@ -310,7 +310,7 @@ TABLE.append(
     )
 )
 
-# What at::vec's headers, from which the kernels are compiled, call in libtorch_cpu on x86-64.
+# The kernels are compiled with at::vec's headers, which call these functions of libtorch_cpu on x86-64.
 if platform.machine() == "x86_64":
     TABLE += [
         Internal(f"symbol Sleef_{name}_u10", "vectors of that function", "the CPU library does not load, and says so")

@@ -1,7 +1,7 @@
-"""Finds the libraries with the kernels beside this file, loads them, and asks them what they are.
+"""Finds the libraries with the kernels beside this file, loads them, and asks them how they were built.
 
-No Python is in them: torch loads the operators by the library's path, and what the report and the choice of the
-instruction set need is asked by ctypes. So one file serves every Python and every torch from 2.10 on.
+The libraries do not use Python's ABI. torch loads the operators by the library's path. ctypes calls the functions for
+the report and for the choice of the instruction set. So one file serves every Python and every torch from 2.10 on.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from ._version import __version__
 
 PACKAGE = Path(__file__).resolve().parent
 INSTALL = "pip install --no-build-isolation ."
-"""Builds and installs; to be typed in the project's folder."""
+"""The command that builds and installs the package; to be typed in the project's folder."""
 INSTALL_HERE = "pip install --no-build-isolation --editable ."
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
-"""The same, in the place of what is there. A wheel is installed again by its name instead of the dot."""
+"""The same command over an installed package. For a wheel its file name stands in place of the dot."""
 
 
 _RECORD = b"softmax_ext build record: "  # csrc/build_record.cpp
 
 
 def find(device: str) -> str | None:
-    """The path of the library for "cpu" or "cuda", if it is there. A link to nowhere counts, and is then said."""
+    """The path of the library for "cpu" or "cuda", or None. A dangling link counts, so that ``load`` reports it."""
     path = PACKAGE / f"libsoftmax_ext_{device}.so"
     return str(path) if path.exists() or path.is_symlink() else None
 
 
 def built_as(path: str) -> str:
-    """The versions of softmax_ext and torch that the library was built of and with, read from its file."""
+    """The versions of softmax_ext and torch that the library was built from, as its file says."""
     try:
         with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             begin = content.find(_RECORD)
@@ -41,19 +41,19 @@ def built_as(path: str) -> str:
                 return content[begin + len(_RECORD) : content.find(b"\0", begin)].decode(errors="replace")
     except OSError:
         return "unknown versions (it can't be read)"
-    except ValueError:  # of mmap: the file is empty
+    except ValueError:  # mmap refuses an empty file
         pass
     return "unknown versions (it is damaged, or another library)"
 
 
 def load(path: str) -> ctypes.CDLL:
-    """Loads the library, which registers its operators. OSError, whose first line says why, if that can't be."""
-    if not built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may be other ones
+    """Loads the library, which registers its operators. If that fails, an OSError whose first line says why."""
+    if not built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may differ from this version's
         raise OSError(f"the rest of the package is softmax_ext {__version__}")
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise OSError(str(error.__cause__ or error)) from error  # torch's own text names nothing but the path
+        raise OSError(str(error.__cause__ or error)) from error  # torch's own text has the path but no reason
     return ctypes.CDLL(path)
 
 
@@ -61,7 +61,7 @@ class CpuLibrary:
     """The library of the CPU kernels."""
 
     def __init__(self, path: str) -> None:
-        """OSError or AttributeError if it does not load, or is another."""
+        """OSError if the file does not load, AttributeError if it is another library."""
         self.path = path
         library = load(path)
         built_torch, compiler = library.softmax_ext_cpu_built_torch, library.softmax_ext_cpu_compiler
@@ -84,21 +84,21 @@ class CpuLibrary:
         return names
 
     def available_isas(self) -> list[str]:
-        """Those of them that this processor runs."""
+        """The names of the compiled instruction sets that this processor can run, weakest first."""
         return [name for name in self.compiled_isas() if self._isa_available(name.encode())]
 
     def selected_isa(self) -> str:
-        """The one in use."""
+        """The name of the instruction set in use."""
         return str(self._selected_isa().decode())
 
     def select_isa(self, isa: str) -> None:
-        """Uses this one from now on; ValueError if it can't run here."""
+        """Uses this instruction set from now on. ValueError if this processor cannot run it."""
         if not self._select_isa(isa.encode()):
             raise ValueError(f"select_isa: isa must be one of {', '.join(self.available_isas())}; got {isa}.")
 
 
 def load_cpu() -> tuple[CpuLibrary | None, str | None]:
-    """The library, or why it can't be had, in a sentence."""
+    """(the CPU library, None), or (None, a sentence that says why it cannot be loaded)."""
     path = find("cpu")
     if path is None:
         return None, _not_built()
@@ -113,12 +113,15 @@ def load_cpu() -> tuple[CpuLibrary | None, str | None]:
 
 
 def first_line(error: Exception) -> str:
-    """What the error says, without a dump of symbols."""
+    """The first line of the error's text, without the dump of symbols that may follow."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _not_built() -> str:
-    """Names an installed package that this one hides, as when Python is started in the project's folder."""
+    """A sentence that says where the library is missing.
+
+    It names an installed package that this one hides, as happens when Python is started in the project's folder.
+    """
     for folder in sys.path:
         other = Path(folder or ".").resolve() / PACKAGE.name
         if other != PACKAGE and any(other.glob("libsoftmax_ext_cpu.so")):

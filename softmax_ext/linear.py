@@ -1,27 +1,28 @@
-"""The public function for a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
+"""The public function of a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
 
-A call goes linear -> linear_autograd -> operator -> chunks -> kernels.
+A call goes linear -> autograd.linear -> linear_ops -> chunks -> ops -> kernels.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, chunks, linear_autograd
-from .functional import (
-    _REDUCTIONS,
-    CrossEntropyStats,
-    _default_loss_dtype,
-    _in_transform,
-    _needs_plain_formulas,
-    autocasts,
-    cross_entropy,
-)
-from .linear_autograd import Call
+from . import checks, chunks, internals, linear_ops, ops
+from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of
+from .autograd.transforms import in_transform, needs_plain_formulas
+from .chunks import Operands
+from .dtypes import autocast, default_loss_dtype
+from .functional import CrossEntropyStats, cross_entropy
+from .linear_ops import Call
+from .options import NONE, REDUCTIONS, Keywords
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OP = "linear_cross_entropy"
 
@@ -57,15 +58,8 @@ def _check_dtypes(input: Tensor, *parameters: tuple[str, Tensor | None]) -> None
             checks.refuse(RuntimeError, _OP, argument, need, checks.describe(value), way_out)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """As torch.autocast casts the operands of a linear layer."""
-    if tensor.dtype == torch.float64 or not autocasts(tensor):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
 def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> Tensor:
-    """The target as [N, *K] or [N, C, *K]."""
+    """The target as [N, *K] (class indices) or [N, C, *K] (probabilities), or an exception of torch's type."""
     checks.check_dense(_OP, "target", target)
     given, batch, classes = target, input.shape[:-1], linear_weight.shape[0]
     if input.dim() > 2:
@@ -86,8 +80,18 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
             need = "be floating (class probabilities) if it has the shape of the logits"
             checks.refuse(RuntimeError, _OP, "target", need, checks.describe(given))
     logits = input.detach().new_empty(()).expand(logits_shape)
-    _, target = checks.check_target(_OP, logits, target, -100)
+    target = checks.check_target(_OP, logits, target, -100)
     return target.unsqueeze(0) if input.dim() == 1 else target
+
+
+class _Keywords(Keywords, total=False):
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: str
+    ignore_index: int | None
+    label_smoothing: float
+    options: object
+    chunk_rows: int | None
 
 
 @overload
@@ -96,18 +100,8 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: object = None,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     return_stats: Literal[False] = False,
-    chunk_rows: int | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor: ...
 
 
@@ -117,18 +111,8 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int | None = None,
-    label_smoothing: float = 0.0,
-    options: object = None,
-    dtype: torch.dtype | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     return_stats: Literal[True],
-    chunk_rows: int | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
@@ -152,122 +136,129 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of the output of a linear layer, without ever holding that output.
 
-    Equal to :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and a counterpart of
-    :func:`torch.nn.functional.linear_cross_entropy`. The logits are computed for some rows at a time, become their
-    gradient where they lie, and that the gradients of the operands, :math:`dX = dZ\,W` and :math:`dW = dZ^\top X`:
-    three matrix products in all for "mean" and "sum", computed in the forward pass. Where the upstream gradients
-    differ from row to row (reduction "none", ``return_stats``), for a target that requires grad, and for a second
-    backward, the logits are computed twice. Rows that are ignored cost nothing on the CPU where no
-    statistics are asked for.
+    It equals :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and is the
+    counterpart of :func:`torch.nn.functional.linear_cross_entropy`.
 
-    Second derivatives, forward mode, batched gradients (``is_grads_batched``), ``torch.func`` within torch.compile, and
-    class weights with probabilities where either is differentiated or transformed hold the logits.
+    The rows are computed in chunks. For each chunk one matrix product gives the logits Z. The kernel replaces them by
+    their gradient dZ. Two more products give the gradients of the operands, :math:`dX = dZ\,W` and
+    :math:`dW = dZ^\top X`. With "mean" and "sum" the forward pass computes all three. docs/math.md, section 10, has the
+    formulas.
+
+    The logits are computed twice, in the forward and in the backward:
+
+    - where the upstream gradients differ from row to row (reduction "none", ``return_stats``);
+    - for a target that requires grad;
+    - for a second backward;
+    - under ``torch.func`` and under saved-tensor hooks (checkpoint, save_on_cpu).
+
+    All logits exist at once:
+
+    - for second derivatives, forward mode and batched gradients (``is_grads_batched``);
+    - for ``torch.func`` within torch.compile;
+    - for class weights with probabilities, where either is differentiated or transformed.
+
+    Ignored rows cost nothing on the CPU without ``return_stats``.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
             bfloat16 or float16.
         linear_weight: ``(C, in_features)``, of the input's dtype; or ``(C, d1, ..., in_features)`` for the logits
             ``(N, C, d1, ...)`` of an ``(N, in_features)`` input.
-        target: classes, int64 or uint8 of the input's shape without in_features (with ``d1, ...`` behind); or
+        target: class indices, int64 or uint8, of the input's shape without in_features, with ``d1, ...`` appended; or
             probabilities, floating, of the logits' shape, which is ``(..., C)`` for an input ``(..., in_features)``.
-        linear_bias: ``(C)``, or ``(C, d1, ...)``, or None.
-        weight: ``(C)``: a factor for each class.
-        reduction: "mean", "sum" or "none".
-        ignore_index: rows of this class do not count; None: -100 for classes, nothing for probabilities.
+        linear_bias: ``(C)``, or ``(C, d1, ...)``, or None; of the input's dtype.
+        weight: ``(C)``, floating: a factor for each class.
+        reduction: "mean", "sum" or "none", as in :func:`softmax_ext.cross_entropy`.
+        ignore_index: a row with this class index has loss 0 and gradient 0 and does not count in the mean. None: -100
+            for class indices, nothing for probabilities.
         label_smoothing: in [0, 1].
-        options: torch's chunking options, taken so that a call of its function needs no change, and not used:
-            ``chunk_rows`` is what there is to choose here.
-        dtype: of the loss, and of the arithmetic on each logit. The products are in the operands' dtype.
+        options: torch's chunking options, accepted so that a call of torch's function needs no change, and ignored.
+            Use ``chunk_rows``.
+        dtype: the dtype of the loss and of the arithmetic on each logit. Default: the operands'; float32 for half types
+            under autocast. The matrix products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
-        logit_scale: factor of the logits.
+        logit_scale: factor of the logits, an inverse temperature.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
-        chunk_rows: rows whose logits exist at once; None: a ninth of them, or as many as fit into 32 MiB if
-            those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
+        chunk_rows: the number of rows whose logits exist at once. None: a ninth of the rows, or as many as fit into
+            32 MiB if those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
 
     Returns:
-        The loss, a scalar or for "none" of the target's (index) shape; with ``return_stats`` (loss, stats).
+        The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
+        ``return_stats`` the tuple (loss, stats).
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`;
-            RuntimeError also where the shapes or dtypes of the operands do not fit, and for an ``ignore_index`` with
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
+            Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
             probabilities; ValueError for ``chunk_rows`` below 1.
     """
     _check_operands(input, linear_weight, linear_bias)
-    label_smoothing, z_loss, softcap, logit_scale = checks.check_options(
-        _OP, label_smoothing, z_loss, softcap, logit_scale
-    )
-    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
-        checks.refuse(ValueError, _OP, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
+    ignored = -100 if ignore_index is None else ignore_index
+    options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is not None:
         checks.check_dtype(_OP, dtype)
     if chunk_rows is not None:
         chunk_rows = checks.integer(_OP, "chunk_rows", chunk_rows)
         if chunk_rows < 1:
             checks.refuse(ValueError, _OP, "chunk_rows", "be at least 1, or None", f"{chunk_rows}")
-    ignore_index = None if ignore_index is None else checks.integer(_OP, "ignore_index", ignore_index)
     batch = input.shape[:-1]
     given_target, target = target, _check_target(input, linear_weight, target, ignore_index)
-    probabilities = target.dtype.is_floating_point
     if weight is not None:
-        checks.check_weight(_OP, input, weight, linear_weight.shape[0], not probabilities)
+        checks.check_weight(_OP, input, weight, linear_weight.shape[0], not target.dtype.is_floating_point)
 
-    x, matrix = _autocast(input), _autocast(linear_weight)
-    bias = None if linear_bias is None else _autocast(linear_bias)
+    x, matrix = autocast(input), autocast(linear_weight)
+    bias = None if linear_bias is None else autocast(linear_bias)
     _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
     if dtype is None:
-        dtype = _default_loss_dtype(x, target, weight, probabilities)
-    call = Call(
-        _REDUCTIONS[reduction],
-        -100 if ignore_index is None else ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_scale,
-        dtype,
-        return_stats,
-        chunk_rows,
-    )
+        dtype = default_loss_dtype(x, target, weight)
+    call = Call(options_of_loss, dtype, return_stats, chunk_rows)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
-        results = _run(x, matrix, bias, target, weight, call)
+        results = _run(Operands(x, matrix, bias, target, weight), call)
     except IndexError:
-        if not _in_transform():  # says the position in the caller's shape
-            chunks.check_classes(given_target, linear_weight.shape[0], call.ignore_index)
+        if not in_transform():  # raises the same error with the position in the caller's shape
+            chunks.check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
         raise
     shape = (*batch, *linear_weight.shape[1:-1])
     loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
-def _run(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, call: Call
-) -> list[Tensor]:
-    in_transform, compiling = _in_transform(), torch.compiler.is_compiling()
-    if _needs_plain_formulas(target, weight, in_transform, compiling):
-        return _through_logits(input, linear_weight, linear_bias, target, weight, call)
-    tensors = (input, linear_weight, linear_bias, target, weight)
-    return list(linear_autograd.linear_cross_entropy(tensors, call, in_transform))
+def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
+    """The loss and, if asked for, the statistics; chooses the way that the call and its context need."""
+    input, linear_weight, linear_bias, target, weight = operands
+    transformed, compiling = in_transform(), torch.compiler.is_compiling()
+    if needs_plain_formulas(target, weight, transformed, compiling):
+        return _through_logits(operands, call)
+    options, dtype, stats, chunk_rows = call
+    differentiable = (input, linear_weight, linear_bias, target)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
+    # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
+    precomputes = any(needs) and options.reduction != NONE and not stats and not target.requires_grad
+    if compiling or not (any(needs) or transformed):
+        needed = needs[:3] if precomputes else NOTHING
+        results = linear_ops.forward(*operands, *options, dtype, stats, chunk_rows, needed, ops.VERSION)
+    elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
+        return [EagerLinearCrossEntropy.apply(*operands, call)]
+    else:
+        results = LinearCrossEntropy.apply(*operands, call)
+    loss, _, *statistics = results
+    return [loss, *statistics[: 4 if stats else 0]]
 
 
-def _through_logits(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, call: Call
-) -> list[Tensor]:
-    """For derivatives that no Function has."""
-    logits = linear_autograd.logits_of(input, linear_weight, linear_bias)
-    reduction = next(name for name, code in _REDUCTIONS.items() if code == call.reduction)
-    result = cross_entropy(
-        logits,
+def _through_logits(operands: Operands, call: Call) -> list[Tensor]:
+    """The same results from all logits at once, for derivatives that no Function has."""
+    input, linear_weight, linear_bias, target, weight = operands
+    keywords = call.options._asdict()
+    del keywords["dim"]
+    code = keywords.pop("reduction")
+    loss, stats = cross_entropy(
+        logits_of(input, linear_weight, linear_bias),
         target,
         weight,
-        reduction=reduction,
-        ignore_index=call.ignore_index,
-        label_smoothing=call.label_smoothing,
+        reduction=next(name for name, value in REDUCTIONS.items() if value == code),
         dtype=call.dtype,
-        z_loss=call.z_loss,
-        softcap=call.softcap,
-        logit_scale=call.logit_scale,
         return_stats=True,
+        **keywords,
     )
-    loss, stats = result
     return [loss, *stats] if call.stats else [loss]

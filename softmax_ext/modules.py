@@ -1,4 +1,4 @@
-"""The nn.Modules: drop-ins for torch's, with the options of the functions. Their state_dict is torch's own."""
+"""The nn.Modules: drop-ins for torch's, with the options of the functions and the state_dict of torch's modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Softmax(nn.Softmax):
     """Softmax over one dimension; the counterpart of :class:`torch.nn.Softmax`.
 
     Args:
-        dim: the dimension that sums to 1; required.
+        dim: the dimension that sums to 1; required, unlike torch's.
+
+    Shapes, dtypes and errors are those of :func:`softmax_ext.softmax`.
     """
 
     dim: int
@@ -24,7 +26,7 @@ class Softmax(nn.Softmax):
         super().__init__(checks.integer("softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input of any shape -> the same shape. See :func:`softmax_ext.softmax`."""
+        """Input of any shape -> probabilities of the same shape and dtype."""
         return functional.softmax(input, self.dim)
 
 
@@ -32,7 +34,9 @@ class LogSoftmax(nn.LogSoftmax):
     """Log-softmax over one dimension; the counterpart of :class:`torch.nn.LogSoftmax`.
 
     Args:
-        dim: the dimension whose exponentials sum to 1; required.
+        dim: the dimension over which the exponentials of the result sum to 1; required, unlike torch's.
+
+    Shapes, dtypes and errors are those of :func:`softmax_ext.log_softmax`.
     """
 
     dim: int
@@ -41,7 +45,7 @@ class LogSoftmax(nn.LogSoftmax):
         super().__init__(checks.integer("log_softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input of any shape -> the same shape. See :func:`softmax_ext.log_softmax`."""
+        """Input of any shape -> log-probabilities of the same shape and dtype."""
         return functional.log_softmax(input, self.dim)
 
 
@@ -49,18 +53,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Softmax cross entropy; the counterpart of :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
-        weight: ``(C)``, a factor for each class, kept as a buffer.
+        weight: ``(C)``, floating: a factor for each class, registered as a buffer.
         size_average: deprecated, see ``reduction``.
-        ignore_index: the class of rows that do not count.
+        ignore_index: the class index of rows that do not count.
         reduce: deprecated, see ``reduction``.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
-        dtype: compute and return in this dtype.
+        dtype: compute and return in this dtype. Default: the input's; float32 for half types under autocast.
         z_loss: factor of the squared log-sum-exp.
-        softcap: caps the logits smoothly; None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits.
         precompute_grad: compute the gradient in the forward pass.
-        inplace: write the gradient over the logits.
+        inplace: write the gradient over the logits, whose values are lost then.
         return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
 
     Shapes, formulas and errors are those of :func:`softmax_ext.cross_entropy`.
@@ -95,7 +99,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor
     ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        """Logits and target -> the loss, or (loss, stats) with ``return_stats``."""
+        """Logits ``(N, C, ...)`` and target -> the loss, or (loss, stats) with ``return_stats``."""
         return functional.cross_entropy(  # type: ignore[call-overload, no-any-return]
             input,
             target,
@@ -119,21 +123,23 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         in_features: size of a hidden state.
         num_classes: C.
-        bias: whether the linear layer has one.
-        out_features: ``(d1, ...)``, further dimensions of the logits, each with a layer of its own.
-        device: of the parameters.
-        dtype: of the parameters.
-        weight: ``(C)``, a factor for each class, kept as a buffer.
+        bias: whether the linear layer has a bias.
+        out_features: ``(d1, ...)``, further dimensions of the logits; each position in them has its own weights.
+        device: that of the parameters.
+        dtype: that of the parameters.
+        weight: ``(C)``, floating: a factor for each class, registered as a buffer.
         reduction: "mean", "sum" or "none".
-        ignore_index: the class of rows that do not count; None: -100 for classes, nothing for probabilities.
+        ignore_index: the class index of rows that do not count; None: -100 for class indices, nothing for
+            probabilities.
         label_smoothing: in [0, 1].
-        options: torch's chunking options, taken and not used.
-        loss_dtype: compute and return the loss in this dtype.
+        options: torch's chunking options, accepted and ignored.
+        loss_dtype: compute and return the loss in this dtype. The matrix products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
-        softcap: caps the logits smoothly; None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits.
         return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
-        chunk_rows: rows whose logits exist at once; None: see the function.
+        chunk_rows: the number of rows whose logits exist at once; None: the default of
+            :func:`softmax_ext.linear_cross_entropy`.
 
     Shapes, formulas and errors are those of :func:`softmax_ext.linear_cross_entropy`. The parameters are those of
     ``self.linear``, an :class:`torch.nn.Linear`, with ``C * d1 * ...`` rows.
@@ -183,7 +189,7 @@ class LinearCrossEntropyLoss(nn.Module):
         return f"num_classes={self.num_classes}, reduction={self.reduction!r}"
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        """Hidden states and target -> the loss, or (loss, stats) with ``return_stats``."""
+        """Hidden states ``(..., in_features)`` and target -> the loss, or (loss, stats) with ``return_stats``."""
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return linear.linear_cross_entropy(  # type: ignore[call-overload, misc, no-any-return]

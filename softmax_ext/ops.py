@@ -1,9 +1,12 @@
-"""Loads the CPU library and registers what its operators look like without data.
+"""Loads the CPU library and registers the fake kernels of its operators.
 
-Importing this module makes ``torch.ops.softmax_ext`` available: the schemas and the CPU kernels are in the CPU library
-(csrc/ops/cpu), the CUDA kernels in a library of their own (see cuda.py), and the fake kernels (meta tensors,
-torch.compile, torch.export) here. If the CPU library cannot be loaded, ``load_error`` says why in a sentence and the
-operators are missing.
+Importing this module makes ``torch.ops.softmax_ext`` available:
+
+- The CPU library (csrc/ops/cpu) has the schemas and the CPU kernels.
+- The CUDA library has the CUDA kernels (see cuda.py).
+- This module has the fake kernels, which return results without data for meta tensors, torch.compile and torch.export.
+
+If the CPU library cannot be loaded, the operators are missing and ``load_error`` is a sentence that says why.
 """
 
 from __future__ import annotations
@@ -17,20 +20,19 @@ from torch import Tensor
 
 from . import cuda, libraries
 from ._version import __version__
-
-NONE, MEAN, SUM = 0, 1, 2
-"""The operators' codes for ``reduction``."""
+from .dtypes import arithmetic_dtype
+from .options import MEAN, NONE, Options
 
 VERSION = sum(int(part) * 10000 ** (2 - i) for i, part in enumerate(__version__.split(".")))
-"""An argument of every operator that torch.compile sees the derivative of, which computes nothing.
+"""The package's version as a number: an argument of every operator that has a derivative under torch.compile.
 
-What it compiled is kept on disk, with the derivative in it, under a key made from the graph before: so that another
-version of this package does not take it.
+No operator computes with it. It is part of the key of torch's compile cache on disk, so that an upgraded package never
+runs an old compiled backward.
 """
 
 
 def _choose_isa(library: libraries.CpuLibrary) -> str | None:
-    """Follows SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns what is wrong with it."""
+    """Selects the kernels by SOFTMAX_EXT_CPU_CAPABILITY or torch's own choice; returns an error's text or None."""
     forced = os.environ.get("SOFTMAX_EXT_CPU_CAPABILITY", "").upper()
     available = library.available_isas()
     if forced and forced not in available:
@@ -45,34 +47,18 @@ if library is not None:
     load_error = _choose_isa(library)
 
 
-def _arithmetic_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _fake_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    dim: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    dtype: torch.dtype | None,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    stats: bool,
-    precompute_grad: bool = False,
-) -> list[Tensor]:
-    dim = dim % input.dim()
+def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """The results of cross_entropy, without data."""
+    options, (dtype, stats, precompute_grad) = Options.split(arguments)
+    dim = options.dim % input.dim()
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     loss_dtype = dtype or input.dtype
     probabilities = target.is_floating_point()
-    arithmetic = _arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
+    arithmetic = arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
     outputs = [
-        input.new_empty(batch if reduction == NONE else [], dtype=loss_dtype),
+        input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
         input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
-        input.new_empty([] if reduction == MEAN else [0], dtype=torch.float64),
+        input.new_empty([] if options.reduction == MEAN else [0], dtype=torch.float64),
     ]
     if stats:
         outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]
@@ -82,44 +68,29 @@ def _fake_cross_entropy(
     return outputs
 
 
-def _fake_cross_entropy_(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    results = _fake_cross_entropy(input, *arguments[:11])  # all but grad_divisor
-    results[1] = results[1].new_empty([0])  # the state, which nothing can use any more
-    return (*results, *(input.new_empty([0]) for _ in range(7 - len(results))))
+def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    options, (dtype, stats, *_) = Options.split(arguments)  # grad_divisor may be left out
+    loss, state, *results = fake_cross_entropy(input, target, weight, *options, dtype, stats, False)
+    no_state = state.new_empty([0])  # no backward can follow, because the logits are lost
+    return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
 
 
-def _fake_cross_entropy_backward(
-    grad_loss: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_nll: Tensor | None,
-    grad_entropy: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    state: Tensor,
-    total_weight: Tensor,
-    entropy: Tensor | None,
-    dim: int,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    needs_input: bool,
-    needs_target: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, needs_input, needs_target = arguments
+    _, _, _, _, input, target, *_ = arguments  # behind four upstream gradients
     return (
         torch.empty_like(input) if needs_input else input.new_empty([0]),
         torch.empty_like(target) if needs_target else target.new_empty([0]),
     )
 
 
-def _fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+def fake_softmax(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -> Tensor:
+    """The result of softmax, without data."""
     return torch.empty_like(input, dtype=dtype or input.dtype)
 
 
-def _fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+def fake_softmax_backward(grad_output: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """The result of softmax_backward, without data."""
     return torch.empty_like(output, dtype=dtype)
 
 
@@ -128,12 +99,12 @@ def _fake_writes_in_place(*args: object) -> None:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "cross_entropy": _fake_cross_entropy,
+    "cross_entropy": fake_cross_entropy,
     "cross_entropy_": _fake_cross_entropy_,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_backward_": _fake_writes_in_place,
-    "softmax": _fake_softmax,
-    "softmax_backward": _fake_softmax_backward,
+    "softmax": fake_softmax,
+    "softmax_backward": fake_softmax_backward,
     "scale_rows_": _fake_writes_in_place,
 }
 

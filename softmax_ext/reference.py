@@ -1,15 +1,20 @@
 """The formulas of softmax cross entropy in plain torch, for any shape, dtype and transform.
 
-Three uses: in float64 they are what the tests compare with; their second derivatives are the double backward and the
-forward-mode derivative of the kernels' gradient; and their first are the forward-mode derivative of the loss. They hold
-several tensors of the logits' size and are differentiable to any order by torch itself. docs/math.md derives them.
+They have three uses:
 
-For a row of logits x:  z = softcap tanh(logit_scale x / softcap),  p = softmax(z),  lse = log sum exp z,  and
+- In float64 the tests compare the kernels with them.
+- Their second derivatives are the double backward and the forward-mode derivative of the kernels' gradient.
+- Their first derivatives are the forward-mode derivative of the loss.
+
+They hold several tensors of the logits' size. torch itself can differentiate them to any order.
+
+For a row of logits x:  z = s tanh(a x / s) with the softcap s and the logit_scale a, or z = a x without a cap,
+p = softmax(z),  lse = log sum exp z,  and
     loss = sum_c b_c (lse - z_c) + z_loss lse^2,    b_c = w_c ((1 - eps) q_c + eps / C),
-where q is one-hot for a class index y and the first w_c is then w_y.
+where q is one-hot for a class index y. docs/math.md derives the formulas.
 
-All but lse depends on differences of logits alone. So z is held less its row's largest value, a constant to every
-derivative: what is subtracted from or multiplied by z is then not rounded at the size of the logits.
+All results but lse depend only on differences of logits. So ``Rows.z`` is z minus its row's largest value, which counts
+as a constant in every derivative. Sums and products with ``Rows.z`` are then not rounded at the size of the logits.
 """
 
 from __future__ import annotations
@@ -20,19 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import MEAN, NONE
-
-
-class Options(NamedTuple):
-    """The arguments of a cross entropy that are not tensors; ``reduction`` in the operators' codes."""
-
-    dim: int
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
+from .options import MEAN, NONE, Options
 
 
 class RowGradients(NamedTuple):
@@ -44,31 +37,43 @@ class RowGradients(NamedTuple):
     entropy: Tensor
 
 
+class Upstream(NamedTuple):
+    """The upstream gradients of a call's results; that of the loss is for the reduced loss. None stands for 0."""
+
+    loss: Tensor | None
+    lse: Tensor | None
+    nll: Tensor | None
+    entropy: Tensor | None
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A * b, with 0 where a is 0 and b infinite: a class without mass contributes nothing at a logit of -inf."""
+    """The product a * b, but 0 where a is 0 and b is infinite: no mass at a logit of -inf contributes nothing."""
     return a * torch.where((a == 0) & ~b.isfinite(), 0.0, b)
 
 
 def _scaled(factor: float, x: Tensor) -> Tensor:
-    """Factor * x; a factor of 0 makes the derivative 0 too, where what it is multiplied by is infinite."""
+    """The product factor * x. With a factor of 0 its derivative is 0 too, even if the upstream gradient is infinite."""
     return factor * x if factor != 0 else torch.where(torch.zeros_like(x, dtype=torch.bool), x, factor * x.detach())
 
 
 def _infinite_slope(x: Tensor, at: Tensor) -> Tensor:
-    """0, whose derivative in x is infinite where ``at``, which must be only where x is 0.
+    """A zero whose derivative in x is infinite where ``at``; ``at`` may be true only where x is 0.
 
-    That is x * inf with 0 * inf = 0, in the value and in what the derivative is multiplied by.
+    It is x * inf with 0 * inf = 0, both in the value and in the product of derivative and upstream gradient.
     """
     return torch.xlogy(torch.where(at, x, 0.0), torch.inf)
 
 
 def _cost(mass: Tensor, surprise: Tensor) -> Tensor:
-    """Mass * surprise, and 0 for a mass of 0 at an infinite surprise, whose derivative in the mass is infinite."""
+    """The product mass * surprise. A mass of 0 at an infinite surprise gives 0, with an infinite derivative in mass."""
     return _product(mass, surprise) + _infinite_slope(mass, (surprise == torch.inf) & (mass == 0))
 
 
 def _weighted_cost(weights: Tensor, mass: Tensor, surprise: Tensor) -> Tensor:
-    """Weights * _cost, with an infinite derivative in the one factor that is 0, and none where both are."""
+    """The product weights * _cost(mass, surprise).
+
+    At an infinite surprise the derivative in a factor that is 0 is infinite if the other factor is not 0.
+    """
     massless = mass == 0
     zero, other = torch.where(massless, mass, weights), torch.where(massless, weights, mass)
     at = (surprise == torch.inf) & (zero == 0) & (other != 0)
@@ -76,21 +81,21 @@ def _weighted_cost(weights: Tensor, mass: Tensor, surprise: Tensor) -> Tensor:
 
 
 def is_live(target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows are not ignored. In int64: as uint8, -100 would be class 156."""
-    return target.long() != ignore_index
+    """Bool of the target's shape: which rows are not ignored."""
+    return target.long() != ignore_index  # in int64, because in uint8 -100 is class 156
 
 
 def class_index(target: Tensor, live: Tensor, classes: int) -> Tensor:
-    """An index for ``gather`` and the like: 0 where ignored. A class out of range stays, which they refuse on the CPU.
+    """The target as an index for ``gather`` and ``scatter``: int64, 0 for an ignored row.
 
-    On CUDA they would take the context down with them, so it becomes one in range there.
+    A class out of range raises there on the CPU. On CUDA it would destroy the context, so it is clamped into the range.
     """
     index = torch.where(live, target, 0).long()
     return index.clamp(0, max(classes - 1, 0)) if index.is_cuda else index
 
 
 def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What each row counts in the mean's denominator: weight[target], or without weights whether it is live."""
+    """The share of each row in the mean's denominator: weight[target] or 1, and 0 (or False) for an ignored row."""
     live = is_live(target, ignore_index)
     if weight is None or weight.shape[0] == 0:
         return live
@@ -99,15 +104,25 @@ def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Ten
 
 
 def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
-    """The mean's denominator, float64: the sum of weight[target] over rows not ignored; rows, for probabilities."""
+    """The mean's denominator, [] float64: the sum of ``row_weights``; for probabilities the number of rows."""
     if target.is_floating_point():
         rows = target.numel() // max(target.shape[dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
     return row_weights(target, weight, ignore_index).sum(dtype=torch.float64)
 
 
+def _logits(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scaled and capped logits z, and the first two derivatives of z in x; None for a second derivative of 0."""
+    cap, scale = options.softcap, options.logit_scale
+    if cap is None:
+        return scale * x, torch.full_like(x, scale), None
+    t = torch.tanh(x * (scale / cap))
+    slope = scale * (1 - t * t)
+    return cap * t, slope, -2 * t * slope * (scale / cap)
+
+
 def _largest(z: Tensor) -> Tensor:
-    """Of each row, [..., 1]; 0 where that is not finite. No derivative passes through it."""
+    """The largest value of each row, [..., 1], without a derivative; 0 if it is not finite."""
     if z.shape[-1] == 0:
         return z.new_zeros(*z.shape[:-1], 1)
     largest = z.detach().amax(-1, keepdim=True)
@@ -115,13 +130,16 @@ def _largest(z: Tensor) -> Tensor:
 
 
 class Rows:
-    """One cross entropy with the classes in the last dimension, and its derivatives.
+    """One cross entropy and its derivatives.
+
+    Its tensors have the classes in the last dimension; those with one value for each row have no such dimension.
 
     Args:
         input: logits, any floating dtype; half types are computed in float32.
-        target: classes (int64, uint8) of the input's shape without ``options.dim``, or probabilities of its shape.
+        target: class indices (int64, uint8) of the input's shape without ``options.dim``, or probabilities of the
+            input's shape.
         weight: [C] or None.
-        options: the rest.
+        options: the other arguments.
     """
 
     def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
@@ -131,38 +149,30 @@ class Rows:
         arithmetic = torch.float64 if double else torch.float32
         x = input.movedim(options.dim, -1).to(arithmetic)
         classes = x.shape[-1]
-        if options.softcap is None:
-            z = options.logit_scale * x
-            self.slope = torch.full_like(x, options.logit_scale)
-            self.curvature = torch.zeros_like(x)
-        else:
-            t = torch.tanh(x * (options.logit_scale / options.softcap))
-            z = options.softcap * t
-            self.slope = options.logit_scale * (1 - t * t)
-            self.curvature = -2 * t * self.slope * (options.logit_scale / options.softcap)
+        z, self.slope, self.curvature = _logits(x, options)
         largest = _largest(z)
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
         self.p = self.log_p.exp()
         lse = largest.squeeze(-1) + self.z.logsumexp(-1)
-        self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as the kernels': NaN without a distribution
+        self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as in the kernels: NaN without a distribution
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
-        kept, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
+        unsmoothed, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
         if target.is_floating_point():
             self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
-            self.mass = _scaled(kept, self.y) + share
+            self.mass = _scaled(unsmoothed, self.y) + share
         else:
             self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
             one_hot = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1)[..., :classes], 1.0)  # of 0 classes: nothing
-            if index.is_cuda:  # as the kernels: a class out of range makes its row NaN
+            if index.is_cuda:  # as in the kernels, a class out of range makes its row NaN
                 one_hot = torch.where((self.live & (index != target)).unsqueeze(-1), torch.nan, one_hot)
             self.y = one_hot * self.live.unsqueeze(-1)
-            self.mass = (_scaled(kept, self.y) + share) * self.live.unsqueeze(-1)
+            self.mass = (_scaled(unsmoothed, self.y) + share) * self.live.unsqueeze(-1)
         self.weights = weights
-        self.class_weight = kept * weights
+        self.class_weight = unsmoothed * weights
         self.b = weights * self.mass
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
@@ -170,18 +180,18 @@ class Rows:
     # ---- values, one per row ----
 
     def loss(self) -> Tensor:
-        """Unreduced; 0 for an ignored row."""
+        """The loss of each row; 0 for an ignored row."""
         loss = _weighted_cost(self.weights, self.mass, -self.log_p).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
             loss = loss + self.options.z_loss * self.lse.square()
         return torch.where(self.live, loss, 0.0)
 
     def nll(self) -> Tensor:
-        """Lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
+        """The difference lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
         return _cost(self.y, -self.log_p).sum(-1)
 
     def entropy(self) -> Tensor:
-        """Of the predicted distribution."""
+        """The entropy of the predicted distribution."""
         return -_product(self.p, self.log_p).sum(-1)
 
     # ---- first derivatives ----
@@ -202,15 +212,15 @@ class Rows:
         return classes_last.movedim(-1, self.options.dim).to(self.dtype)
 
     def gradient(self, g: RowGradients) -> Tensor:
-        """DL/dinput, of the input's shape and dtype."""
+        """The gradient of the input, of the input's shape and dtype."""
         return self._restore(self.slope * self._gradient_z(g))
 
     def target_gradient(self, g: RowGradients) -> Tensor:
-        """DL/dtarget for a target of probabilities."""
+        """The gradient of probabilities, of the target's shape and the input's dtype."""
         return self._restore(_product(self._mass_gradient(g), -self.log_p))
 
     def derivative(self, dx: Tensor | None, dq: Tensor | None) -> RowGradients:
-        """Of (loss, lse, nll, entropy) along dx in the input and dq in the probabilities, one value per row."""
+        """The derivatives of each row's results along dx in the input and dq in the probabilities."""
         u = self._along(dx, self.slope)
         t = self._along(dq, None)
         mean_u = (self.p * u).sum(-1)
@@ -230,7 +240,10 @@ class Rows:
         return d if slope is None else d * slope
 
     def gradient_derivative(self, g: RowGradients, dx: Tensor | None, dq: Tensor | None) -> Tensor:
-        """Of ``gradient(g)`` along dx and dq. In dx it is a symmetric form, so it is the double backward as well."""
+        """The derivative of ``gradient(g)`` along dx and dq.
+
+        In dx it is a symmetric form, so it is the double backward too.
+        """
         u = self._along(dx, self.slope)
         mean_u = (self.p * u).sum(-1, keepdim=True)
         dp = self.p * (u - mean_u)
@@ -242,12 +255,12 @@ class Rows:
         out = dp * (alpha + beta * z) + self.p * (alpha_change.unsqueeze(-1) + beta * u)
         tau = self._mass_gradient(g) * self._along(dq, None)
         out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
-        if self.options.softcap is not None:
+        if self.curvature is not None:
             out = out + self.curvature * self._along(dx, None) * self._gradient_z(g)
         return self._restore(out)
 
     def target_gradient_derivative(self, g: RowGradients, dx: Tensor | None) -> Tensor:
-        """Of ``target_gradient(g)`` along dx."""
+        """The derivative of ``target_gradient(g)`` along dx."""
         u = self._along(dx, self.slope)
         return self._restore(self._mass_gradient(g) * ((self.p * u).sum(-1, keepdim=True) - u))
 
@@ -258,7 +271,7 @@ class Rows:
         upstream: Sequence[Tensor | None],
         total_weight: Tensor,
     ) -> RowGradients:
-        """Upstream gradients of the reduced loss and of the statistics, per row; None counts as 0."""
+        """The upstream gradients of each row, from those of the reduced loss and the statistics; None counts as 0."""
         loss, lse, nll, entropy = upstream
         zero = torch.zeros_like(self.lse)
         if loss is not None and self.options.reduction == MEAN:
@@ -274,7 +287,10 @@ class Rows:
         return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
 
     def reduce_slope(self, rows: Tensor, total_weight: Tensor) -> Tensor:
-        """A derivative of the reduced loss, from that of each row; 0 where no row counts, as the gradients are."""
+        """The derivative of the reduced loss, from that of each row's loss.
+
+        It is 0 if all rows are ignored, as the gradients are.
+        """
         reduced = self.reduce(rows, total_weight)
         return torch.where(self.live.any(), reduced, 0.0) if self.options.reduction == MEAN else reduced
 
@@ -291,5 +307,5 @@ def cross_entropy(
     if not stats:
         return (loss,)
     prediction = rows.z.argmax(-1) if rows.z.shape[-1] else torch.zeros_like(rows.lse, dtype=torch.int64)
-    # A copy: the loss may be computed from rows.lse, whose hooks and changes in place are not the caller's.
+    # A copy, because the loss may be computed from rows.lse: a caller's hook or in-place change must not reach that.
     return loss, rows.lse.clone(), rows.nll(), rows.entropy(), prediction

@@ -2,7 +2,7 @@
 // passes torch's own capability at import) and can be forced, so that one machine tests every path it can run.
 #pragma once
 
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace softmax_ext {
 

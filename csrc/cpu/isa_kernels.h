@@ -1,7 +1,7 @@
 // The kernels of one instruction set, as its units define them and its table collects them.
 #pragma once
 
-#include "kernels.h"
+#include "kernel_table.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {

@@ -1,16 +1,11 @@
-// The reduction every kernel shares: the maximum of a row and the sum of the other exponentials, block by block.
-//
-//   sum_c exp(z_c) = exp(max) (1 + rest),  rest = sum over all classes but one of largest logit of exp(z_c - max)
-//
-// (max, rest) merges like any such pair; with the 1 kept out of the sum, log1p(rest) keeps its full relative
-// precision when one class has nearly all the probability, and so does p - 1 = -rest / (1 + rest) of that class. Blocks
-// are summed in T in whole vectors and merged in double. The exponentials can be kept on the way.
-// Included only by units compiled per instruction set.
+// The reduction that every kernel shares: a row's state (params.h), block by block. A block is summed in T in whole
+// vectors and merged in double. Its exponentials can be stored on the way. Included only by units compiled per
+// instruction set.
 #pragma once
 
 #include <array>
 
-#include "tiles.h"
+#include "tile_io.h"
 
 namespace softmax_ext {
 namespace CPU_CAPABILITY {
@@ -45,7 +40,7 @@ struct LogSumExp {
 
 // The same of up to kTile rows.
 template <typename T>
-struct RowSums {
+struct BatchSums {
   alignas(64) T max[kTile];
   alignas(64) double rest[kTile];
   alignas(64) double lost[kTile];
@@ -94,8 +89,9 @@ inline int64_t first_of_run(const T* z, int64_t padded, const Lanes& lanes) {
   return -1;
 }
 
-// Brings row.max up to the classes [first, first + padded) of a row. Where they raise it, the position in z of a maximal
-// class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first NaN.
+// Brings row.max up to the classes [first, first + padded) of a row. Where they raise it, the position in z of a
+// maximal class, whose own exponential is the 1 outside `rest`; -1 elsewhere. With Weighted the first one, or the first
+// NaN.
 template <bool Weighted, typename T>
 inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t first) {
   const auto is_nan = [](const Vec<T>& x) { return nan_lanes(x); };
@@ -114,10 +110,10 @@ inline int64_t follow_max(LogSumExp<T>& row, const T* z, int64_t padded, int64_t
   return k;
 }
 
-// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`; with `Keep`
-// writes the exponentials to `kept`, which may be z.
-template <bool Weighted, bool Keep, typename T>
-inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* kept, const Ahead& ahead) {
+// Adds exp(z - max) over [0, padded) to `rest`; with `Weighted` also exp(z - max) (z - max) to `weighted`; with
+// `StoreExps` writes the exponentials to `exps`, which may be z.
+template <bool Weighted, bool StoreExps, typename T>
+inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* exps, const Ahead& ahead) {
   constexpr int64_t L = kLanes<T>;
   const Vec<T> max(row.max);
   Vec<T> sum[4] = {Vec<T>(0), Vec<T>(0), Vec<T>(0), Vec<T>(0)};
@@ -128,7 +124,7 @@ inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* kept, cons
     const Vec<T> e = exp_nonpositive(d);
     sum[k] = sum[k] + e;
     if constexpr (Weighted) weighted[k] = weighted[k] + multiply_or_zero(e, d);
-    if constexpr (Keep) e.store(kept + i);
+    if constexpr (StoreExps) e.store(exps + i);
   };
   int64_t i = 0;
   for (; i + 4 * L <= padded; i += 4 * L)
@@ -139,38 +135,38 @@ inline void add_run(LogSumExp<T>& row, const T* z, int64_t padded, T* kept, cons
 }
 
 // Adds the exponentials of a block to the sums, without that of class `excluded` if not -1 (follow_max).
-template <bool Weighted, bool Keep, typename T>
-inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t excluded, T* kept, const Ahead& ahead) {
+template <bool Weighted, bool StoreExps, typename T>
+inline void add_block(LogSumExp<T>& row, const T* z, int64_t padded, int64_t excluded, T* exps, const Ahead& ahead) {
   constexpr int64_t L = kLanes<T>;
   if (row.max == -kInfinity<T>) {
-    if constexpr (Keep) std::fill(kept, kept + padded, T(0));
+    if constexpr (StoreExps) std::fill(exps, exps + padded, T(0));
     return;
   }
   if (excluded < 0) {
-    add_run<Weighted, Keep>(row, z, padded, kept, ahead);
+    add_run<Weighted, StoreExps>(row, z, padded, exps, ahead);
     return;
   }
   const int64_t v = excluded / L * L, next = v + L;
   alignas(64) T others[L];
   std::memcpy(others, z + v, sizeof(others));
   others[excluded - v] = -kInfinity<T>;
-  add_run<Weighted, Keep>(row, z, v, kept, ahead);
-  add_run<Weighted, Keep>(row, others, L, Keep ? kept + v : kept, ahead);
-  if constexpr (Keep) kept[excluded] = 1;
-  add_run<Weighted, Keep>(row, z + next, padded - next, Keep ? kept + next : kept,
-                          Ahead{ahead.at + next / L * ahead.step, ahead.step});
+  add_run<Weighted, StoreExps>(row, z, v, exps, ahead);
+  add_run<Weighted, StoreExps>(row, others, L, StoreExps ? exps + v : exps, ahead);
+  if constexpr (StoreExps) exps[excluded] = 1;
+  add_run<Weighted, StoreExps>(row, z + next, padded - next, StoreExps ? exps + next : exps,
+                               Ahead{ahead.at + next / L * ahead.step, ahead.step});
 }
 
 // The same for a block that may be written to: one loop instead of three, which counts where rows are short.
-template <bool Weighted, bool Keep, typename T>
-inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t excluded, T* kept, const Ahead& ahead) {
+template <bool Weighted, bool StoreExps, typename T>
+inline void add_buffered_block(LogSumExp<T>& row, T* z, int64_t padded, int64_t excluded, T* exps, const Ahead& ahead) {
   if (excluded < 0) {
-    add_block<Weighted, Keep>(row, z, padded, excluded, kept, ahead);
+    add_block<Weighted, StoreExps>(row, z, padded, excluded, exps, ahead);
     return;
   }
   z[excluded] = -kInfinity<T>;
-  add_run<Weighted, Keep>(row, z, padded, kept, ahead);
-  if constexpr (Keep) kept[excluded] = 1;
+  add_run<Weighted, StoreExps>(row, z, padded, exps, ahead);
+  if constexpr (StoreExps) exps[excluded] = 1;
 }
 
 // ---- columns: a tile [classes, kTile] with one row per lane ---------------------------------------------------
@@ -198,7 +194,7 @@ constexpr int64_t kSummedClasses = 8;
 
 // Merges into row r the sums of a block, whose `maximal` classes that reach the new maximum are not in `rest`.
 template <typename T>
-inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double lost, double maximal, double weighted) {
+inline void merge(BatchSums<T>& sums, int64_t r, T max, double rest, double lost, double maximal, double weighted) {
   LogSumExp<T> row = sums.get(r);
   if (!(max == row.max)) {
     row.raise(max);
@@ -211,11 +207,11 @@ inline void merge(RowSums<T>& sums, int64_t r, T max, double rest, double lost, 
   sums.set(r, row);
 }
 
-// N vectors of rows, sums' [r, r + N lanes): merges the classes [first, first + classes) of the tile at z. With Keep
-// the exponentials go to kept, which may be z; then all classes of the rows must come in one call. `ahead` has one for
-// each vector.
-template <bool Weighted, bool Keep, int N, typename T>
-inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes, int64_t first, T* kept,
+// N vectors of rows, sums' [r, r + N lanes): merges the classes [first, first + classes) of the tile at z. With
+// StoreExps the exponentials go to `exps`, which may be z; then all classes of the rows must come in one call. `ahead`
+// has one for each vector.
+template <bool Weighted, bool StoreExps, int N, typename T>
+inline void add_columns(BatchSums<T>& sums, int64_t r, const T* z, int64_t classes, int64_t first, T* exps,
                         const std::array<Ahead, N>& ahead) {
   constexpr int64_t L = kLanes<T>;
   const bool begins = first == 0;
@@ -240,7 +236,7 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
         const Vec<T> e = exp_nonpositive(d);
         add_apart(s[k], maximal[k], e, x, max[k]);
         if constexpr (Weighted) w[k] = w[k] + multiply_or_zero(e, d);
-        if constexpr (Keep) e.store(kept + at);
+        if constexpr (StoreExps) e.store(exps + at);
       }
     }
     for (int k = 0; k < N; k++) {
@@ -283,14 +279,14 @@ inline void add_columns(RowSums<T>& sums, int64_t r, const T* z, int64_t classes
 
 // The same for all rows of a tile, two vectors at a time: the exponentials of one alone would wait for each other.
 // ahead_of(r) is what to fetch with the vector of rows r.
-template <bool Weighted, bool Keep, typename T, typename AheadOf>
-inline void add_tile(RowSums<T>& sums, int64_t rows, const T* z, int64_t classes, int64_t first, T* kept,
+template <bool Weighted, bool StoreExps, typename T, typename AheadOf>
+inline void add_tile(BatchSums<T>& sums, int64_t rows, const T* z, int64_t classes, int64_t first, T* exps,
                      const AheadOf& ahead_of) {
   constexpr int64_t L = kLanes<T>;
   int64_t r = 0;
   for (; r + L < rows; r += 2 * L)
-    add_columns<Weighted, Keep, 2>(sums, r, z, classes, first, kept, {ahead_of(r), ahead_of(r + L)});
-  if (r < rows) add_columns<Weighted, Keep, 1>(sums, r, z, classes, first, kept, {ahead_of(r)});
+    add_columns<Weighted, StoreExps, 2>(sums, r, z, classes, first, exps, {ahead_of(r), ahead_of(r + L)});
+  if (r < rows) add_columns<Weighted, StoreExps, 1>(sums, r, z, classes, first, exps, {ahead_of(r)});
 }
 
 }  // namespace

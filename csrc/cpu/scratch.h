@@ -1,5 +1,5 @@
-// The memory that a kernel works in, taken piece by piece from one block of its caller's. A kernel allocates nothing, so
-// that nothing can fail between its first write and its last: in place, half a gradient would stand in the logits.
+// The memory that a kernel works in, taken piece by piece from one block of its caller's. A kernel allocates nothing,
+// so that nothing can fail between its first write and its last: in place, half a gradient would stand in the logits.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,8 @@
 // Softmax and log-softmax over the classes, their backward, and the scaling of rows by an upstream gradient.
 //
-// Forward reads a row once from memory and keeps its exponentials, in the output where that is possible, until their sum
-// is known. Backward reads the upstream gradient and the saved output once from memory and once from cache.
+// Forward reads a row once from memory. Until the sum of its exponentials is known these are stored, in the output
+// where that is possible. Backward reads the upstream gradient and the saved output once from memory and once from
+// cache.
 #include "isa_kernels.h"
 #include "row_visit.h"
 
@@ -9,7 +10,7 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// ---- what is computed for one vector ---------------------------------------------------------------------------------
+// ---- what is computed for one vector --------------------------------------------------------------------------------
 
 template <typename T>
 struct Normaliser {
@@ -33,7 +34,7 @@ inline Vec<T> backward_value(bool log, const Vec<T>& sum, const Vec<T>& grad, co
   return log ? grad - exp_nonpositive(at::vec::minimum(output, Vec<T>(0))) * sum : output * (grad - sum);
 }
 
-// ---- rows --------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // [at, at + n) of an operand, padded to whole vectors; in `buffer` unless they can be used in place.
 template <typename T>
@@ -46,16 +47,17 @@ const T* load_padded(const void* src, DType type, int64_t at, int64_t n, T paddi
 }
 
 template <typename T>
-void write_kept_softmax(const Softmax<T>& p, const Position& at, const LogSumExp<T>& sums, const KeptRow<T>& kept) {
+void write_softmax_from_exps(const Softmax<T>& p, const Position& at, const LogSumExp<T>& sums,
+                             const RowExps<T>& exps) {
   const double inverse_sum = 1 / (1 + sums.rest_or_nan());
-  const Store store = kept.in_result ? Store::kCached : store_of(p);
+  const Store store = exps.in_result ? Store::kCached : store_of(p);
   for (int64_t c = 0, n, block = 0; c < p.layout.classes; c += n, block++) {
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
-    const double shift = kept.shifts[block], max = sums.max;
+    const double shift = exps.shifts[block], max = sums.max;
     const Vec<T> factor(static_cast<T>(shift == max ? inverse_sum : inverse_sum * std::exp(shift - max)));
     write_run<T>(
         p.output, p.output_type, at.offset[kSoftmaxOutput] + c, n, store,
-        [factor, e = kept.data + c](int64_t i, int64_t count) { return load_converted<T>(e + i, count) * factor; });
+        [factor, e = exps.data + c](int64_t i, int64_t count) { return load_converted<T>(e + i, count) * factor; });
   }
 }
 
@@ -64,7 +66,7 @@ void write_log_softmax_or_long_row(const Softmax<T>& p, const Position& at, cons
   const double rest = sums.rest_or_nan();
   const Normaliser<T> by{Vec<T>(sums.max), Vec<T>(static_cast<T>(std::log1p(rest))),
                          Vec<T>(static_cast<T>(1 / (1 + rest)))};
-  Block<T> block;
+  BlockBuffer<T> block;
   for (int64_t c = 0, n; c < p.layout.classes; c += n) {
     n = next_block<T>(p.layout.classes - c, p.layout.classes, is_own<T>(p.input_type));
     const T* z = load_padded(p.input, p.input_type, at.offset[kSoftmaxInput] + c, n, T(0), block.data);
@@ -75,17 +77,17 @@ void write_log_softmax_or_long_row(const Softmax<T>& p, const Position& at, cons
 }
 
 template <typename T>
-void softmax_row(const Softmax<T>& p, const Position& at, const KeptRows<T>& keep) {
-  const KeptRow<T> kept = keep.row(0, p.output, at.offset[kSoftmaxOutput]);
+void softmax_row(const Softmax<T>& p, const Position& at, const ExpBuffers<T>& exp_buffers) {
+  const RowExps<T> exps = exp_buffers.row(0, p.output, at.offset[kSoftmaxOutput]);
   const int64_t first = at.offset[kSoftmaxInput];
   const LogSumExp<T> sums = reduce_row<false>(
-      p.layout.classes, is_own<T>(p.input_type), kept, p.input, p.input_type, first,
+      p.layout.classes, is_own<T>(p.input_type), exps, p.input, p.input_type, first,
       [&](int64_t c, int64_t n, T* buffer) {
         return load_padded(p.input, p.input_type, first + c, n, -kInfinity<T>, buffer);
       },
       [](T, const T*, int64_t, int64_t) {});
-  if (keep.active())
-    write_kept_softmax(p, at, sums, kept);
+  if (exp_buffers.active())
+    write_softmax_from_exps(p, at, sums, exps);
   else
     write_log_softmax_or_long_row(p, at, sums);
 }
@@ -122,17 +124,17 @@ void softmax_backward_row_of(const SoftmaxBackward<T>& p, const Position& at) {
 
 template <typename T>
 void softmax_backward_row(const SoftmaxBackward<T>& p, const Position& at) {
-  with_type(p.output_type, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
+  with_type(p.output_type, [&](auto element) {
+    using S = typename decltype(element)::Type;
     if constexpr (sizeof(S) <= sizeof(T)) softmax_backward_row_of<T, S>(p, at);
   });
 }
 
-// ---- columns -----------------------------------------------------------------------------------------------------------
+// ---- columns --------------------------------------------------------------------------------------------------------
 
 // Replaces each element of the first `classes` classes of a tile by value(normaliser of its row, element).
 template <typename T, typename Value>
-void normalise_tile(const RowSums<T>& sums, const T* log_sum, const T* inverse_sum, int64_t rows, int64_t classes,
+void normalise_tile(const BatchSums<T>& sums, const T* log_sum, const T* inverse_sum, int64_t rows, int64_t classes,
                     T* buffer, const Value& value) {
   for (int64_t r = 0; r < rows; r += kLanes<T>) {
     const Normaliser<T> by{Vec<T>::loadu(sums.max + r), Vec<T>::loadu(log_sum + r), Vec<T>::loadu(inverse_sum + r)};
@@ -146,15 +148,15 @@ void normalise_tile(const RowSums<T>& sums, const T* log_sum, const T* inverse_s
 template <typename T>
 void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>& buffers) {
   T* const buffer = buffers.get(0);
-  const bool keeps = buffers.whole() && !p.log;
+  const bool has_exps = buffers.whole() && !p.log;
   const auto load = [&](int64_t c, int64_t n) {
     load_operand_tile(p.layout, kSoftmaxInput, p.input, p.input_type, at, c, n, buffer);
   };
-  RowSums<T> sums;
+  BatchSums<T> sums;
   buffers.each_block(p.layout, [&](int64_t c, int64_t n) {
     load(c, n);
     const auto ahead = [&](int64_t) { return Ahead::nothing(buffer); };
-    if (keeps)
+    if (has_exps)
       add_tile<false, true>(sums, at.rows, buffer, n, c, buffer, ahead);
     else
       add_tile<false, false>(sums, at.rows, buffer, n, c, buffer, ahead);
@@ -171,7 +173,7 @@ void softmax_tile(const Softmax<T>& p, const Position& at, const TileBuffers<T>&
     const auto normalise_each = [&](const auto& value) {
       normalise_tile(sums, log_sum, inverse_sum, at.rows, n, buffer, value);
     };
-    if (keeps)
+    if (has_exps)
       normalise_each([](const Normaliser<T>& by, const Vec<T>& e) { return e * by.inverse_sum; });
     else
       normalise_each([&](const Normaliser<T>& by, const Vec<T>& z) { return normalise(p.log, by, z); });
@@ -214,10 +216,10 @@ void softmax_backward_tile(const SoftmaxBackward<T>& p, const Position& at, cons
   });
 }
 
-// ---- scaling -------------------------------------------------------------------------------------------------------------
+// ---- scaling --------------------------------------------------------------------------------------------------------
 
 inline double factor_of(const ScaleRows& p, int64_t row) {
-  return p.factor.scale * load_value(p.factor.data, p.factor.type, row * p.factor.stride);
+  return inverse_divisor(p.factor) * load_row_value(p.factor, row);
 }
 
 // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
@@ -225,29 +227,29 @@ inline double scaled(double value, double factor) { return value == 0 ? 0 : valu
 
 // In double: one rounding, whatever the dtype.
 void scale_row(const ScaleRows& p, const Position& at) {
-  Block<double> block;
+  BlockBuffer<double> block;
   const double factor = factor_of(p, at.offset[kRow]);
   for (int64_t c = 0; c < p.layout.classes; c += kBlock<double>) {
     const int64_t n = std::min(kBlock<double>, p.layout.classes - c);
-    load_run(p.data, p.type, at.offset[0] + c, n, block.data);
+    load_run(p.data, p.dtype, at.offset[0] + c, n, block.data);
     for (int64_t i = 0; i < n; i++) block.data[i] = scaled(block.data[i], factor);
-    store_run(block.data, n, p.data, p.type, at.offset[0] + c);
+    store_run(block.data, n, p.data, p.dtype, at.offset[0] + c);
   }
 }
 
 void scale_tile(const ScaleRows& p, const Position& at) {
-  Block<double> block;
+  BlockBuffer<double> block;
   double factor[kTile] = {};
   for (int64_t r = 0; r < at.rows; r++) factor[r] = factor_of(p, at.offset[kRow] + r * p.layout.inner_stride[kRow]);
   for (int64_t c = 0; c < p.layout.classes; c += kTileClasses<double>) {
     const int64_t n = std::min(kTileClasses<double>, p.layout.classes - c);
-    load_operand_tile(p.layout, 0, p.data, p.type, at, c, n, block.data);
+    load_operand_tile(p.layout, 0, p.data, p.dtype, at, c, n, block.data);
     for (int64_t i = 0; i < n; i++)
       for (int64_t r = 0; r < at.rows; r++) {
         double& value = block.data[i * kTile + r];
         value = scaled(value, factor[r]);
       }
-    store_operand_tile(p.layout, 0, block.data, p.data, p.type, at, c, n, Store::kCached);
+    store_operand_tile(p.layout, 0, block.data, p.data, p.dtype, at, c, n, Store::kCached);
   }
 }
 
@@ -255,7 +257,7 @@ template <typename Params, typename Row, typename Tile>
 inline void each_unit(const Params& p, int64_t begin, int64_t end, const Row& row, const Tile& tile) {
   for (int64_t unit = begin; unit < end; unit++) {
     const Position at = locate(p.layout, unit);
-    if (p.layout.rows)
+    if (p.layout.kind == LayoutKind::kRows)
       row(p, at);
     else
       tile(p, at);
@@ -263,9 +265,9 @@ inline void each_unit(const Params& p, int64_t begin, int64_t end, const Row& ro
 }
 
 template <typename T>
-KeptRows<T> keep_rows(const Softmax<T>& p, Scratch& scratch) {
+ExpBuffers<T> exp_buffers_of(const Softmax<T>& p, Scratch& scratch) {
   const bool in_output = is_own<T>(p.input_type) && is_own<T>(p.output_type);
-  return {p.layout.rows && !p.log, in_output, p.layout.classes, 1, scratch};
+  return {p.layout.kind == LayoutKind::kRows && !p.log, in_output, p.layout.classes, 1, scratch};
 }
 
 template <typename T>
@@ -280,18 +282,18 @@ TileBuffers<T> tile_buffers(const SoftmaxBackward<T>& p, Scratch& scratch) {
 template <typename T>
 void softmax(const Softmax<T>& p, int64_t begin, int64_t end, void* memory) {
   Scratch scratch(memory);
-  const KeptRows<T> keep = keep_rows(p, scratch);
-  const auto row = [&](const Softmax<T>& call, const Position& at) { softmax_row(call, at, keep); };
+  const ExpBuffers<T> exp_buffers = exp_buffers_of(p, scratch);
+  const auto row = [&](const Softmax<T>& call, const Position& at) { softmax_row(call, at, exp_buffers); };
   const TileBuffers<T> buffers = tile_buffers(p, scratch);
   const auto tile = [&](const Softmax<T>& call, const Position& at) { softmax_tile(call, at, buffers); };
   each_unit(p, begin, end, row, tile);
-  finish_streaming();
+  fence_non_temporal();
 }
 
 template <typename T>
 size_t scratch_of(const Softmax<T>& p) {
   Scratch scratch;
-  keep_rows(p, scratch);
+  exp_buffers_of(p, scratch);
   tile_buffers(p, scratch);
   return scratch.bytes();
 }
@@ -304,7 +306,7 @@ void softmax_backward(const SoftmaxBackward<T>& p, int64_t begin, int64_t end, v
     softmax_backward_tile(call, at, buffers);
   };
   each_unit(p, begin, end, softmax_backward_row<T>, tile);
-  finish_streaming();
+  fence_non_temporal();
 }
 
 template <typename T>

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <limits>
 
-#include "../layout.h"
+#include "../params.h"
 
 #ifdef CPU_CAPABILITY_AVX512
 #include <immintrin.h>
@@ -28,13 +28,13 @@ constexpr int64_t kLanes = Vec<T>::size();
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// An L1-resident buffer of a block: 8 KiB, whole vectors, aligned; and a vector that may be read behind it. Two blocks and
-// what is fetched ahead fit into L1.
+// An aligned buffer for a block of classes: 8 KiB, and a vector that may be read behind them. Two blocks and what is
+// fetched ahead fit into L1.
 constexpr int64_t kBlockBytes = 8192;
 template <typename T>
 constexpr int64_t kBlock = kBlockBytes / sizeof(T);
 template <typename T>
-struct alignas(64) Block {
+struct alignas(64) BlockBuffer {
   T data[kBlock<T> + kLanes<T>];
 };
 
@@ -54,8 +54,8 @@ inline int64_t next_block(int64_t remaining, int64_t classes, bool direct) {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// What is to be read soon: the line at `at` is fetched with the first vector of a loop, the one `step` bytes further with
-// the next. An address beyond the tensor does no harm. Without this the memory would rest while a block is computed.
+// What a loop is to fetch ahead: with its first vector the line at `at`, with the next the one `step` bytes further.
+// Without it the memory would rest while a block is computed. An address beyond the tensor does no harm.
 struct Ahead {
   const char* at;
   int64_t step;
@@ -72,8 +72,9 @@ constexpr float kLog2E = 1.44269504088896341f, kSmallestExponent = -87.3365402f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // Cody and Waite
 
 #ifdef CPU_CAPABILITY_AVX512
-// x = m ln 2 + r with m a multiple of 1/16 and |r| <= ln 2 / 32: exp(x) = 2^floor(m) 2^(j/16) exp(r), j the low bits of 16 m.
-// The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), c close to 1/2 so that no value falls at a turn.
+// x = m ln 2 + r with m a multiple of 1/16 and |r| <= ln 2 / 32: exp(x) = 2^floor(m) 2^(j/16) exp(r), j the low bits of
+// 16 m. The sixteen powers are one register; exp(r) = 1 + r (1 + r (c + r / 6)), c close to 1/2 so that no value falls
+// at a turn.
 inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   using at::vec::fmadd;
   const __m512 powers = _mm512_setr_ps(1.0f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
@@ -89,8 +90,8 @@ inline Vec<float> exp_nonpositive(const Vec<float>& x) {
   return _mm512_maskz_scalef_ps(normal, fmadd(power * r, slope, power), m);
 }
 #else
-// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative error
-// 3e-9).
+// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 P(r) with the minimax polynomial of degree 4 (relative
+// error 3e-9).
 inline Vec<float> exp_nonpositive(const Vec<float>& argument) {
   using at::vec::fmadd;
   const Vec<float> smallest(kSmallestExponent), round_to_integer(12582912.f);
@@ -202,7 +203,8 @@ inline V lost_in(const V& a, const V& b, const V& sum) {
   return (a - (sum - of_b)) + (b - of_b);
 }
 
-// A sum in double. Where T is double too, what rounding takes from it is kept apart: the sum has no more digits than T then.
+// A sum in double. Where T is double too it has no more digits than T: what rounding takes from it is then summed in
+// `lost`.
 template <typename T>
 struct LongSum {
   double sum = 0, lost = 0;
@@ -241,6 +243,22 @@ inline Vec<T> multiply_or_zero(const Vec<T>& b, const Vec<T>& d) {
   return Vec<T>::blendv(b * d, zero, b == zero);
 }
 
+// The functions of row_math.h.
+template <typename T>
+struct VectorMath {
+  using Value = Vec<T>;
+
+  static Vec<T> select(const Vec<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
+    return Vec<T>::blendv(no, yes, condition);
+  }
+  static Vec<T> multiply_or_zero(const Vec<T>& b, const Vec<T>& d) { return CPU_CAPABILITY::multiply_or_zero(b, d); }
+  static Vec<T> multiply_add(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) { return at::vec::fmadd(a, b, c); }
+  static Vec<T> multiply_subtract(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) { return at::vec::fmsub(a, b, c); }
+  static Vec<T> divide(const Vec<T>& a, const Vec<T>& b) { return a / b; }
+  static Vec<T> log1p(const Vec<T>& x) { return x.log1p(); }
+  static Vec<T> tanh(const Vec<T>& x) { return x.tanh(); }
+};
+
 // Adds e to `sum` where x is not `max`, and 1 to `ties` where it is.
 template <typename T>
 inline void add_apart(Vec<T>& sum, Vec<T>& ties, const Vec<T>& e, const Vec<T>& x, const Vec<T>& max) {
@@ -264,37 +282,45 @@ inline void add_apart(Vec<float>& sum, Vec<float>& ties, const Vec<float>& e, co
 
 // ---- one value -----------------------------------------------------------------------------------------------
 
+// The half types of visit_dtype().
+struct Halves {
+  using BFloat16 = c10::BFloat16;
+  using Float16 = c10::Half;
+};
+
+template <typename Visit>
+inline decltype(auto) with_type(DType type, const Visit& visit) {
+  return visit_dtype<Halves>(type, visit);
+}
+
+// A half passes through float: it has no other conversion.
+template <typename S>
+using Wider = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 inline double load_value(const void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: return static_cast<const double*>(data)[i];
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kBFloat16: return static_cast<float>(static_cast<const c10::BFloat16*>(data)[i]);
-    case DType::kFloat16: return static_cast<float>(static_cast<const c10::Half*>(data)[i]);
-  }
-  return 0;
+  return with_type(type, [=](auto element) -> double {
+    using S = typename decltype(element)::Type;
+    return static_cast<Wider<S>>(static_cast<const S*>(data)[i]);
+  });
 }
 
 inline void store_value(double value, void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: static_cast<double*>(data)[i] = value; break;
-    case DType::kFloat32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
-    case DType::kBFloat16: static_cast<c10::BFloat16*>(data)[i] = static_cast<float>(value); break;
-    case DType::kFloat16: static_cast<c10::Half*>(data)[i] = static_cast<float>(value); break;
-  }
+  with_type(type, [=](auto element) {
+    using S = typename decltype(element)::Type;
+    static_cast<S*>(data)[i] = static_cast<Wider<S>>(value);
+  });
 }
 
-inline int64_t size_of(DType type) {
-  switch (type) {
-    case DType::kFloat64: return 8;
-    case DType::kFloat32: return 4;
-    default: return 2;
-  }
+// Value = load_row_value(values, row) * inverse_divisor(values).
+inline double load_row_value(const RowValues& values, int64_t row) {
+  return values.data ? load_value(values.data, values.dtype, row * values.stride) : 1.0;
 }
+inline double inverse_divisor(const RowValues& values) { return values.divisor ? 1 / *values.divisor : 1.0; }
 
 // Whether `type` is the type of the arithmetic itself.
 template <typename T>
 inline bool is_own(DType type) {
-  return type == (sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32);
+  return type == kArithmeticType<T>;
 }
 
 inline void* address(void* data, DType type, int64_t i) { return static_cast<char*>(data) + i * size_of(type); }
@@ -349,27 +375,11 @@ inline void load_halves(const Half* src, int64_t n, float* dst) {
 inline void load_run_as(const c10::BFloat16* src, int64_t n, float* dst) { load_halves(src, n, dst); }
 inline void load_run_as(const c10::Half* src, int64_t n, float* dst) { load_halves(src, n, dst); }
 
-template <typename S>
-struct TypeTag {
-  using Type = S;
-};
-
-// Calls visit with the tag of the type.
-template <typename Visit>
-inline void with_type(DType type, const Visit& visit) {
-  switch (type) {
-    case DType::kFloat64: visit(TypeTag<double>()); break;
-    case DType::kFloat32: visit(TypeTag<float>()); break;
-    case DType::kBFloat16: visit(TypeTag<c10::BFloat16>()); break;
-    case DType::kFloat16: visit(TypeTag<c10::Half>()); break;
-  }
-}
-
 // dst[0, n) = src[at, at + n), converted.
 template <typename T>
 inline void load_run(const void* src, DType type, int64_t at, int64_t n, T* dst) {
-  with_type(type, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
+  with_type(type, [&](auto element) {
+    using S = typename decltype(element)::Type;
     load_run_as(static_cast<const S*>(src) + at, n, dst);
   });
 }
@@ -399,60 +409,60 @@ inline auto to_halves(const Vec<float>& low, const Vec<float>& high, c10::Half*)
 
 // ---- results, vector by vector --------------------------------------------------------------------------------
 
-// How a result is stored: into the caches, or, where it is too large to be found there again, past them, which saves
-// reading the lines that it replaces.
-enum class Store { kCached, kStreamed };
+// How a result is stored: into the caches, or past them. Past them saves reading the lines that it replaces, and is for
+// results too large to be found in a cache again.
+enum class Store { kCached, kNonTemporal };
 
 template <typename Params>
 inline Store store_of(const Params& p) {
-  return p.streams ? Store::kStreamed : Store::kCached;
+  return p.non_temporal ? Store::kNonTemporal : Store::kCached;
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-inline void stream(const Vec<float>& v, float* dst) { _mm512_stream_ps(dst, v); }
-inline void stream(const Vec<double>& v, double* dst) { _mm512_stream_pd(dst, v); }
+inline void store_non_temporal(const Vec<float>& v, float* dst) { _mm512_stream_ps(dst, v); }
+inline void store_non_temporal(const Vec<double>& v, double* dst) { _mm512_stream_pd(dst, v); }
 template <typename Half>
-inline void stream(const Vec<Half>& v, Half* dst) {
+inline void store_non_temporal(const Vec<Half>& v, Half* dst) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(dst), v);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
-inline void stream(const Vec<float>& v, float* dst) { _mm256_stream_ps(dst, v); }
-inline void stream(const Vec<double>& v, double* dst) { _mm256_stream_pd(dst, v); }
+inline void store_non_temporal(const Vec<float>& v, float* dst) { _mm256_stream_ps(dst, v); }
+inline void store_non_temporal(const Vec<double>& v, double* dst) { _mm256_stream_pd(dst, v); }
 template <typename Half>
-inline void stream(const Vec<Half>& v, Half* dst) {
+inline void store_non_temporal(const Vec<Half>& v, Half* dst) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(dst), v);
 }
 #else
 template <typename S>
-inline void stream(const Vec<S>& v, S* dst) {
+inline void store_non_temporal(const Vec<S>& v, S* dst) {
   v.store(dst);
 }
 #endif
 
-// Streamed stores are not ordered with what tells another thread that they are done.
-inline void finish_streaming() {
+// Orders the non-temporal stores before what tells another thread that they are done.
+inline void fence_non_temporal() {
 #ifdef __x86_64__
   __builtin_ia32_sfence();
 #endif
 }
 
-// The elements before the first that a whole vector of S can be streamed to.
+// The elements before the first place for a non-temporal store, which must be aligned.
 template <typename S>
 inline int64_t elements_to_alignment(const S* dst) {
   constexpr uintptr_t kBytes = sizeof(Vec<S>);
   return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(dst) % kBytes / sizeof(S));
 }
 
-// dst[i] = value(i, count) for i < n; value(i, count) is the vector of S at i, of which `count` lanes are used: all but in
-// the first and the last.
+// dst[i] = value(i, count) for i < n. value(i, count) is the vector of S at i, of which `count` lanes are used: all of
+// them, except in the first vector and the last.
 template <typename S, typename Value>
 __attribute__((flatten)) inline void store_vectors(S* dst, int64_t n, Store how, Value value) {
   constexpr int64_t L = Vec<S>::size();
   int64_t i = 0;
-  if (how == Store::kStreamed) {
+  if (how == Store::kNonTemporal) {
     i = std::min(elements_to_alignment(dst), n);
     if (i > 0) value(0, i).store(dst, i);
-    for (; i + L <= n; i += L) stream(value(i, L), dst + i);
+    for (; i + L <= n; i += L) store_non_temporal(value(i, L), dst + i);
   } else {
     for (; i + L <= n; i += L) value(i, L).store(dst + i);
   }
@@ -468,10 +478,11 @@ __attribute__((flatten)) inline void store_as_halves(Half* dst, int64_t n, Store
     to_halves(low, high, dst).store(dst + i, count);
   };
   int64_t i = 0;
-  if (how == Store::kStreamed) {
+  if (how == Store::kNonTemporal) {
     i = std::min(elements_to_alignment(dst), n);
     if (i > 0) some(0, i);
-    for (; i + 2 * L <= n; i += 2 * L) stream(Vec<Half>(to_halves(value(i, L), value(i + L, L), dst)), dst + i);
+    for (; i + 2 * L <= n; i += 2 * L)
+      store_non_temporal(Vec<Half>(to_halves(value(i, L), value(i + L, L), dst)), dst + i);
   } else {
     for (; i + 2 * L <= n; i += 2 * L) to_halves(value(i, L), value(i + L, L), dst).store(dst + i);
   }
@@ -493,8 +504,8 @@ inline void store_run_as(const T* src, int64_t n, S* dst, Store how) {
 // dst[at, at + n) = src[0, n).
 template <typename T>
 inline void store_run(const T* src, int64_t n, void* dst, DType type, int64_t at, Store how = Store::kCached) {
-  with_type(type, [&](auto tag) {
-    using S = typename decltype(tag)::Type;
+  with_type(type, [&](auto element) {
+    using S = typename decltype(element)::Type;
     store_run_as(src, n, static_cast<S*>(dst) + at, how);
   });
 }

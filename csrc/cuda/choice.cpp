@@ -18,9 +18,9 @@ int whole_warps(int64_t threads) { return static_cast<int>(divide_up(threads, 32
 }  // namespace
 
 Choice choose(const RowShape& shape, const Device& device) {
-  if (!shape.rows) return {shape.classes <= kSmallClasses ? Kernel::kTile : Kernel::kColumns};
-  if (shape.kept_chunks == 0) return {Kernel::kStream};
-  const int64_t threads = divide_up(shape.classes * shape.element_bytes / 16, shape.kept_chunks);
+  if (shape.kind == LayoutKind::kColumns) return {shape.classes <= kSmallClasses ? Kernel::kTile : Kernel::kColumns};
+  if (shape.register_chunks == 0) return {Kernel::kTwoPass};
+  const int64_t threads = divide_up(shape.classes * shape.element_bytes / 16, shape.register_chunks);
   for (int lanes = 8; lanes <= 32; lanes *= 2)
     if (threads <= lanes) return {Kernel::kWarp, lanes};
   if (threads <= kClusterThreads) return {Kernel::kBlock, whole_warps(threads)};
@@ -31,7 +31,7 @@ Choice choose(const RowShape& shape, const Device& device) {
     if (threads <= cluster * most_threads) return {Kernel::kCluster, whole_warps(divide_up(threads, cluster)), cluster};
   }
   if (threads <= kMostThreads) return {Kernel::kBlock, whole_warps(threads)};
-  return {Kernel::kStream};
+  return {Kernel::kTwoPass};
 }
 
 const char* name_of(Kernel kernel) {
@@ -41,7 +41,7 @@ const char* name_of(Kernel kernel) {
     case Kernel::kWarp: return "warp";
     case Kernel::kBlock: return "block";
     case Kernel::kCluster: return "cluster";
-    case Kernel::kStream: return "stream";
+    case Kernel::kTwoPass: return "two_pass";
   }
   return "";
 }

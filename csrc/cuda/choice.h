@@ -7,7 +7,7 @@
 namespace softmax_ext {
 namespace cuda {
 
-enum class Kernel { kTile, kColumns, kWarp, kBlock, kCluster, kStream };
+enum class Kernel { kTile, kColumns, kWarp, kBlock, kCluster, kTwoPass };
 
 struct Choice {
   Kernel kernel;
@@ -17,10 +17,10 @@ struct Choice {
 
 // What the choice depends on. Chunks are of 16 bytes of the inputs.
 struct RowShape {
-  bool rows;  // classes are adjacent
+  LayoutKind kind;
   int64_t classes;
   int element_bytes;
-  int kept_chunks;  // that a thread can keep of each input; 0: none
+  int register_chunks;  // that a thread can keep of each input; 0: none
 };
 
 Choice choose(const RowShape& shape, const Device& device);

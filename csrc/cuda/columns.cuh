@@ -1,5 +1,5 @@
-// The kernel for rows of many classes that are apart in memory: in stream_columns the lanes of a warp are adjacent rows. Op is
-// as in rows.cuh.
+// The kernel for rows of many classes that are not adjacent in memory: lane_rows, in which the lanes of a warp are
+// adjacent rows. Op is as in rows.cuh.
 #pragma once
 
 #include "rows.cuh"
@@ -23,8 +23,8 @@ __device__ __forceinline__ void reduce_columns(V& value, V* shared) {
   value = shared[lane];
 }
 
-// The pointer n elements on, as a value that the compiler does not take apart: it would keep all of a loop's offsets, for which
-// it has no registers.
+// The pointer n elements on. The compiler does not see where it came from: otherwise it would hold the offsets of a
+// whole loop, for which it has no registers.
 template <typename E>
 __device__ __forceinline__ E* advanced(E* pointer, int64_t n) {
   pointer += n;
@@ -86,7 +86,7 @@ struct Column {
       typename Op::T max = sums.max;
 #pragma unroll
       for (int k = 0; k < kClasses; k++)
-        if (c + k * step < last) max = larger(max, op.level(part.elements(k)));
+        if (c + k * step < last) max = larger(max, op.logit(part.elements(k)));
       sums.raise(max);
     }
 #pragma unroll
@@ -96,15 +96,15 @@ struct Column {
 
   __device__ __forceinline__ void write(const Op& op, const typename Op::Context& context,
                                         const typename Op::Coefficients& coefficients, const Part& part, int c,
-                                        bool clears, typename Op::Out* output, int64_t output_stride) const {
+                                        bool zero_gradient, typename Op::Out* output, int64_t output_stride) const {
     typename Op::Out* to = output + c * output_stride;
 #pragma unroll
     for (int k = 0; k < kClasses; k++, to = advanced(to, step * output_stride)) {
       const int own = c + k * step;
       if (own >= last) break;
       const Elements<Op> x = part.elements(k);
-      if (op.has_extra && !clears) op.extra(context, coefficients, x, own);
-      if (op.writes) narrow(clears ? typename Op::T(0) : op.value(context, coefficients, x, own), *to);
+      if (op.writes_second && !zero_gradient) op.write_second(context, coefficients, x, own);
+      if (op.writes) narrow(zero_gradient ? typename Op::T(0) : op.value(context, coefficients, x, own), *to);
     }
   }
 };
@@ -112,9 +112,9 @@ struct Column {
 // Rows of few classes stay in registers, others are read again.
 template <typename Op>
 __global__ void __launch_bounds__(Op::kColumns.warps* kWarp, 2)
-    stream_columns(const __grid_constant__ Op op, unsigned tiles) {
+    lane_rows(const __grid_constant__ Op op, unsigned tiles) {
   constexpr int kClasses = Op::kColumns.classes;
-  if (op.idle()) return;
+  if (op.is_noop()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t inner = static_cast<int64_t>(blockIdx.x - outer * tiles) * kWarp + threadIdx.x % kWarp;
@@ -123,11 +123,11 @@ __global__ void __launch_bounds__(Op::kColumns.warps* kWarp, 2)
   auto context = op.fetch(at);
   const Column<Op> column(op, at, threadIdx.x / kWarp, exists ? layout.classes : 0, blockDim.x / kWarp);
   auto part = column.load(column.first);
-  op.begin(context);
-  op.keep(context, leader, [&](int c) { return column.load_one(c).of[0]; });
+  op.decode_target(context);
+  op.read_target_logit(context, leader, [&](int c) { return column.load_one(c).of[0]; });
   LongSums<Op> sums;
   if (op.reduces) {
-    for (int c = column.first; c < column.last && !op.skips(context);) {
+    for (int c = column.first; c < column.last && !op.skip_row(context);) {
       column.add(op, context, part, c, sums.next(kClasses));
       c += kClasses * column.step;
       if (c < column.last) part = column.load(c);
@@ -136,20 +136,20 @@ __global__ void __launch_bounds__(Op::kColumns.warps* kWarp, 2)
     reduce_columns(sums.total, shared_memory<typename Op::Sums>());
   }
   const auto coefficients = op.finish(context, sums.total, leader);
-  if (!op.writes && !op.has_extra) return;
-  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
-  const bool clears = op.clears(context);
+  if (!op.writes && !op.writes_second) return;
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read the target's logit
+  const bool zero_gradient = op.zero_gradient(context);
   typename Op::Out* const output = op.output(at);
   const int64_t stride = layout.class_stride[Op::kOutputOperand];
-  const bool kept = !op.reduces || column.last <= kClasses * column.step;
+  const bool in_registers = !op.reduces || column.last <= kClasses * column.step;
   for (int c = column.first; c < column.last; c += kClasses * column.step) {
-    if (!kept || c != column.first) part = column.load(c);
-    column.write(op, context, coefficients, part, c, clears, output, stride);
+    if (!in_registers || c != column.first) part = column.load(c);
+    column.write(op, context, coefficients, part, c, zero_gradient, output, stride);
   }
   __syncthreads();
   int c;
   typename Op::T value;
-  if (op.writes && leader && op.apart(context, coefficients, c, value)) narrow(value, output[c * stride]);
+  if (op.writes && leader && op.target_override(context, coefficients, c, value)) narrow(value, output[c * stride]);
 }
 
 }  // namespace cuda

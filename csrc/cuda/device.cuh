@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../row_math.h"
 #include "kernels.h"
 
 namespace softmax_ext {
@@ -44,26 +45,27 @@ __device__ __forceinline__ void clear(E& element) {
   narrow(decltype(widen(element))(0), element);
 }
 
+// The half types of visit_dtype().
+struct Halves {
+  using BFloat16 = __nv_bfloat16;
+  using Float16 = __half;
+};
+
 // One element of an array whose type is known at run time.
 template <typename T>
 __device__ __forceinline__ T load_value(const void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: return static_cast<T>(static_cast<const double*>(data)[i]);
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kBFloat16: return widen(static_cast<const __nv_bfloat16*>(data)[i]);
-    case DType::kFloat16: return widen(static_cast<const __half*>(data)[i]);
-  }
-  return 0;
+  return visit_dtype<Halves>(type, [=](auto element) {
+    using E = typename decltype(element)::Type;
+    return static_cast<T>(widen(static_cast<const E*>(data)[i]));
+  });
 }
 
 template <typename T>
 __device__ __forceinline__ void store_value(T value, void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: narrow(value, static_cast<double*>(data)[i]); break;
-    case DType::kFloat32: narrow(value, static_cast<float*>(data)[i]); break;
-    case DType::kBFloat16: narrow(value, static_cast<__nv_bfloat16*>(data)[i]); break;
-    case DType::kFloat16: narrow(value, static_cast<__half*>(data)[i]); break;
-  }
+  visit_dtype<Halves>(type, [=](auto element) {
+    using E = typename decltype(element)::Type;
+    narrow(value, static_cast<E*>(data)[i]);
+  });
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
@@ -109,6 +111,27 @@ __device__ __forceinline__ T multiply_or_zero(T b, T d) {
   return b == 0 ? T(0) : b * d;
 }
 
+// The functions of row_math.h.
+template <typename T>
+struct ScalarMath {
+  using Value = T;
+
+  __device__ __forceinline__ static T select(bool condition, T yes, T no) { return condition ? yes : no; }
+  __device__ __forceinline__ static T multiply_or_zero(T b, T d) { return cuda::multiply_or_zero(b, d); }
+  __device__ __forceinline__ static T multiply_add(T a, T b, T c) { return cuda::multiply_add(a, b, c); }
+  __device__ __forceinline__ static T multiply_subtract(T a, T b, T c) { return cuda::multiply_add(a, b, -c); }
+  __device__ __forceinline__ static T divide(T a, T b) { return cuda::divide(a, b); }
+  __device__ __forceinline__ static T log1p(T x) { return log1p_of(x); }
+  __device__ __forceinline__ static T tanh(T x) { return tanh_of(x); }
+};
+
+template <typename T>
+__device__ __forceinline__ T row_value(const RowValues& values, int64_t row) {
+  if (!values.given) return 0;
+  const T value = values.data ? load_value<T>(values.data, values.dtype, row * values.stride) : T(1);
+  return values.divisor ? divide(value, static_cast<T>(*values.divisor)) : value;
+}
+
 // ---- chunks of 16 bytes ------------------------------------------------------------------------------------------
 
 // kSize adjacent elements: a multiple of 16 bytes, or 8 where the elements are half as wide as those that cut the row.
@@ -125,8 +148,8 @@ struct alignas(kSize * sizeof(E) % 16 == 0 ? 16 : 8) Chunk {
   }
 };
 
-// How a row of n elements of type S is cut: `head` elements, `chunks` of 16 bytes that are aligned in memory, and the rest.
-// The elements before and behind the chunks are the loose ones, fewer than 2 kSize.
+// How a row of n elements of type S is cut: `head` elements, `chunks` of 16 bytes that are aligned in memory, and the
+// rest. The elements before and behind the chunks are the loose ones, fewer than 2 kSize.
 template <typename S>
 struct Cut {
   static constexpr int kSize = 16 / sizeof(S);
@@ -188,8 +211,8 @@ struct Row {
 
 // ---- layouts -----------------------------------------------------------------------------------------------------
 
-// A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31 blocks
-// of one outer index each, so that indices are divided in 32 bits.
+// A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31
+// blocks of one outer index each, so that indices are divided in 32 bits.
 struct DeviceDim {
   unsigned size;
   int64_t stride[kOperands];

@@ -10,8 +10,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-// The rows of a tile: one for each thread; fewer where their classes do not fit in shared memory; several where they are so
-// few that too little would be under way, if that leaves several tiles for each block that runs at a time.
+// The rows of a tile: one for each thread; fewer where their classes do not fit in shared memory; several where they
+// are so few that too little would be under way, if that leaves several tiles for each block that runs at a time.
 inline int rows_per_tile(const Layout& layout, int64_t row_bytes, const Device& device) {
   constexpr int64_t kMostBytes = 48 << 10, kEnoughBytes = 12 << 10, kTilesEach = 4;
   const int64_t enough_tiles = kTilesEach * kTileBlocks * device.multiprocessors;
@@ -37,7 +37,7 @@ void launch_columns(const char* name, const Op& op, cudaStream_t stream) {
   while (warps < Op::kColumns.warps && warps * Op::kColumns.classes < op.layout.classes) warps *= 2;
   const int64_t tiles = (op.layout.inner + kWarp - 1) / kWarp;
   const int shared = op.reduces ? static_cast<int>(sizeof(typename Op::Sums)) * warps * kWarp : 0;
-  launch(name, stream_columns<Op>, {tiles * op.layout.outer, warps * kWarp, 1, shared}, stream, op, tiles);
+  launch(name, lane_rows<Op>, {tiles * op.layout.outer, warps * kWarp, 1, shared}, stream, op, tiles);
 }
 
 // Into how many parts a row is split where its parts need not wait for each other, so that few rows fill the device.
@@ -47,16 +47,16 @@ inline int row_parts(int64_t rows, int64_t chunks_at_once, int64_t chunks, const
 }
 
 template <typename Op>
-void launch_stream(const char* name, const Op& op, const Device& device, cudaStream_t stream) {
+void launch_two_pass(const char* name, const Op& op, const Device& device, cudaStream_t stream) {
   const int64_t chunks = op.layout.classes / InputChunk<Op>::kSize;
-  const int threads = static_cast<int>(std::clamp<int64_t>(chunks / kWarp * kWarp, 2 * kWarp, kStreamBlock));
-  const int parts = op.reduces ? 1 : row_parts(op.layout.outer, threads * Op::kStreamChunks, chunks, device);
-  launch(name, stream_rows<Op>, {op.layout.outer * parts, threads, 1, shared_bytes<typename Op::Sums>(Scope::kBlock)},
+  const int threads = static_cast<int>(std::clamp<int64_t>(chunks / kWarp * kWarp, 2 * kWarp, kTwoPassBlock));
+  const int parts = op.reduces ? 1 : row_parts(op.layout.outer, threads * Op::kTwoPassChunks, chunks, device);
+  launch(name, two_pass_rows<Op>, {op.layout.outer * parts, threads, 1, shared_bytes<typename Op::Sums>(Scope::kBlock)},
          stream, op, parts);
 }
 
 template <typename Op>
-Grid kept_grid(const Choice& choice, Scope scope, int64_t rows) {
+Grid register_grid(const Choice& choice, Scope scope, int64_t rows) {
   const int64_t rows_per_block = scope == Scope::kWarp ? kWarpBlock / choice.threads : 1;
   const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * choice.cluster;
   const int threads = scope == Scope::kWarp ? kWarpBlock : choice.threads;
@@ -64,18 +64,18 @@ Grid kept_grid(const Choice& choice, Scope scope, int64_t rows) {
 }
 
 template <typename Op>
-void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
-  if constexpr (Op::kKeptChunks > 0) {
+void launch_register(const char* name, const Op& op, const Choice& choice, cudaStream_t stream) {
+  if constexpr (Op::kRegisterChunks > 0) {
     const int64_t rows = op.layout.outer;
     const auto launch_as = [&](auto kernel, Scope scope) {
-      launch(name, kernel, kept_grid<Op>(choice, scope, rows), stream, op, choice.threads, rows);
+      launch(name, kernel, register_grid<Op>(choice, scope, rows), stream, op, choice.threads, rows);
     };
     if (choice.kernel == Kernel::kWarp)
-      launch_as(kept_rows<Op, Scope::kWarp>, Scope::kWarp);
+      launch_as(register_rows<Op, Scope::kWarp>, Scope::kWarp);
     else if (choice.kernel == Kernel::kBlock)
-      launch_as(kept_rows<Op, Scope::kBlock>, Scope::kBlock);
+      launch_as(register_rows<Op, Scope::kBlock>, Scope::kBlock);
     else
-      launch_as(kept_rows<Op, Scope::kCluster>, Scope::kCluster);
+      launch_as(register_rows<Op, Scope::kCluster>, Scope::kCluster);
   }
 }
 
@@ -83,13 +83,13 @@ void launch_kept(const char* name, const Op& op, const Choice& choice, cudaStrea
 template <typename Op>
 Choice choose_for(const RowShape& shape, Device device) {
   Choice choice = choose(shape, device);
-  if constexpr (Op::kKeptChunks > 0) {
-    const auto kernel = kept_rows<Op, Scope::kCluster>;
+  if constexpr (Op::kRegisterChunks > 0) {
+    const auto kernel = register_rows<Op, Scope::kCluster>;
     if (choice.kernel == Kernel::kCluster) {
       device.capability = capability_of_code(kernel);
       choice = choose(shape, device);
     }
-    if (choice.cluster > kPortableCluster && !fits(kernel, kept_grid<Op>(choice, Scope::kCluster, 1))) {
+    if (choice.cluster > kPortableCluster && !fits(kernel, register_grid<Op>(choice, Scope::kCluster, 1))) {
       device.cluster_blocks = kPortableCluster;
       choice = choose(shape, device);
     }
@@ -97,9 +97,9 @@ Choice choose_for(const RowShape& shape, Device device) {
   return choice;
 }
 
-// `streams`: the row is read again although it could be kept.
+// two_passes: the row is read again although it fits into registers.
 template <typename Op>
-void launch_op(const char* name, const Op& op, const Layout& layout, bool streams, cudaStream_t stream) {
+void launch_op(const char* name, const Op& op, const Layout& layout, bool two_passes, cudaStream_t stream) {
   if (op.layout.outer == 0 || op.layout.inner == 0) return;
   constexpr int64_t kMostClasses = INT32_MAX - (1 << 16);  // so that a step beyond the last one is an int
   if (layout.classes > kMostClasses || layout.outer > UINT32_MAX)
@@ -107,12 +107,13 @@ void launch_op(const char* name, const Op& op, const Layout& layout, bool stream
                              " classes, and a tensor 2^32 rows.");
   const Device device = current_device();
   const Choice choice = choose_for<Op>(
-      {layout.rows, layout.classes, static_cast<int>(sizeof(typename Op::In)), streams ? 0 : Op::kKeptChunks}, device);
+      {layout.kind, layout.classes, static_cast<int>(sizeof(typename Op::In)), two_passes ? 0 : Op::kRegisterChunks},
+      device);
   switch (choice.kernel) {
     case Kernel::kTile: return launch_tile(name, op, layout, device, stream);
     case Kernel::kColumns: return launch_columns(name, op, stream);
-    case Kernel::kStream: return launch_stream(name, op, device, stream);
-    default: return launch_kept(name, op, choice, stream);
+    case Kernel::kTwoPass: return launch_two_pass(name, op, device, stream);
+    default: return launch_register(name, op, choice, stream);
   }
 }
 

@@ -1,5 +1,5 @@
-// The threads that work on one row: part of a warp, a block, or the blocks of a cluster; their barrier, and the reduction
-// that leaves the same bits in all of them.
+// The threads that work on one row: part of a warp, a block, or the blocks of a cluster; their barrier, and the
+// reduction that leaves the same bits in all of them.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -81,8 +81,8 @@ struct Group<Scope::kBlock> {
   }
 };
 
-// Values of a cluster's blocks go through slot kWarp of each block's shared memory. The last thing a kernel does with the
-// group must be sync(): a block that has left takes its shared memory with it.
+// Values of a cluster's blocks go through slot kWarp of each block's shared memory. The last thing a kernel does with
+// the group must be sync(): a block that has left takes its shared memory with it.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 template <>
 struct Group<Scope::kCluster> {

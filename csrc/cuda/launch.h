@@ -51,8 +51,8 @@ inline Device current_device() {
   return answer;
 }
 
-// The compute capability that the code of a kernel was written for, which is less than the device's where the driver made
-// it from older PTX: kernels for clusters are empty there.
+// The compute capability that the code of a kernel was written for, which is less than the device's where the driver
+// made it from older PTX: kernels for clusters are empty there.
 template <typename... Parameters>
 int capability_of_code(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;

@@ -1,31 +1,47 @@
-// The kernels for rows whose classes are adjacent in memory: kept_rows, which holds the row in registers between its
-// reduction and its output, and stream_rows, which reads it a second time.
+// The kernels for rows whose classes are adjacent in memory. register_rows holds a row in registers between its
+// reduction and its output. two_pass_rows reads it a second time.
 //
-// Both, and those of columns.cuh, are written over an Op, which says what is reduced and what is written:
+// Both, and those of columns.cuh and tiles.cuh, are written over an Op, which says what is reduced and what is written:
 //
-//   In, Out, T                       type of the inputs' elements, of the output's, and of the arithmetic
-//   kInputs, kMaximum                how many inputs of the row's length; whether Sums have a maximum to be raised first
-//   kStreamChunks                    16-byte chunks of each input that are loaded at once where the row is read again
-//   kColumns                         the shape of stream_columns (columns.cuh)
-//   kKeptChunks                      16-byte chunks of each input that a thread can keep; 0: the row is read again
-//   Sums, Context, Coefficients      see below; Sums merge as in sums.cuh
-//   layout, reduces, writes          DeviceLayout; whether there is a reduction, and an output
-//   never_kept()                     what is true of no Op that kept_rows is launched with
-//   idle()                           whether the output is what is there already
-//   overwrites()                     whether the output overwrites what a leader keeps
-//   input(i, at), output(at)         where the row at a Position begins
-//   fetch(at) -> Context             the row's own data, which is loaded; nothing waits for it
-//   begin(context)                   what follows from it
-//   keep(context, leader, value)     more of that; the leader also keeps what the output may overwrite, the logit value(c)
-//                                    of a class. Apart from begin, so that the row's loads are under way
-//   skips(context)                   whether the row is not read and its output is 0
-//   clears(context)                  whether its output is 0, be it read or not
-//   level(x)                         of the elements x of all inputs: what the maximum is taken of
-//   add(sums, context, x, c)         adds class c, sums.max being no smaller than its level
-//   finish(context, sums, leader)    -> Coefficients; the leader writes what there is of the row besides the output
-//   value(context, coefficients, x, c)             the output of class c
-//   apart(context, coefficients, &c, &value)       whether one class has an output that is computed apart
-//   extra(context, coefficients, x, c)             writes a second output of class c (not in kept_rows)
+//   In, Out, T            type of the inputs' elements, of the output's, and of the arithmetic
+//   kInputs               how many inputs of the row's length there are
+//   kMaximum              whether Sums have a maximum, which is to be raised before anything is added
+//   kTwoPassChunks        16-byte chunks of each input that two_pass_rows loads at once
+//   kRegisterChunks       16-byte chunks of each input that a thread can hold; 0: the row is always read again
+//   kColumns              the shape of lane_rows (columns.cuh)
+//   Sums                  what the reduction collects; they merge as in sums.cuh
+//   Context               what is known of one row
+//   Coefficients          what the output is computed from
+//   layout                DeviceLayout
+//   reduces, writes       whether there is a reduction, and an output
+//   writes_second         whether there is a second output; register_rows has none
+//
+// Functions that say what a call needs:
+//
+//   never_in_registers()  false in every launch of register_rows; lets the compiler drop what hangs on it
+//   is_noop()             whether the output is there already
+//   overwrites()          whether the output takes the memory that read_target_logit() reads
+//
+// and those of one row, in the order in which they are called. Loads take long, so that whatever does not need what is
+// loaded comes first.
+//
+//   input(i, at), output(at)                   where the row begins
+//   fetch(at) -> Context                       loads the row's target and state; nothing waits for them yet
+//   [the loads of the row's first chunks are issued here]
+//   decode_target(context)                     waits for the target
+//   skip_row(context)                          whether the row is not read, and its output is 0
+//   [the loads of its other chunks]
+//   read_target_logit(context, leader, value)  the leader alone reads value(y), the logit of the target class, now: the
+//                                              output may overwrite it
+//   logit(x)                                   of the elements x of all inputs: what the maximum is taken of
+//   add(sums, context, x, c)                   adds class c; sums.max is no smaller than its logit
+//   finish(context, sums, leader) -> Coefficients
+//                                              the leader writes what there is of the row besides the output
+//   zero_gradient(context)                     whether the output is 0, be the row read or not
+//   value(context, coefficients, x, c)         the output of class c
+//   target_override(context, coefficients, &c, &value)
+//                                              whether one class has another output, which is computed with more care
+//   write_second(context, coefficients, x, c)  writes the second output of class c
 #pragma once
 
 #include "group.cuh"
@@ -34,8 +50,8 @@
 namespace softmax_ext {
 namespace cuda {
 
-// Of stream_columns: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
-// multiprocessor, so that what has eight warps has twice the registers.
+// Of lane_rows: classes that a thread loads at once, and the most warps of a block. Two such blocks fit on a
+// multiprocessor: a thread of a block of eight warps has twice the registers of one of sixteen.
 struct ColumnShape {
   int classes, warps;
 };
@@ -100,7 +116,7 @@ __device__ __forceinline__ void add_elements(const Op& op, const typename Op::Co
   if constexpr (Op::kMaximum) {
     typename Op::T max = sums.max;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) max = larger(max, op.level(element(i)));
+    for (int i = 0; i < kCount; i++) max = larger(max, op.logit(element(i)));
     sums.raise(max);
   }
 #pragma unroll
@@ -137,7 +153,7 @@ template <typename Op>
 __device__ __forceinline__ void write_one(const Op& op, const typename Op::Context& context,
                                           const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
                                           const Elements<Op>& x, int c) {
-  if (op.has_extra) op.extra(context, coefficients, x, c);
+  if (op.writes_second) op.write_second(context, coefficients, x, c);
   if (op.writes) narrow(op.value(context, coefficients, x, c), row.output.data[c]);
 }
 
@@ -146,8 +162,8 @@ __device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Con
                                             const typename Op::Coefficients& coefficients, const RowOperands<Op>& row,
                                             const InputChunk<Op>& chunk, int at) {
   constexpr int kSize = InputChunk<Op>::kSize;
-  if (op.has_extra)
-    for (int i = 0; i < kSize; i++) op.extra(context, coefficients, chunk.elements(i), at + i);
+  if (op.writes_second)
+    for (int i = 0; i < kSize; i++) op.write_second(context, coefficients, chunk.elements(i), at + i);
   if (!op.writes) return;
   Chunk<typename Op::Out, kSize> out;
 #pragma unroll
@@ -157,52 +173,52 @@ __device__ __forceinline__ void write_chunk(const Op& op, const typename Op::Con
 
 // Writes 0 to the chunks first, first + step, ... of a row, up to `last`.
 template <typename Op>
-__device__ __forceinline__ void clear_chunks(const RowOperands<Op>& row, int first, int last, int step) {
+__device__ __forceinline__ void zero_chunks(const RowOperands<Op>& row, int first, int last, int step) {
   Chunk<typename Op::Out, InputChunk<Op>::kSize> zero;
 #pragma unroll
   for (int i = 0; i < InputChunk<Op>::kSize; i++) clear(zero.element[i]);
   for (int chunk = first; chunk < last; chunk += step) row.output.store(row.cut.of_chunk(chunk), zero);
 }
 
-// The class whose output is computed apart, if it is one of [first, last).
+// Writes the output of the class that has an override, if it is one of [first, last).
 template <typename Op>
-__device__ __forceinline__ void write_apart(const Op& op, const typename Op::Context& context,
-                                            const typename Op::Coefficients& coefficients, typename Op::Out* output,
-                                            int first, int last) {
+__device__ __forceinline__ void write_target_override(const Op& op, const typename Op::Context& context,
+                                                      const typename Op::Coefficients& coefficients,
+                                                      typename Op::Out* output, int first, int last) {
   int c;
   typename Op::T value;
-  if (op.apart(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
+  if (op.target_override(context, coefficients, c, value) && c >= first && c < last) narrow(value, output[c]);
 }
 
-// What an Op needs not have: an Op without context whose rows are all read and written.
+// What an Op without context need not define: its rows are all read and written.
 template <typename Arithmetic>
 struct SimpleOp {
   using T = Arithmetic;
   struct Context {};
-  static constexpr bool reduces = true, writes = true, has_extra = false;
+  static constexpr bool reduces = true, writes = true, writes_second = false;
 
-  __device__ __forceinline__ bool never_kept() const { return false; }
-  __device__ __forceinline__ bool idle() const { return false; }
+  __device__ __forceinline__ bool never_in_registers() const { return false; }
+  __device__ __forceinline__ bool is_noop() const { return false; }
   __device__ __forceinline__ bool overwrites() const { return false; }
   __device__ __forceinline__ Context fetch(const Position&) const { return {}; }
   template <typename C>
-  __device__ __forceinline__ void begin(C&) const {}
+  __device__ __forceinline__ void decode_target(C&) const {}
   template <typename C, typename Value>
-  __device__ __forceinline__ void keep(C&, bool, const Value&) const {}
+  __device__ __forceinline__ void read_target_logit(C&, bool, const Value&) const {}
   template <typename C>
-  __device__ __forceinline__ bool skips(const C&) const {
+  __device__ __forceinline__ bool skip_row(const C&) const {
     return false;
   }
   template <typename C>
-  __device__ __forceinline__ bool clears(const C&) const {
+  __device__ __forceinline__ bool zero_gradient(const C&) const {
     return false;
   }
   template <typename C, typename K>
-  __device__ __forceinline__ bool apart(const C&, const K&, int&, T&) const {
+  __device__ __forceinline__ bool target_override(const C&, const K&, int&, T&) const {
     return false;
   }
   template <typename C, typename K, typename X>
-  __device__ __forceinline__ void extra(const C&, const K&, const X&, int) const {}
+  __device__ __forceinline__ void write_second(const C&, const K&, const X&, int) const {}
 };
 
 // ---- a row in registers --------------------------------------------------------------------------------------------
@@ -212,14 +228,14 @@ constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of 
 // A thread's part of a row: chunks thread, thread + size, ..., and loose elements in the same way. kThreads: the fewest
 // that share a row.
 template <typename Op, int kThreads>
-struct KeptRow {
-  static constexpr int kChunks = Op::kKeptChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
+struct RegisterRow {
+  static constexpr int kChunks = Op::kRegisterChunks, kFirst = kChunks / 2, kSize = InputChunk<Op>::kSize;
   static constexpr int kLoose = (2 * kSize - 2 + kThreads - 1) / kThreads;
   InputChunk<Op> chunk[kChunks];
   Elements<Op> loose[kLoose];
 
-  // Two halves, so that the first is under way before it is known whether the row is needed: what an ignored row costs.
-  // All loads are under way before the first value is used.
+  // In two halves. The loads of the first are issued before it is known whether the row is ignored. All are issued
+  // before the first value is used.
   __device__ __forceinline__ void load_half(int half, const RowOperands<Op>& row, int thread, int size) {
 #pragma unroll
     for (int k = half == 0 ? 0 : kFirst; k < (half == 0 ? kFirst : kChunks); k++)
@@ -238,7 +254,7 @@ struct KeptRow {
       for (int k = 0; k < kChunks; k++)
         if (thread + k * size < row.cut.chunks) {
 #pragma unroll
-          for (int i = 0; i < kSize; i++) max = larger(max, op.level(chunk[k].elements(i)));
+          for (int i = 0; i < kSize; i++) max = larger(max, op.logit(chunk[k].elements(i)));
           chunk[k].hide();
         }
       sums.raise(max);
@@ -275,71 +291,72 @@ struct KeptRow {
   }
 };
 
-// The second bound: six blocks of warps with rows of their own fit on a multiprocessor. For the others 0, no number at all:
-// with one in its place the compiler spills a register somewhere that it need not.
+// Six blocks fit on a multiprocessor where each row has a warp or less. The others have no bound on blocks (0): with
+// one, nvcc spills.
 template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : 1024, kScope == Scope::kWarp ? 6 : 0)
-    kept_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
+    register_rows(const __grid_constant__ Op op, int threads_per_row, unsigned rows) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   constexpr bool kRuns = true;
 #else
   constexpr bool kRuns = kScope != Scope::kCluster;
 #endif
   if constexpr (kRuns) {
-    if (op.never_kept()) __builtin_unreachable();  // spares the registers
+    if (op.never_in_registers()) __builtin_unreachable();
     const Group<kScope> group(threads_per_row);
     const bool exists = group.row < rows, leader = exists && group.thread == 0;
     const Position at = locate(op.layout, exists ? group.row : 0, 0);
     auto context = op.fetch(at);
     const RowOperands<Op> row(op, at, exists ? op.layout.classes : 0);
-    KeptRow<Op, kScope == Scope::kWarp ? 8 : kWarp> kept;
-    kept.load_half(0, row, group.thread, group.size);
-    op.begin(context);
-    const bool skips = op.skips(context);
-    if (!skips) kept.load_half(1, row, group.thread, group.size);
-    op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
+    RegisterRow<Op, kScope == Scope::kWarp ? 8 : kWarp> in_registers;
+    in_registers.load_half(0, row, group.thread, group.size);
+    op.decode_target(context);
+    const bool skip_row = op.skip_row(context);
+    if (!skip_row) in_registers.load_half(1, row, group.thread, group.size);
+    op.read_target_logit(context, leader, [&](int c) { return row.load_one(c).of[0]; });
     typename Op::Sums sums;
     if (op.reduces) {
-      if (!skips) kept.add(op, context, row, group.thread, group.size, sums);
+      if (!skip_row) in_registers.add(op, context, row, group.thread, group.size, sums);
       group.reduce(sums);
     }
     const auto coefficients = op.finish(context, sums, leader);
-    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read what it keeps
-    if (op.writes && op.clears(context))
-      kept.clear(row, group.thread, group.size);
+    if (!op.reduces && op.overwrites()) group.sync();  // the leader has read the target's logit
+    if (op.writes && op.zero_gradient(context))
+      in_registers.clear(row, group.thread, group.size);
     else if (op.writes)
-      kept.write(op, context, coefficients, row, group.thread, group.size);
+      in_registers.write(op, context, coefficients, row, group.thread, group.size);
     group.sync();
-    if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, 0, op.layout.classes);
+    if (op.writes && leader) write_target_override(op, context, coefficients, row.output.data, 0, op.layout.classes);
   }
 }
 
 // ---- a row read again ----------------------------------------------------------------------------------------------
 
-constexpr int kStreamBlock = 512;
+constexpr int kTwoPassBlock = 512;
 
-// A block for each row, or, without a reduction, for each of `parts` of it. Of those, only the part that holds class y uses
-// what its leader has read there; another may have read what that part has written.
+// A block for each row. Without a reduction a row may have several blocks, one for each of its `parts`. The leader of
+// each reads the target's logit, which another part may have overwritten by then: only the part that holds class y uses
+// it.
 template <typename Op>
-__global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_constant__ Op op, unsigned parts) {
-  constexpr int kChunks = Op::kStreamChunks, kSize = InputChunk<Op>::kSize;
-  if (op.idle()) return;
+__global__ void __launch_bounds__(kTwoPassBlock, 1) two_pass_rows(const __grid_constant__ Op op, unsigned parts) {
+  constexpr int kChunks = Op::kTwoPassChunks, kSize = InputChunk<Op>::kSize;
+  if (op.is_noop()) return;
   const unsigned outer = blockIdx.x / parts;
   const int last_part = static_cast<int>(parts) - 1, part = static_cast<int>(blockIdx.x - outer * parts);
   const Position at = locate(op.layout, outer, 0);
   const bool leader = threadIdx.x == 0;
   auto context = op.fetch(at);
-  op.begin(context);
+  op.decode_target(context);
   const RowOperands<Op> row(op, at, op.layout.classes);
-  op.keep(context, leader, [&](int c) { return row.load_one(c).of[0]; });
+  op.read_target_logit(context, leader, [&](int c) { return row.load_one(c).of[0]; });
   const int share = row.cut.chunks / parts + 1, begin = min(row.cut.chunks, part * share);
   const int end = min(row.cut.chunks, begin + share), first = begin + threadIdx.x, step = blockDim.x;
   const int loose = threadIdx.x;
-  const bool skips = op.skips(context);
+  const bool skip_row = op.skip_row(context);
   const bool has_loose = loose < row.cut.loose && part == (loose < row.cut.head ? 0 : last_part);
   LongSums<Op> sums;
   if (op.reduces) {
-    if (!skips) {
+    if (!skip_row) {
       int chunk = first;
       for (; chunk + (kChunks - 1) * step < end; chunk += kChunks * step) {
         InputChunk<Op> chunks[kChunks];
@@ -364,12 +381,12 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
     reduce_block(sums.total, shared_memory<typename Op::Sums>());
   }
   const auto coefficients = op.finish(context, sums.total, leader);
-  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read what it keeps
-  if (!op.writes && !op.has_extra) return;
+  if (!op.reduces && op.overwrites()) __syncthreads();  // the leader has read the target's logit
+  if (!op.writes && !op.writes_second) return;
   const int first_class = part == 0 ? 0 : row.cut.of_chunk(begin);
   const int last_class = part == last_part ? row.cut.n : row.cut.of_chunk(end);
-  if (op.clears(context)) {
-    clear_chunks(row, first, end, step);
+  if (op.zero_gradient(context)) {
+    zero_chunks(row, first, end, step);
     if (has_loose) clear(row.output.data[row.cut.of_loose(loose)]);
   } else {
     int chunk = first;
@@ -389,7 +406,7 @@ __global__ void __launch_bounds__(kStreamBlock, 1) stream_rows(const __grid_cons
     }
   }
   __syncthreads();
-  if (op.writes && leader) write_apart(op, context, coefficients, row.output.data, first_class, last_class);
+  if (op.writes && leader) write_target_override(op, context, coefficients, row.output.data, first_class, last_class);
 }
 
 }  // namespace cuda

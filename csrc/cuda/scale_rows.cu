@@ -15,7 +15,7 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   using Sums = Sum<T>;
   static constexpr int kInputs = 1, kOutputOperand = 0;
   static constexpr bool kMaximum = false, reduces = false;
-  static constexpr int kStreamChunks = 4, kKeptChunks = 0;
+  static constexpr int kTwoPassChunks = 4, kRegisterChunks = 0;
   static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
 
   struct Context {
@@ -24,17 +24,16 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   struct Coefficients {};
 
   DeviceLayout layout;
-  void* data;
-  Upstream factor;
+  ScaleRowsParams params;
 
   // One factor for all rows, and that is 1.
-  __device__ __forceinline__ bool idle() const { return factor.stride == 0 && factor_of(0) == 1; }
+  __device__ __forceinline__ bool is_noop() const { return params.factor.stride == 0 && factor_of(0) == 1; }
   __device__ __forceinline__ T factor_of(int64_t row) const {
-    return load_value<T>(factor.data, factor.type, row * factor.stride);
+    return load_value<T>(params.factor.data, params.factor.dtype, row * params.factor.stride);
   }
 
   __device__ __forceinline__ static int input_operand(int) { return 0; }
-  __device__ __forceinline__ S* output(const Position& at) const { return static_cast<S*>(data) + at.offset[0]; }
+  __device__ __forceinline__ S* output(const Position& at) const { return static_cast<S*>(params.data) + at.offset[0]; }
   __device__ __forceinline__ const S* input(int, const Position& at) const { return output(at); }
   __device__ __forceinline__ Context fetch(const Position& at) const { return {factor_of(at.offset[kRow])}; }
   __device__ __forceinline__ void add(Sums&, const Context&, const Elements<ScaleOp>&, int) const {}
@@ -47,23 +46,18 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
 };
 
 template <typename S>
-void launch_typed(const ScaleRows& call, Stream stream) {
+void launch_typed(const ScaleRowsParams& params, const Layout& layout, Stream stream) {
   ScaleOp<S> op{};
-  op.layout = device_layout(call.layout);
-  op.data = call.data;
-  op.factor = call.factor;
-  launch_op("scale_rows", op, call.layout, true, stream);
+  op.layout = device_layout(layout);
+  op.params = params;
+  launch_op("scale_rows", op, layout, true, stream);
 }
 
 }  // namespace scale_rows_cu
 
-void scale_rows(const ScaleRows& call, Stream stream) {
-  switch (call.type) {
-    case DType::kFloat64: return launch_typed<double>(call, stream);
-    case DType::kFloat32: return launch_typed<float>(call, stream);
-    case DType::kBFloat16: return launch_typed<__nv_bfloat16>(call, stream);
-    case DType::kFloat16: return launch_typed<__half>(call, stream);
-  }
+void scale_rows(const ScaleRowsParams& params, const Layout& layout, Stream stream) {
+  visit_dtype<Halves>(params.dtype,
+                      [&](auto element) { launch_typed<typename decltype(element)::Type>(params, layout, stream); });
 }
 
 }  // namespace cuda

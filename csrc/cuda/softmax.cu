@@ -9,58 +9,47 @@ namespace cuda {
 inline namespace softmax_cu {
 
 template <typename S, typename O>
-void launch_forward(const Softmax& call, Stream stream) {
+void launch_forward(const SoftmaxParams& params, const Layout& layout, Stream stream) {
   SoftmaxOp<S, O> op{};
-  op.layout = device_layout(call.layout);
-  op.log = call.log;
-  op.from = call.input;
-  op.to = call.output;
-  launch_op("softmax", op, call.layout, false, stream);
+  op.layout = device_layout(layout);
+  op.params = params;
+  launch_op("softmax", op, layout, false, stream);
 }
 
 template <typename S, typename O>
-void launch_backward(const SoftmaxBackward& call, Stream stream) {
+void launch_backward(const SoftmaxBackwardParams& params, const Layout& layout, Stream stream) {
   SoftmaxBackwardOp<S, O> op{};
-  op.layout = device_layout(call.layout);
-  op.log = call.log;
-  op.saved = call.output;
-  op.gradient = call.grad_output;
-  op.to = call.grad_input;
-  launch_op("softmax_backward", op, call.layout, false, stream);
+  op.layout = device_layout(layout);
+  op.params = params;
+  launch_op("softmax_backward", op, layout, false, stream);
 }
 
 template <typename S>
-void launch_forward_from(const Softmax& call, Stream stream) {
+void launch_forward_from(const SoftmaxParams& params, const Layout& layout, Stream stream) {
   if constexpr (sizeof(S) == 2)
-    if (call.output_type == DType::kFloat32) return launch_forward<S, float>(call, stream);
-  launch_forward<S, S>(call, stream);
+    if (params.output_type == DType::kFloat32) return launch_forward<S, float>(params, layout, stream);
+  launch_forward<S, S>(params, layout, stream);
 }
 
 template <typename O>
-void launch_backward_to(const SoftmaxBackward& call, Stream stream) {
+void launch_backward_to(const SoftmaxBackwardParams& params, const Layout& layout, Stream stream) {
   if constexpr (sizeof(O) == 2)
-    if (call.output_type == DType::kFloat32) return launch_backward<float, O>(call, stream);
-  launch_backward<O, O>(call, stream);
+    if (params.output_type == DType::kFloat32) return launch_backward<float, O>(params, layout, stream);
+  launch_backward<O, O>(params, layout, stream);
 }
 
 }  // namespace softmax_cu
 
-void softmax(const Softmax& call, Stream stream) {
-  switch (call.input_type) {
-    case DType::kFloat64: return launch_forward_from<double>(call, stream);
-    case DType::kFloat32: return launch_forward_from<float>(call, stream);
-    case DType::kBFloat16: return launch_forward_from<__nv_bfloat16>(call, stream);
-    case DType::kFloat16: return launch_forward_from<__half>(call, stream);
-  }
+void softmax(const SoftmaxParams& params, const Layout& layout, Stream stream) {
+  visit_dtype<Halves>(params.input_type, [&](auto element) {
+    launch_forward_from<typename decltype(element)::Type>(params, layout, stream);
+  });
 }
 
-void softmax_backward(const SoftmaxBackward& call, Stream stream) {
-  switch (call.grad_input_type) {
-    case DType::kFloat64: return launch_backward_to<double>(call, stream);
-    case DType::kFloat32: return launch_backward_to<float>(call, stream);
-    case DType::kBFloat16: return launch_backward_to<__nv_bfloat16>(call, stream);
-    case DType::kFloat16: return launch_backward_to<__half>(call, stream);
-  }
+void softmax_backward(const SoftmaxBackwardParams& params, const Layout& layout, Stream stream) {
+  visit_dtype<Halves>(params.grad_input_type, [&](auto element) {
+    launch_backward_to<typename decltype(element)::Type>(params, layout, stream);
+  });
 }
 
 }  // namespace cuda

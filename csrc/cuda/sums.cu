@@ -1,5 +1,5 @@
-// What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order that
-// depends on the sizes alone, and the search for a class out of range.
+// What runs over the rows once besides the kernels of their classes: sums of losses and weights in double, in an order
+// that depends on the sizes alone, and the search for a class out of range.
 #include <algorithm>
 
 #include "group.cuh"
@@ -44,12 +44,12 @@ struct TargetWeights {
   const T* weight;
   int64_t classes, ignore_index;
 
-  explicit TargetWeights(const CrossEntropy& call, int64_t classes)
-      : index(call.index),
-        index_u8(call.index_u8),
-        weight(static_cast<const T*>(call.weight)),
+  explicit TargetWeights(const CrossEntropyParams<T>& params, int64_t classes)
+      : index(params.index),
+        index_u8(params.index_u8),
+        weight(params.weight),
         classes(classes),
-        ignore_index(call.ignore_index) {}
+        ignore_index(params.options.ignore_index) {}
 
   __device__ Totals operator()(int64_t row) const {
     if (!index && !index_u8) return {0, classes > 0 ? 1.0 : 0.0};
@@ -92,8 +92,8 @@ struct Results {
   }
 };
 
-// The sum of value(first), value(first + step), ..., over a block's threads. The elements are loaded a few at a time, and
-// past the end the last one again: a branch for each would make each load wait for the one before.
+// The sum of value(first), value(first + step), ..., over a block's threads. The elements are loaded a few at a time,
+// and past the end the last one again: a branch for each would make each load wait for the one before.
 template <typename Value>
 __device__ __forceinline__ Totals sum_strided(const Value& value, int64_t first, int64_t step, int64_t n) {
   Totals totals;
@@ -136,22 +136,6 @@ void sum(const char* name, const Value& value, int64_t n, const Results& results
   launch(name, sum_all<Shares>, one, stream, Shares{shares}, blocks, results);
 }
 
-template <typename T>
-void sum_losses_as(const CrossEntropy& call, int64_t classes, const LossSum& to, double* scratch, Stream stream) {
-  const Losses<T> losses{static_cast<const T*>(call.loss)};
-  Results results;
-  results.loss = to.loss;
-  results.loss_type = to.loss_type;
-  if (to.mean && !to.has_denominator) {
-    results.weight = to.denominator;
-    results.divides = true;
-    return sum("sum_losses", LossesAndTargetWeights<T>{losses.loss, TargetWeights<T>(call, classes)}, call.rows,
-               results, scratch, stream);
-  }
-  if (to.mean) results.divisor = to.denominator;
-  sum("sum_losses", losses, call.rows, results, scratch, stream);
-}
-
 // ---- classes out of range ------------------------------------------------------------------------------------------
 
 __global__ void set_first(int64_t* first, int64_t rows) { *first = rows; }
@@ -167,37 +151,53 @@ __global__ void __launch_bounds__(kThreads) find_first(const int64_t* index, con
 
 }  // namespace sums_cu
 
-void sum_weights(const void* weight, bool is_double, int64_t n, double* total, double* scratch, Stream stream) {
+template <typename T>
+void sum_weights(const T* weight, int64_t n, double* total, double* scratch, Stream stream) {
   Results results;
   results.weight = total;
-  if (is_double)
-    sum("sum_weights", Weights<double>{static_cast<const double*>(weight)}, n, results, scratch, stream);
-  else
-    sum("sum_weights", Weights<float>{static_cast<const float*>(weight)}, n, results, scratch, stream);
+  sum("sum_weights", Weights<T>{weight}, n, results, scratch, stream);
 }
 
-void sum_targets(const CrossEntropy& call, int64_t classes, double* total, double* scratch, Stream stream) {
+template <typename T>
+void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* total, double* scratch, Stream stream) {
   Results results;
   results.weight = total;
-  if (call.is_double)
-    sum("sum_targets", TargetWeights<double>(call, classes), call.rows, results, scratch, stream);
-  else
-    sum("sum_targets", TargetWeights<float>(call, classes), call.rows, results, scratch, stream);
+  sum("sum_targets", TargetWeights<T>(params, classes), params.rows, results, scratch, stream);
 }
 
-void sum_losses(const CrossEntropy& call, int64_t classes, const LossSum& to, double* scratch, Stream stream) {
-  if (call.is_double)
-    sum_losses_as<double>(call, classes, to, scratch, stream);
-  else
-    sum_losses_as<float>(call, classes, to, scratch, stream);
+template <typename T>
+void sum_losses(const CrossEntropyParams<T>& params, int64_t classes, const LossSum& to, double* scratch,
+                Stream stream) {
+  const Losses<T> losses{static_cast<const T*>(params.loss)};
+  Results results;
+  results.loss = to.loss;
+  results.loss_type = to.loss_type;
+  if (to.mean && !to.has_denominator) {
+    results.weight = to.denominator;
+    results.divides = true;
+    return sum("sum_losses", LossesAndTargetWeights<T>{losses.loss, TargetWeights<T>(params, classes)}, params.rows,
+               results, scratch, stream);
+  }
+  if (to.mean) results.divisor = to.denominator;
+  sum("sum_losses", losses, params.rows, results, scratch, stream);
 }
 
-void find_bad_class(const CrossEntropy& call, int64_t classes, int64_t* first, Stream stream) {
-  launch("set_first", set_first, {1, 1}, stream, first, call.rows);
-  if (call.rows == 0) return;
-  launch("find_first", find_first, {(call.rows + kThreads - 1) / kThreads, kThreads}, stream, call.index, call.index_u8,
-         call.rows, classes, call.ignore_index, first);
+template <typename T>
+void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream) {
+  launch("set_first", set_first, {1, 1}, stream, first, params.rows);
+  if (params.rows == 0) return;
+  launch("find_first", find_first, {(params.rows + kThreads - 1) / kThreads, kThreads}, stream, params.index,
+         params.index_u8, params.rows, classes, params.options.ignore_index, first);
 }
+
+#define SOFTMAX_EXT_SUMS_OF(T)                                                                      \
+  template void sum_weights(const T*, int64_t, double*, double*, Stream);                           \
+  template void sum_targets(const CrossEntropyParams<T>&, int64_t, double*, double*, Stream);       \
+  template void sum_losses(const CrossEntropyParams<T>&, int64_t, const LossSum&, double*, Stream); \
+  template void find_bad_class(const CrossEntropyParams<T>&, int64_t, int64_t*, Stream);
+
+SOFTMAX_EXT_SUMS_OF(float)
+SOFTMAX_EXT_SUMS_OF(double)
 
 const char* compiled_architectures() { return SOFTMAX_EXT_CUDA_ARCHITECTURES; }
 

@@ -1,11 +1,9 @@
-// What the reduction over a row's classes collects, as values that merge in any grouping to the same mathematics and, two
-// at a time, to the same bits both ways round.
+// What the reduction over a row's classes collects. The values merge in any grouping to the same mathematics, and two
+// of them to the same bits both ways round.
 //
 //   sum_c exp(z_c) = exp(max) (ties + below)
 //
-// with the exponentials of the maximal classes counted apart, as `ties`: rest = below + (ties - 1) is the sum over all
-// classes but one of largest logit, so log1p(rest) keeps its full relative precision when one class has nearly all the
-// probability, and so does p - 1 = -rest / (1 + rest) of that class.
+// where `ties` counts the maximal classes. rest = below + (ties - 1) gives the row's state (params.h).
 #pragma once
 
 #include "device.cuh"

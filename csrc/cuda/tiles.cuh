@@ -1,5 +1,5 @@
-// The kernel for rows of few classes, wherever these lie: tile_rows takes a tile of rows through shared memory, each row by
-// one thread. Op is as in rows.cuh.
+// The kernel for rows of few classes, wherever these lie: tile_rows takes a tile of rows through shared memory, each
+// row by one thread. Op is as in rows.cuh.
 #pragma once
 
 #include "rows.cuh"
@@ -23,8 +23,8 @@ struct TilePlace {
 
 // ---- the tile in shared memory -------------------------------------------------------------------------------------
 
-// Elements from one row to the next in a tile whose classes are adjacent. That a tile can be copied as it lies, the rows
-// follow one another, unless the threads of a warp would meet in a few banks then.
+// Elements from one row to the next in a tile whose classes are adjacent. That a tile can be copied as it lies, the
+// rows follow one another, unless the threads of a warp would meet in a few banks then.
 __host__ __device__ inline int tile_pitch(int64_t classes) {
   return static_cast<int>(classes % 4 == 0 ? classes + 1 : classes);
 }
@@ -260,14 +260,14 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, typename Op::Contex
     for (int j = 0; j < Op::kInputs; j++) x.of[j] = inputs[j][c * pitch];
     return x;
   };
-  op.begin(context);
-  op.keep(context, true, [&](int c) { return inputs[0][c * pitch]; });
-  const bool skips = op.skips(context);
+  op.decode_target(context);
+  op.read_target_logit(context, true, [&](int c) { return inputs[0][c * pitch]; });
+  const bool skip_row = op.skip_row(context);
   typename Op::Sums sums;
-  if (op.reduces && !skips) {
+  if (op.reduces && !skip_row) {
     if constexpr (Op::kMaximum) {
       typename Op::T max = sums.max;
-      for (int c = 0; c < classes; c++) max = larger(max, op.level(elements(c)));
+      for (int c = 0; c < classes; c++) max = larger(max, op.logit(elements(c)));
       sums.raise(max);
     }
     for (int begin = 0; begin < classes; begin += kSummedClasses) {
@@ -278,21 +278,21 @@ __device__ __forceinline__ void visit_tile_row(const Op& op, typename Op::Contex
     }
   }
   const auto coefficients = op.finish(context, sums, true);
-  if (!op.writes && !op.has_extra) return;
-  const bool clears = op.clears(context);
-  if (op.has_extra && !clears)
-    for (int c = 0; c < classes; c++) op.extra(context, coefficients, elements(c), c);
+  if (!op.writes && !op.writes_second) return;
+  const bool zero_gradient = op.zero_gradient(context);
+  if (op.writes_second && !zero_gradient)
+    for (int c = 0; c < classes; c++) op.write_second(context, coefficients, elements(c), c);
   for (int c = 0; c < classes; c++)
-    inputs[0][c * pitch] = clears ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
+    inputs[0][c * pitch] = zero_gradient ? typename Op::T(0) : op.value(context, coefficients, elements(c), c);
   int c;
   typename Op::T value;
-  if (op.apart(context, coefficients, c, value)) inputs[0][c * pitch] = value;
+  if (op.target_override(context, coefficients, c, value)) inputs[0][c * pitch] = value;
 }
 
 template <typename Op>
 __global__ void __launch_bounds__(kTileThreads, sizeof(typename Op::T) == 8 ? 1 : kTileBlocks)
     tile_rows(const __grid_constant__ Op op, int rows_per_tile, unsigned tiles) {
-  if (op.idle()) return;
+  if (op.is_noop()) return;
   const DeviceLayout& layout = op.layout;
   const unsigned outer = blockIdx.x / tiles;
   const int64_t first = static_cast<int64_t>(blockIdx.x - outer * tiles) * rows_per_tile;

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "boxed.h"
 #include "operators.h"
 
 namespace softmax_ext {
@@ -11,22 +12,21 @@ void throw_bad_class(const Call& call, int64_t row, int64_t y) {
   for (size_t d = call.batch.size(), rest = row; d-- > 0; rest /= call.batch[d])
     index = std::to_string(rest % call.batch[d]) + (index.empty() ? "" : ", ") + index;
   throw std::out_of_range(std::string("cross_entropy: target must hold classes in [0, ") +
-                          std::to_string(call.classes) + ") or ignore_index (" + std::to_string(call.ignore_index) +
-                          "); got " + std::to_string(y) + " at position [" + index + "].");
+                          std::to_string(call.classes) + ") or ignore_index (" +
+                          std::to_string(call.options.ignore_index) + "); got " + std::to_string(y) + " at position [" +
+                          index + "].");
 }
 
 namespace {
 
 Call checked_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                  int64_t dim, int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss,
-                  std::optional<double> softcap, double logit_scale) {
-  Call call{op,         input,        target,          weight, wrap_dim(input, dim, op),
-            reduction,  ignore_index, label_smoothing, z_loss, softcap.value_or(0),
-            logit_scale};
+                  const Options& options) {
+  Call call{op, input, target, weight, options};
+  const int64_t dim = call.options.dim = wrap_dim(input, options.dim, op), reduction = options.reduction;
   call.input_type = dtype_of(input, op, "input");
-  call.batch = batch_sizes(input, call.dim);
+  call.batch = batch_sizes(input, dim);
   call.rows = product(call.batch);
-  call.classes = input.size(call.dim);
+  call.classes = input.size(dim);
   check_device(target, input, op, "target");
   STD_TORCH_CHECK(reduction >= kNone && reduction <= kSum, op, ": reduction must be 0, 1 or 2; got ", reduction, ".");
   const ScalarType target_type = target.scalar_type();
@@ -37,7 +37,7 @@ Call checked_call(const char* op, const Tensor& input, const Tensor& target, con
     check_same_sizes(input, target, op, "a target of class probabilities");
   } else {
     STD_TORCH_CHECK(sizes_of(target) == call.batch, op,
-                    ": a target of class indices must have the input's shape without dim ", call.dim, ".");
+                    ": a target of class indices must have the input's shape without dim ", dim, ".");
     call.target = as_contiguous(target);
   }
   if (weight) {
@@ -55,7 +55,7 @@ std::vector<int64_t> state_sizes(const Call& call) {
   return sizes;
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 // The gradient goes to `grad` if given. Where that is the input itself no backward can follow, and the state is empty.
 Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, const std::optional<Tensor>& grad,
@@ -64,8 +64,9 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
   const ScalarType arithmetic =
       arithmetic_type({call.input_type, loss_type, call.probabilities ? call.target_type : call.input_type});
-  const std::vector<int64_t> total_sizes = call.reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
-  const std::vector<int64_t> loss_sizes = call.reduction == kNone ? call.batch : std::vector<int64_t>{};
+  const std::vector<int64_t> total_sizes =
+      call.options.reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
+  const std::vector<int64_t> loss_sizes = call.options.reduction == kNone ? call.batch : std::vector<int64_t>{};
   Forward out{arithmetic,
               loss_type,
               empty(loss_sizes, loss_scalar, call.input),
@@ -83,12 +84,9 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
   return out;
 }
 
-std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-                                  double logit_scale, bool stats, bool precompute_grad) {
-  const Call call = checked_call("cross_entropy", input, target, weight, dim, reduction, ignore_index, label_smoothing,
-                                 z_loss, softcap, logit_scale);
+std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
+                                  std::optional<ScalarType> dtype, bool stats, bool precompute_grad) {
+  const Call call = checked_call("cross_entropy", input, target, weight, options);
   std::optional<Tensor> grad;
   if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
   const Forward out = forward(call, dtype, stats, grad, std::nullopt, false);
@@ -99,11 +97,9 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
-    Tensor input, Tensor target, std::optional<Tensor> weight, int64_t dim, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, std::optional<ScalarType> dtype, double z_loss, std::optional<double> softcap,
-    double logit_scale, bool stats, std::optional<Tensor> grad_divisor) {
-  const Call call = checked_call("cross_entropy_", input, target, weight, dim, reduction, ignore_index, label_smoothing,
-                                 z_loss, softcap, logit_scale);
+    Tensor input, Tensor target, std::optional<Tensor> weight, Options options, std::optional<ScalarType> dtype,
+    bool stats, std::optional<Tensor> grad_divisor) {
+  const Call call = checked_call("cross_entropy_", input, target, weight, options);
   if (grad_divisor) {
     check_device(*grad_divisor, input, call.op, "grad_divisor");
     STD_TORCH_CHECK(grad_divisor->numel() == 1 && grad_divisor->scalar_type() == ScalarType::Double, call.op,
@@ -116,21 +112,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   return {out.loss, out.state, out.total_weight, stat[0], stat[1], stat[2], stat[3]};
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 struct UpstreamGradients {
   std::optional<Tensor> loss, lse, nll, entropy;
 };
 
-Factor upstream(const Call& call, const std::optional<Tensor>& grad, bool per_row, const char* argument) {
+// Makes `grad` contiguous, whose values are returned: it must outlive them.
+RowValues checked_upstream(const Call& call, std::optional<Tensor>& grad, bool per_row, const char* argument) {
   if (!grad) return {};
   check_device(*grad, call.input, call.op, argument);
   STD_TORCH_CHECK(per_row ? sizes_of(*grad) == call.batch : grad->numel() == 1, call.op, ": ", argument,
                   " must have one value", per_row ? " for each row." : ".");
-  return {as_contiguous(*grad), dtype_of(*grad, call.op, argument), per_row ? 1 : 0};
+  grad = as_contiguous(*grad);
+  return row_values(*grad, dtype_of(*grad, call.op, argument), per_row);
 }
 
-void backward(const Call& call, const UpstreamGradients& grads, const Tensor& state, const Tensor& total_weight,
+void backward(const Call& call, UpstreamGradients grads, const Tensor& state, const Tensor& total_weight,
               const std::optional<Tensor>& entropy, const std::optional<Tensor>& grad_input,
               const std::optional<Tensor>& grad_target) {
   check_device(state, call.input, call.op, "state");
@@ -139,9 +137,9 @@ void backward(const Call& call, const UpstreamGradients& grads, const Tensor& st
   STD_TORCH_CHECK(sizes_of(state) == state_sizes(call) && state.is_contiguous() &&
                       (arithmetic == ScalarType::Double || arithmetic == ScalarType::Float),
                   call.op, ": state must come from cross_entropy.");
-  STD_TORCH_CHECK(
-      call.reduction != kMean || (total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double),
-      call.op, ": total_weight must come from cross_entropy.");
+  STD_TORCH_CHECK(call.options.reduction != kMean ||
+                      (total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double),
+                  call.op, ": total_weight must come from cross_entropy.");
   if (grads.entropy) {
     STD_TORCH_CHECK(
         entropy && entropy->is_contiguous() && sizes_of(*entropy) == call.batch && entropy->scalar_type() == arithmetic,
@@ -149,9 +147,9 @@ void backward(const Call& call, const UpstreamGradients& grads, const Tensor& st
     check_device(*entropy, call.input, call.op, "entropy");
   }
   device::cross_entropy_backward(
-      call, {arithmetic, upstream(call, grads.loss, call.reduction == kNone, "grad_loss"),
-             upstream(call, grads.lse, true, "grad_lse"), upstream(call, grads.nll, true, "grad_nll"),
-             upstream(call, grads.entropy, true, "grad_entropy"), state, total_weight,
+      call, {arithmetic, checked_upstream(call, grads.loss, call.options.reduction == kNone, "grad_loss"),
+             checked_upstream(call, grads.lse, true, "grad_lse"), checked_upstream(call, grads.nll, true, "grad_nll"),
+             checked_upstream(call, grads.entropy, true, "grad_entropy"), state, total_weight,
              grads.entropy ? entropy : std::nullopt, grad_input, grad_target});
 }
 
@@ -159,11 +157,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
                                                   std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy,
                                                   Tensor input, Tensor target, std::optional<Tensor> weight,
                                                   Tensor state, Tensor total_weight, std::optional<Tensor> entropy,
-                                                  int64_t dim, int64_t reduction, int64_t ignore_index,
-                                                  double label_smoothing, double z_loss, std::optional<double> softcap,
-                                                  double logit_scale, bool needs_input, bool needs_target) {
-  const Call call = checked_call("cross_entropy_backward", input, target, weight, dim, reduction, ignore_index,
-                                 label_smoothing, z_loss, softcap, logit_scale);
+                                                  Options options, bool needs_input, bool needs_target) {
+  const Call call = checked_call("cross_entropy_backward", input, target, weight, options);
   STD_TORCH_CHECK(call.probabilities || !needs_target, call.op, ": class indices have no gradient.");
   std::optional<Tensor> grad_input, grad_target;
   if (needs_input) grad_input = softmax_ext::empty_like(input, input.scalar_type());
@@ -180,20 +175,18 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
 void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse,
                              std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy, Tensor input,
                              Tensor target, std::optional<Tensor> weight, Tensor state, Tensor total_weight,
-                             std::optional<Tensor> entropy, int64_t dim, int64_t reduction, int64_t ignore_index,
-                             double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
-  const Call call = checked_call("cross_entropy_backward_", input, target, weight, dim, reduction, ignore_index,
-                                 label_smoothing, z_loss, softcap, logit_scale);
+                             std::optional<Tensor> entropy, Options options) {
+  const Call call = checked_call("cross_entropy_backward_", input, target, weight, options);
   backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input, std::nullopt);
 }
 
 }  // namespace
 
 void add_cross_entropy(torch::stable::detail::StableLibrary& library) {
-  library.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  library.impl("cross_entropy_", TORCH_BOX(&cross_entropy_));
-  library.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
-  library.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
+  library.impl("cross_entropy", Boxed<&cross_entropy>::call);
+  library.impl("cross_entropy_", Boxed<&cross_entropy_>::call);
+  library.impl("cross_entropy_backward", Boxed<&cross_entropy_backward>::call);
+  library.impl("cross_entropy_backward_", Boxed<&cross_entropy_backward_>::call);
 }
 
 }  // namespace softmax_ext

@@ -8,17 +8,19 @@
 #include <optional>
 #include <vector>
 
+#include "../params.h"
 #include "tensors.h"
 
 namespace softmax_ext {
+
+// Registers the operators' schemas, which are the same for every device.
+void define_operators(torch::stable::detail::StableLibrary& library);
 
 // Registers the operators' implementations in the library of a device.
 void add_cross_entropy(torch::stable::detail::StableLibrary& library);
 void add_softmax(torch::stable::detail::StableLibrary& library);
 
-// ---- cross entropy ---------------------------------------------------------------------------------------------------
-
-enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
+// ---- cross entropy --------------------------------------------------------------------------------------------------
 
 // The arguments that forward and backward share, checked.
 struct Call {
@@ -26,10 +28,7 @@ struct Call {
   Tensor input;
   Tensor target;  // contiguous where it holds class indices
   std::optional<Tensor> weight;
-  int64_t dim;
-  int64_t reduction;
-  int64_t ignore_index;
-  double label_smoothing, z_loss, softcap, logit_scale;
+  Options options;  // dim counts from the front
 
   DType input_type{};
   bool probabilities = false;
@@ -49,22 +48,13 @@ struct Forward {
   std::vector<Tensor> stats;           // none, or lse, nll, entropy, prediction: [*batch]
   std::optional<Tensor> grad;          // of the input's shape, for an upstream gradient of 1; may be the input
   std::optional<Tensor> grad_divisor;  // [] float64: what the gradient is divided by instead of total_weight
-  bool keeps_state;
-};
-
-// Values that multiply the rows: one for each row, or one for all. Contiguous.
-struct Factor {
-  std::optional<Tensor> values;  // none: zero
-  DType type{};
-  int64_t stride = 0;  // 1: one for each row, 0: one for all
-
-  const void* data() const { return values ? values->const_data_ptr() : nullptr; }
+  bool saves_state;
 };
 
 // The operands of a backward call besides those of `Call`, checked, and the gradients to be filled.
 struct Backward {
   ScalarType arithmetic;
-  Factor loss, lse, nll, entropy;  // upstream gradients; the mean's denominator is yet to be divided by
+  RowValues grad_loss, grad_lse, grad_nll, grad_entropy;  // the mean's denominator is yet to be divided by
   Tensor state;
   Tensor total_weight;
   std::optional<Tensor> entropy_values;  // where their gradient is given
@@ -74,13 +64,13 @@ struct Backward {
 // Whether a gradient that is written before its upstream gradient is known is divided by the mean's denominator. Not in
 // float16, where small gradients would be lost to underflow before a loss scale can lift them.
 inline bool divides_by_total(const Call& call, const Forward& out) {
-  return out.grad && !out.grad_divisor && call.reduction == kMean && call.input_type != DType::kFloat16;
+  return out.grad && !out.grad_divisor && call.options.reduction == kMean && call.input_type != DType::kFloat16;
 }
 
 // IndexError for the class y in the given row.
 [[noreturn]] void throw_bad_class(const Call& call, int64_t row, int64_t y);
 
-// ---- what a device defines -------------------------------------------------------------------------------------------
+// ---- what a device defines ------------------------------------------------------------------------------------------
 
 namespace device {
 
@@ -94,7 +84,7 @@ void softmax(const Tensor& input, const Tensor& output, int64_t dim, bool log);
 void softmax_backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim, bool log);
 
 // tensor *= factor; nothing is touched where the factor is 1 for all.
-void scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor);
+void scale_rows(const Tensor& tensor, int64_t dim, const RowValues& factor);
 
 }  // namespace device
 }  // namespace softmax_ext

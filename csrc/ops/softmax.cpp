@@ -1,4 +1,5 @@
 // The softmax operators and the scaling of rows: checks and allocation.
+#include "boxed.h"
 #include "operators.h"
 
 namespace softmax_ext {
@@ -36,15 +37,16 @@ void scale_rows_(Tensor tensor, Tensor factor, int64_t dim) {
   const bool per_row = factor.numel() != 1 || sizes_of(factor) == batch_sizes(tensor, dim);
   STD_TORCH_CHECK(!per_row || sizes_of(factor) == batch_sizes(tensor, dim), op,
                   ": factor must be a single value or have one for each row.");
-  device::scale_rows(tensor, dim, {as_contiguous(factor), dtype_of(factor, op, "factor"), per_row ? 1 : 0});
+  const Tensor values = as_contiguous(factor);
+  device::scale_rows(tensor, dim, row_values(values, dtype_of(factor, op, "factor"), per_row));
 }
 
 }  // namespace
 
 void add_softmax(torch::stable::detail::StableLibrary& library) {
-  library.impl("softmax", TORCH_BOX(&softmax));
-  library.impl("softmax_backward", TORCH_BOX(&softmax_backward));
-  library.impl("scale_rows_", TORCH_BOX(&scale_rows_));
+  library.impl("softmax", Boxed<&softmax>::call);
+  library.impl("softmax_backward", Boxed<&softmax_backward>::call);
+  library.impl("scale_rows_", Boxed<&scale_rows_>::call);
 }
 
 }  // namespace softmax_ext

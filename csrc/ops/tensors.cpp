@@ -218,9 +218,10 @@ JointLayout::JointLayout(const Tensor& shape, int64_t dim, const std::vector<con
     layout_.class_stride[slot] = layout_.classes == 1 ? 1 : stride_of(slot, dim);
     if (used) unit_stride = unit_stride && layout_.class_stride[slot] == 1;
   }
-  layout_.rows = unit_stride && layout_.classes > rule.small_classes;
+  const bool by_rows = unit_stride && layout_.classes > rule.small_classes;
+  layout_.kind = by_rows ? LayoutKind::kRows : LayoutKind::kColumns;
   layout_.inner = 1;
-  if (!layout_.rows && !dims_.empty()) {
+  if (!by_rows && !dims_.empty()) {
     const OuterDim& inner = dims_.back();
     layout_.inner = inner.size;
     std::copy(inner.stride, inner.stride + kOperands, layout_.inner_stride);

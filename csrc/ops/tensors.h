@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "../layout.h"
+#include "../params.h"
 
 namespace softmax_ext {
 
@@ -22,6 +22,11 @@ DType dtype_of(ScalarType type, const char* op, const char* argument);
 
 // double if any of the operands is.
 ScalarType arithmetic_type(std::initializer_list<DType> types);
+
+// The values of a contiguous tensor: one for each row, or one for all.
+inline RowValues row_values(const Tensor& values, DType dtype, bool per_row) {
+  return {values.const_data_ptr(), dtype, per_row ? 1 : 0, nullptr, true};
+}
 
 // Uninitialised and contiguous, on the device of `like`.
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like);

@@ -567,7 +567,7 @@ def forward_arguments(
     dtype: torch.dtype | None = None,
     softcap: float | None = None,
 ) -> tuple[Any, ...]:
-    return (x, target, weight, dim, reduction, -100, 0.1, dtype, 0.05, softcap, 0.7, stats)
+    return (x, target, weight, dim, reduction, -100, 0.1, 0.05, softcap, 0.7, dtype, stats)
 
 
 def classes_of(x: Tensor, dim: int = 1, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -610,26 +610,11 @@ EXPANDED: dict[str, Callable[[], tuple[Any, ...]]] = {
 def backward_arguments(name: str) -> tuple[Any, ...]:
     """(upstream gradients, input, target, ..., options) of a backward to go with a forward."""
     inputs = {**INPUTS, **EXPANDED}[name]()
-    x, target, weight, dim, reduction, ignore, smoothing, _, z_loss, softcap, scale, stats = inputs
+    x, target, weight, *options, _, stats = inputs
     loss, state, total, *rest = OPS.cross_entropy(*inputs, False)
     upstream = [torch.rand_like(loss)] + ([torch.rand_like(t) for t in rest[:3]] if stats else [None] * 3)
     entropy = rest[2] if stats else None
-    return (
-        *upstream,
-        x,
-        target,
-        weight,
-        state,
-        total,
-        entropy,
-        dim,
-        reduction,
-        ignore,
-        smoothing,
-        z_loss,
-        softcap,
-        scale,
-    )
+    return (*upstream, x, target, weight, state, total, entropy, *options)
 
 
 SOFTMAX_INPUTS: dict[str, Callable[[], tuple[Any, ...]]] = {

@@ -9,12 +9,13 @@ import pytest
 SCRIPT = """
 import sys, threading
 import torch, softmax_ext
-from softmax_ext import linear_autograd, ops
+from softmax_ext import ops
+from softmax_ext.autograd import linear
 
 ops.VERSION = int(sys.argv[1])
 
-handed_on = linear_autograd._handed_on
-linear_autograd._handed_on = lambda *a: [None if g is None else g * float(sys.argv[2]) for g in handed_on(*a)]
+handed_on = linear.handed_on
+linear.handed_on = lambda *a: [None if g is None else g * float(sys.argv[2]) for g in handed_on(*a)]
 x, w, y = torch.ones(4, 3, requires_grad=True), torch.eye(3), torch.zeros(4, dtype=torch.long)
 compiled = torch.compile(lambda x: softmax_ext.linear_cross_entropy(x, w, y))
 thread = threading.Thread(target=lambda: compiled(x).backward())  # whose settings are not the main thread's

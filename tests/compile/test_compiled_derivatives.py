@@ -5,7 +5,7 @@ backend, torch.export, checkpoints, compiled autograd. A derivative is asked for
 taken from eager code, which other tests hold against torch. ``torch.func`` within compiled code is in test_compile.py.
 
 This torch's own compiled code is silently wrong in some of these cells, and in more before 2.13: see
-softmax_ext/traced.py.
+softmax_ext/autograd/refusals.py.
 """
 
 import contextlib
@@ -299,7 +299,7 @@ def test_torchs_inside_is_named_in_one_place():
     package = Path(softmax_ext.__file__).parent
     found = [
         f"{path.name}: {line.strip()}"
-        for path in package.glob("*.py")
+        for path in package.rglob("*.py")
         if path.name != "internals.py"
         for line in path.read_text().splitlines()
         if PRIVATE.search(line)

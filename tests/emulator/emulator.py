@@ -47,7 +47,7 @@ def library_sources() -> list[Path]:
     patterns = ("cuda/*.cu", "cuda/*.cpp", "ops/*.cpp", "ops/cuda/*.cpp")
     found = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
     # The stream is torch's, in a library that only a torch with CUDA has.
-    return [HERE / "emulator.cpp", HERE / "stream.cpp", *(path for path in found if path.name != "stream.cpp")]
+    return [HERE / "emulator.cpp", HERE / "stream.cpp", *(path for path in found if path.name != "cuda_stream.cpp")]
 
 
 def torch_flags() -> tuple[list[str], list[str]]:

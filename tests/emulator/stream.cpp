@@ -1,5 +1,5 @@
-// In the place of csrc/ops/cuda/stream.cpp: the emulator has one device, and a launch has run when it returns.
-#include "../../csrc/ops/cuda/stream.h"
+// In the place of csrc/ops/cuda/cuda_stream.cpp: the emulator has one device, and a launch has run when it returns.
+#include "../../csrc/ops/cuda/cuda_stream.h"
 
 namespace softmax_ext {
 

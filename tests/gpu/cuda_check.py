@@ -38,7 +38,7 @@ BUILD = ROOT / "build" / "ninja-cuda"  # BUILD of build_support/libraries.py
 # and the reason.
 ALLOWED = [
     (
-        r"^stream_rows<CrossEntropyOp<\w+, double,",
+        r"^two_pass_rows<CrossEntropyOp<\w+, double,",
         100,
         "arithmetic in double has long subroutines, and is not there for its speed",
     ),

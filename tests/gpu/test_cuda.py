@@ -25,7 +25,7 @@ KERNELS = {
     "warp": (50, 301),
     "block": (9, 5001),
     "cluster": (3, 128256),
-    "stream": (2, 600001),
+    "two_pass": (2, 600001),
 }
 every_kernel = pytest.mark.parametrize("shape", KERNELS.values(), ids=KERNELS)
 

@@ -33,15 +33,15 @@ CHOICES = [
     (torch.float32, 16388, "block", "cluster of 2"),
     (torch.float32, 32768, "block", "cluster of 2"),
     (torch.bfloat16, 32768, "block", "block"),
-    (torch.float32, 32772, "stream", "cluster of 4"),
-    (torch.bfloat16, 65544, "stream", "cluster of 4"),
-    (torch.float32, 128256, "stream", "cluster of 8"),
-    (torch.float32, 131072, "stream", "cluster of 8"),
-    (torch.float32, 131076, "stream", "cluster"),  # of 16, or of 8 where the device has no others
-    (torch.float32, 262144, "stream", "cluster"),
-    (torch.float32, 262148, "stream", "stream"),
-    (torch.bfloat16, 524288, "stream", "cluster"),
-    (torch.float64, 65, "stream", "stream"),
+    (torch.float32, 32772, "two_pass", "cluster of 4"),
+    (torch.bfloat16, 65544, "two_pass", "cluster of 4"),
+    (torch.float32, 128256, "two_pass", "cluster of 8"),
+    (torch.float32, 131072, "two_pass", "cluster of 8"),
+    (torch.float32, 131076, "two_pass", "cluster"),  # of 16, or of 8 where the device has no others
+    (torch.float32, 262144, "two_pass", "cluster"),
+    (torch.float32, 262148, "two_pass", "two_pass"),
+    (torch.bfloat16, 524288, "two_pass", "cluster"),
+    (torch.float64, 65, "two_pass", "two_pass"),
 ]
 
 # Row lengths that reach every kernel, whole chunks of 16 bytes or not.
@@ -107,7 +107,7 @@ def test_clusters_only_in_code_that_has_them(kernel_for, monkeypatch):
     """A card of 9.0 that runs the PTX of 8.0, in which kernels for clusters do nothing."""
     monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CAPABILITY", "90")
     monkeypatch.setenv("SOFTMAX_EXT_EMULATED_CODE", "80")
-    assert [kernel_for(classes, torch.float32) for classes in (16388, 128256)] == ["block", "stream"]
+    assert [kernel_for(classes, torch.float32) for classes in (16388, 128256)] == ["block", "two_pass"]
 
 
 def askew(values: torch.Tensor, skip: int) -> torch.Tensor:

@@ -13,11 +13,11 @@ namespace {
 
 enum class Target { kInt64, kUint8, kProbabilities };
 
-struct Options {
+struct Case {
   Shape shape;
   DType logits_type, loss_type, probabilities_type;
   int64_t gap;
-  bool at_end, streams;
+  bool at_end, non_temporal;
   Target target;
   bool weighted, stats, sum_only;
   int64_t ignore_index;
@@ -30,7 +30,7 @@ struct Options {
   bool probabilities() const { return target == Target::kProbabilities; }
 };
 
-std::string text_of(const Options& o) {
+std::string text_of(const Case& o) {
   std::string words =
       text(text_of(o.shape), " ", name_of(o.logits_type), " loss ", name_of(o.loss_type), " gap ", o.gap);
   const char* const targets[] = {" int64", " uint8", " probabilities "};
@@ -39,7 +39,7 @@ std::string text_of(const Options& o) {
   words += text(" ignore ", o.ignore_index, " smoothing ", o.smoothing, " z_loss ", o.z_loss, " softcap ", o.softcap,
                 " scale ", o.logit_scale);
   const std::pair<bool, const char*> flags[] = {{o.at_end, "at the end"},
-                                                {o.streams, "streamed"},
+                                                {o.non_temporal, "non-temporal"},
                                                 {o.weighted, "weighted"},
                                                 {o.stats, "stats"},
                                                 {o.sum_only, "sum only"},
@@ -53,15 +53,15 @@ std::string text_of(const Options& o) {
   return words;
 }
 
-Options draw(Random& random) {
-  Options o{};
+Case draw(Random& random) {
+  Case o{};
   o.shape = random.shape();
   o.logits_type = random.dtype();
   o.loss_type = random.one_in(2) ? o.logits_type : random.dtype();
   o.probabilities_type = random.one_in(2) ? o.logits_type : random.dtype();
   o.gap = random.pick<int64_t>({0, 0, 3});
   o.at_end = random.one_in(2);
-  o.streams = random.one_in(2);
+  o.non_temporal = random.one_in(2);
   o.target = random.pick({Target::kInt64, Target::kUint8, Target::kProbabilities});
   if (o.target == Target::kUint8 && o.shape.classes > 256) o.target = Target::kInt64;
   o.weighted = random.one_in(3);
@@ -103,7 +103,7 @@ struct Inputs {
   double weight_sum = 0;
   Array<T> grad_loss, grad_lse, grad_nll, grad_entropy;
 
-  Inputs(const Options& o, Random& random)
+  Inputs(const Case& o, Random& random)
       : logits(o.shape, o.logits_type, o.gap, o.at_end),
         probabilities(o.shape, o.probabilities_type, o.gap, o.at_end),
         index(o.shape.rows()),
@@ -135,7 +135,7 @@ struct Inputs {
     }
   }
 
-  int64_t target_of(const Options& o, int64_t row) const {
+  int64_t target_of(const Case& o, int64_t row) const {
     return o.target == Target::kUint8 ? index_u8[row] : index[row];
   }
 };
@@ -148,7 +148,7 @@ struct Outputs {
   Array<T> state, lse, nll, entropy;
   Array<int64_t> prediction;
 
-  explicit Outputs(const Options& o)
+  explicit Outputs(const Case& o)
       : grad_logits(o.shape, o.logits_type, o.gap, o.at_end),
         grad_probabilities(o.shape, o.probabilities_type, o.gap, o.at_end),
         loss(o.shape.rows() * Operand::bytes_of(o.loss_type)),
@@ -161,7 +161,7 @@ struct Outputs {
 
 // Forward and backward, in one visit or in two.
 template <typename T>
-void run_both(const Options& o, const Inputs<T>& in, Outputs<T>& out) {
+void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   if (o.in_place) out.grad_logits.copy(in.logits);
   const Operand& logits = o.in_place ? out.grad_logits : in.logits;
   const Operand* const q = o.probabilities() ? &in.probabilities : nullptr;
@@ -176,18 +176,15 @@ void run_both(const Options& o, const Inputs<T>& in, Outputs<T>& out) {
   k.probabilities_type = o.probabilities_type;
   if (o.target == Target::kInt64) k.index = in.index.values();
   if (o.target == Target::kUint8) k.index_u8 = in.index_u8.values();
-  k.streams = o.streams && !o.in_place;
+  k.non_temporal = o.non_temporal && !o.in_place;
   k.weight = o.weighted ? in.weight.values() : nullptr;
-  k.weight_sum = static_cast<T>(in.weight_sum);
-  k.ignore_index = o.ignore_index;
-  k.label_smoothing = static_cast<T>(o.smoothing);
-  k.z_loss = static_cast<T>(o.z_loss);
-  k.softcap = static_cast<T>(o.softcap);
-  k.logit_scale = static_cast<T>(o.logit_scale);
+  k.weight_sum = o.weighted ? &in.weight_sum : nullptr;
+  k.options = rounded_to<T>(Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale});
   k.state = out.state.values();
   k.entropy = out.entropy.values();
-  const auto each = [](const Array<T>& values, bool wanted) {
-    return RowValues{wanted ? values.values() : nullptr, kOwnType<T>, 1, 0.5};
+  const double divisor = 2;
+  const auto each = [&](const Array<T>& values, bool given) {
+    return RowValues{values.values(), kOwnType<T>, 1, &divisor, given};
   };
 
   k.forward = true;
@@ -217,14 +214,14 @@ double times(double a, double b) { return a == 0 ? 0 : a * b; }
 // One row by the formulas.
 template <typename T>
 struct ExactRow {
-  const Options& o;
+  const Case& o;
   const Inputs<T>& in;
   int64_t row, y, argmax = 0;
   bool ignored;
   std::vector<double> z, p, q, b;
   double lse, not_p_of_max, loss = 0, nll = 0, entropy = 0, b_sum = 0, q_sum = 0, size = 1;
 
-  ExactRow(const Options& options, const Inputs<T>& inputs, int64_t number)
+  ExactRow(const Case& options, const Inputs<T>& inputs, int64_t number)
       : o(options),
         in(inputs),
         row(number),
@@ -297,7 +294,7 @@ double gradient_size(const ExactRow<T>& exact, const std::vector<double>& gradie
 }
 
 template <typename T>
-void judge(const Options& o, const Inputs<T>& in, const Outputs<T>& out) {
+void judge(const Case& o, const Inputs<T>& in, const Outputs<T>& out) {
   constexpr DType kOwn = kOwnType<T>;
   double sum = 0, sum_size = 1;
   for (int64_t row = 0; row < o.shape.rows(); row++) {
@@ -332,7 +329,7 @@ void judge(const Options& o, const Inputs<T>& in, const Outputs<T>& out) {
 }
 
 template <typename T>
-void try_as(const Options& o, Random& random) {
+void try_as(const Case& o, Random& random) {
   const Inputs<T> in(o, random);
   std::vector<std::unique_ptr<Outputs<T>>> out;
   for (int k = 0; k < kCallers; k++) out.push_back(std::make_unique<Outputs<T>>(o));
@@ -356,7 +353,7 @@ void try_as(const Options& o, Random& random) {
 }  // namespace
 
 void try_cross_entropy(Random& random) {
-  const Options o = draw(random);
+  const Case o = draw(random);
   trial += text("cross_entropy of ", text_of(o));
   const DType target_type = o.probabilities() ? o.probabilities_type : o.logits_type;
   if (any_double({o.logits_type, o.loss_type, target_type}))

@@ -6,7 +6,7 @@ namespace softmax_ext::native {
 namespace {
 
 Softmax<float> softmax_of(const Operand& input, const Operand& output, const Layout& layout) {
-  return {layout, false, input.data(), input.type(), output.data(), output.type(), false};
+  return {{false, input.data(), input.type(), output.data(), output.type()}, {layout}};
 }
 
 void run(const Softmax<float>& k, int64_t rows) {

@@ -70,8 +70,8 @@ int main(int count, char** arguments) {
     run_trials(names[i], trials, seed);
     tried += native::text(" ", names[i]);
   }
-  native::try_kept_memory();
-  std::printf("%lld trials of each kernel on%s, and kept memory: %d failures\n", static_cast<long long>(trials),
+  native::try_block_cache();
+  std::printf("%lld trials of each kernel on%s, and the block cache: %d failures\n", static_cast<long long>(trials),
               tried.c_str(), native::failures);
   return native::failures == 0 ? 0 : 1;
 }

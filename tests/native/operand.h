@@ -88,8 +88,14 @@ class JoinedLayout {
   // Null: an operand that is not there.
   explicit JoinedLayout(std::initializer_list<const Operand*> operands) {
     const Shape& shape = (*operands.begin())->shape();
-    layout_ = {shape.order == Order::kRows, shape.classes, shape.inner, shape.outer,
-               shape.permuted ? 2 : 1,      dims_,         {},          {}};
+    layout_ = {shape.order == Order::kRows ? LayoutKind::kRows : LayoutKind::kColumns,
+               shape.classes,
+               shape.inner,
+               shape.outer,
+               shape.permuted ? 2 : 1,
+               dims_,
+               {},
+               {}};
     const int64_t half = shape.outer / 2;
     dims_[0].size = shape.permuted ? half : shape.outer;
     dims_[0].stride[kRow] = shape.inner;

@@ -82,7 +82,7 @@ def build(folder: str) -> Path:
 
     target_version = f"-DTORCH_TARGET_VERSION={libraries.TORCH_TARGET_VERSION}"
     own = [*libraries.common_flags(), target_version, *libraries.torch_headers()]
-    sources = [*sorted(HERE.relative_to(ROOT).glob("*.cpp")), Path("csrc/ops/cpu/kept_memory.cpp")]
+    sources = [*sorted(HERE.relative_to(ROOT).glob("*.cpp")), Path("csrc/ops/cpu/block_cache.cpp")]
     units = [Unit(str(path), str(target / "own" / f"{path.stem}.o"), [*own, *extra]) for path in sources]
     units += [placed(unit) for unit in libraries.kernel_units(isas, compiler)]
     target.mkdir(parents=True, exist_ok=True)

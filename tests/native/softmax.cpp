@@ -50,12 +50,12 @@ Exact reduce(const Operand& input, int64_t row) {
 
 template <typename T>
 void try_softmax_as(Random& random, const Operand& input, DType output_type, int64_t gap, bool at_end) {
-  const bool log = random.one_in(2), streams = random.one_in(2);
-  trial += text(log ? " log" : "", streams ? " streamed" : "");
+  const bool log = random.one_in(2), non_temporal = random.one_in(2);
+  trial += text(log ? " log" : "", non_temporal ? " non-temporal" : "");
   const Shape& shape = input.shape();
   const auto output = run_callers(shape, output_type, gap, at_end, [&](Operand& out) {
     const JoinedLayout layout({&input, &out});
-    run_split(Softmax<T>{layout, log, input.data(), input.type(), out.data(), output_type, streams});
+    run_split(Softmax<T>{{log, input.data(), input.type(), out.data(), output_type}, {layout, non_temporal}});
   });
   for (int64_t row = 0; row < shape.rows(); row++) {
     const Exact exact = reduce(input, row);
@@ -71,13 +71,13 @@ void try_softmax_as(Random& random, const Operand& input, DType output_type, int
 template <typename T>
 void try_softmax_backward_as(Random& random, const Operand& grad, const Operand& output, DType grad_input_type,
                              int64_t gap, bool at_end, bool log) {
-  const bool streams = random.one_in(2);
-  trial += text(log ? " log" : "", streams ? " streamed" : "");
+  const bool non_temporal = random.one_in(2);
+  trial += text(log ? " log" : "", non_temporal ? " non-temporal" : "");
   const Shape& shape = grad.shape();
   const auto result = run_callers(shape, grad_input_type, gap, at_end, [&](Operand& out) {
     const JoinedLayout layout({&out, &output, &grad});
-    run_split(SoftmaxBackward<T>{layout, log, grad.data(), output.data(), output.type(), out.data(), grad_input_type,
-                                 streams});
+    run_split(SoftmaxBackward<T>{{log, grad.data(), output.data(), output.type(), out.data(), grad_input_type},
+                                 {layout, non_temporal}});
   });
   for (int64_t row = 0; row < shape.rows(); row++) {
     double sum = 0, size = 0;
@@ -152,11 +152,12 @@ void try_scale_rows(Random& random) {
   for (int64_t i = 0; i < factor.count(); i++) factor[i] = static_cast<float>(random.normal());
   factor[0] = NAN;
   before.set(0, 0, 0);  // stays 0
-  const RowValues factors{factor.values(), DType::kFloat32, one_for_all ? 0 : 1, 0.5};
+  const double divisor = 2;
+  const RowValues factors{factor.values(), DType::kFloat32, one_for_all ? 0 : 1, &divisor, true};
   const auto after = run_callers(shape, type, gap, at_end, [&](Operand& data) {
     data.copy(before);
     const JoinedLayout layout({&data});
-    run_split(ScaleRows{layout, data.data(), type, factors});
+    run_split(ScaleRows{{data.data(), type, factors}, {layout}});
   });
   for (int64_t row = 0; row < shape.rows(); row++)
     for (int64_t c = 0; c < shape.classes; c++) {

@@ -95,7 +95,7 @@ void try_softmax(Random& random);
 void try_softmax_backward(Random& random);
 void try_scale_rows(Random& random);
 void try_scan_and_exp(Random& random);
-void try_kept_memory();
+void try_block_cache();
 
 // Does what must not be done, to show that it does not pass; returns if nothing stopped it.
 void commit_fault(const std::string& name);

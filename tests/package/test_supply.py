@@ -165,7 +165,8 @@ def test_wheel_is_for_every_python_and_the_same_bytes_twice(tmp_path):
     libraries = {name for name in names if ".so" in name}
     assert "softmax_ext/libsoftmax_ext_cpu.so" in libraries
     assert not [name for name in libraries if "cpython" in name or "_C" in name]
-    assert {f"softmax_ext/{file.name}" for file in (ROOT / "softmax_ext").glob("*.py")} <= names
+    modules = (ROOT / "softmax_ext").rglob("*.py")
+    assert {str(file.relative_to(ROOT)) for file in modules} <= names
 
 
 def test_license():

@@ -25,9 +25,7 @@ SANITIZED = ROOT / "build" / "sanitized"
 
 # Files without a test of the CPU kernels, or which test the same calls of them as another does.
 NOT_OF_THE_KERNELS = {
-    "test_bench_gpu.py": "the benchmarks",
-    "test_bench_linear.py": "the benchmarks",
-    "test_benchmarks.py": "the benchmarks",
+    "benchmarks": "the benchmarks",
     "test_binary.py": "the symbols of the library in softmax_ext/",
     "test_compile.py": "what torch.compile makes of the operators' schemas",
     "test_cuda.py": "CUDA",

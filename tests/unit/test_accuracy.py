@@ -2,10 +2,10 @@
 
 from functools import cache
 
-import accuracy
 import pytest
 import torch
-from accuracy import GRADIENT, LOG_SOFTMAX, LOSS, MEAN_GRADIENT, MEAN_LOSS, SOFTMAX, Exact, Input, Posed
+from studies import accuracy
+from studies.accuracy import GRADIENT, LOG_SOFTMAX, LOSS, MEAN_GRADIENT, MEAN_LOSS, SOFTMAX, Exact, Input, Posed
 
 pytestmark = pytest.mark.devices("cpu")
 

@@ -13,8 +13,10 @@ from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import softmax_ext
-from softmax_ext import autograd, cross_entropy, functional
-from softmax_ext.reference import Options
+from softmax_ext import cross_entropy, functional
+from softmax_ext.autograd.cross_entropy import CrossEntropy, EagerCrossEntropy, eager_cross_entropy
+from softmax_ext.autograd.softmax import Softmax, eager_softmax
+from softmax_ext.options import Options
 
 SMOOTH = Options(1, 1, -100, 0.1, 0.01, 5.0, 0.7)
 PLAIN = [Options(1, reduction, -100, 0.0, 0.0, None, 1.0) for reduction in range(3)]
@@ -41,10 +43,10 @@ def test_the_short_function_is_the_long_one(options, kind, stats):
     target.requires_grad_(kind == "probabilities")
     inputs = (x, target) if target.requires_grad else (x,)
     state_and_total = slice(1, 3)
-    long = list(autograd.CrossEntropy.apply(x, target, weight, *options, None, stats))
+    long = list(CrossEntropy.apply(x, target, weight, options, None, stats))
     del long[state_and_total]
-    short = list(autograd.eager_cross_entropy(x, target, weight, options, None, stats))
-    by_torch = autograd.EagerCrossEntropy.apply(x, target, weight, (options, None, stats))
+    short = list(eager_cross_entropy(x, target, weight, options, None, stats, False, False))
+    by_torch = EagerCrossEntropy.apply(x, target, weight, (options, None, stats, False, False))
     by_torch = list(by_torch) if stats else [by_torch]
     first, second = [], []
     for results in (long, short, by_torch):
@@ -62,7 +64,7 @@ def test_the_short_function_is_the_long_one(options, kind, stats):
 @pytest.mark.parametrize("log", [False, True])
 def test_the_short_softmax_is_the_long_one(log):
     x, g = _logits(8, 10), torch.randn(8, 10)
-    short, long = (f(x, 1, log, torch.float64) for f in (autograd.eager_softmax, autograd.Softmax.apply))
+    short, long = (f(x, 1, log, torch.float64) for f in (eager_softmax, Softmax.apply))
     _exact(short, long)
     _exact(*(torch.autograd.grad(y, x, g.double())[0] for y in (short, long)))
 
@@ -70,7 +72,7 @@ def test_the_short_softmax_is_the_long_one(log):
 def test_which_function_an_eager_call_takes():
     x, target = _logits(8, 10), _target("classes")
     assert cross_entropy(x, target).grad_fn.name() == "EagerCrossEntropyBackward"
-    assert cross_entropy(x, target, precompute_grad=True).grad_fn.name() == "OverwritingCrossEntropyBackward"
+    assert cross_entropy(x, target, precompute_grad=True).grad_fn.name() == "EagerCrossEntropyBackward"
     assert softmax_ext.softmax(x, 1).grad_fn.name() == "SoftmaxBackward"
     assert cross_entropy(x.detach(), target).grad_fn is None
 
@@ -97,7 +99,7 @@ def test_a_transform_takes_the_long_way(transform, precompute_grad, requires_gra
     def unexpected(*args: Any) -> Any:
         raise AssertionError("a transform reached the Function for plain eager calls")
 
-    for name in ("eager_cross_entropy", "overwriting_cross_entropy", "eager_softmax"):
+    for name in ("eager_cross_entropy", "eager_softmax"):
         monkeypatch.setattr(functional, name, unexpected)
     x, target = _logits(8, 10).detach().requires_grad_(requires_grad), _target("classes")
     run = TRANSFORMS[transform]

@@ -70,6 +70,10 @@ INPUT = {
     "int64": Misuse(
         loss(X.long(), Y), NotImplementedError, (f"input must be {FLOATING}", "int64 [3, 4]", "input.float()")
     ),
+    "swapped with classes": Misuse(loss(Y, X), NotImplementedError, ("int64 [3]", "are the two swapped?")),
+    "swapped with one-hot": Misuse(
+        loss(F.one_hot(Y, 4), X), NotImplementedError, ("int64 [3, 4]", "are the two swapped?")
+    ),
     "bool": Misuse(loss(X.bool(), Y), NotImplementedError, ("input must be", "bool [3, 4]", "input.float()")),
     "complex": Misuse(loss(X.cfloat(), Y), NotImplementedError, ("input must be", "complex64 [3, 4]")),
     "float8": Misuse(
@@ -106,6 +110,11 @@ TARGET = {
     "more rows": Misuse(loss(X, Y.repeat(2)), ValueError, (f"target must be {INDICES}", "got int64 [6]")),
     "column": Misuse(loss(X, Y[:, None]), RuntimeError, (f"target must be {INDICES}", "got int64 [3, 1]")),
     "rank 2": Misuse(loss(X, Y[:, None].expand(3, 2)), RuntimeError, (f"target must be {INDICES}", "got int64 [3, 2]")),
+    "classes last": Misuse(
+        loss(randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.long)),
+        RuntimeError,
+        ("int64 [2, 5]", "classes are dimension 1", "input.movedim(-1, 1)"),
+    ),
     "rank 0": Misuse(loss(X, Y[0]), ValueError, (f"target must be {INDICES}", "got int64 []")),
     "unbatched int32": Misuse(
         loss(X[0], torch.tensor(0).int()), RuntimeError, ("target must be int64 or uint8 of shape []", "got int32 []")
@@ -134,7 +143,7 @@ TARGET = {
     "one-hot int64": Misuse(
         loss(X, F.one_hot(Y, 4)),
         RuntimeError,
-        ("target must be floating (class probabilities)", "int64 [3, 4]", "Class indices"),
+        ("target must be floating (class probabilities)", "int64 [3, 4]", "target.float()", "target.argmax(1)"),
     ),
     "one-hot bool": Misuse(loss(X, F.one_hot(Y, 4).bool()), RuntimeError, ("target must be floating", "bool [3, 4]")),
     "one class": Misuse(loss(X[:, :1], Y[:, None]), RuntimeError, ("target must be floating", "int64 [3, 1]")),

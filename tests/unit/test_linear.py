@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import softmax_ext
-from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_autograd, linear_cross_entropy
+from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_cross_entropy, linear_ops, matmul
 
 FEATURES, CLASSES = 12, 37
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -608,12 +608,12 @@ def test_compile_under_transforms(small, options):
 def test_operator(needs, target):
     inputs = Inputs(9, extra=(2,), target=target).to(torch.bfloat16)
     operands = (inputs.input, inputs.linear_weight, inputs.linear_bias, inputs.target, None)
-    options = (1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs, 1)
+    options = (1, 1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
-    options = (1, -100, 0.1, 0.0, None, 1.0, 4, [*needs, inputs.target.is_floating_point()])
+    options = (1, 1, -100, 0.1, 0.0, None, 1.0, 4, [*needs, inputs.target.is_floating_point()])
     torch.library.opcheck(
         torch.ops.softmax_ext.linear_cross_entropy_backward,
         (*upstream, torch.ones((), dtype=torch.float64), *operands, *options),
@@ -672,8 +672,8 @@ def _work(rows: int, function: Any) -> tuple[float, int]:
     """Matrix products of the whole problem's size, and the largest tensor."""
     with pytest.MonkeyPatch.context() as patch, Work() as work:
         # A mode does not see what is inside an operator.
-        patch.setattr(linear_autograd, "_forward_op", linear_autograd._forward)
-        patch.setattr(linear_autograd, "_backward_op", linear_autograd._backward)
+        patch.setattr(linear_ops, "forward", linear_ops._forward)
+        patch.setattr(linear_ops, "backward", linear_ops._backward)
         function()
     return work.flops / (rows * FEATURES * CLASSES), work.largest
 
@@ -746,8 +746,8 @@ def test_default_chunks():
 @pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_either_library(monkeypatch, amd, bias):
-    monkeypatch.setattr(chunks, "_amd", lambda: amd)
-    monkeypatch.setattr(chunks, "_SLICE_BYTES", 4 * 7 * 10)  # ten classes of seven rows
+    monkeypatch.setattr(matmul, "_amd", lambda: amd)
+    monkeypatch.setattr(matmul, "_SLICE_BYTES", 4 * 7 * 10)  # ten classes of seven rows
     inputs = Inputs(30, bias=bias)
     ours = inputs.to(torch.float32)
     loss = ours.loss(chunk_rows=7)

@@ -1,4 +1,4 @@
-"""benchmarks/training.py: a tiny GPT follows torch's losses step by step, and what the script finds fault with.
+"""benchmarks/studies/training.py: a tiny GPT follows torch's losses step by step, and what the script finds fault with.
 
 The optimiser is SGD, since AdamW hides a gradient of a wrong scale.
 """
@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-import training
+from studies import training
 from torch.testing import assert_close
 
 pytestmark = pytest.mark.devices("cpu")

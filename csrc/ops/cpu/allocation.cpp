@@ -1,9 +1,9 @@
-// The allocation of results on the CPU: large ones from memory that is kept (kept_memory.h).
+// The allocation of results on the CPU: large ones from a cache (block_cache.h).
 #include <algorithm>
 #include <memory>
 
 #include "../tensors.h"
-#include "kept_memory.h"
+#include "block_cache.h"
 
 // Since torch 2.11; null in older ones.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kLarge = 32 << 20;
 
 void release(void*, void* block) {
-  const std::unique_ptr<Block> owned(static_cast<Block*>(block));
-  release_memory(*owned);
+  const std::unique_ptr<MemoryBlock> owned(static_cast<MemoryBlock*>(block));
+  release_block(*owned);
 }
 
 }  // namespace
@@ -28,7 +28,7 @@ Tensor device::empty_strided(const std::vector<int64_t>& sizes, const std::vecto
                              const Tensor& like) {
   const int64_t bytes = product(sizes) * size_of(type);
   if (bytes <= kLarge || !torch_from_blob) return torch_empty_strided(sizes, strides, type, like);
-  auto block = std::make_unique<Block>(acquire_memory(static_cast<size_t>(bytes)));
+  auto block = std::make_unique<MemoryBlock>(acquire_block(static_cast<size_t>(bytes)));
   if (!block->address) return torch_empty_strided(sizes, strides, type, like);
   void* const address = block->address;
   AtenTensorHandle handle;  // whose deleter has the block from here on

@@ -5,9 +5,9 @@
 #include <cmath>
 
 #include "../../cpu/dispatch.h"
-#include "../kernel_calls.h"
+#include "../kernel_params.h"
+#include "non_temporal.h"
 #include "parallel.h"
-#include "streams.h"
 #include "values.h"
 
 namespace softmax_ext {
@@ -49,11 +49,11 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
   std::vector<double> sums(groups.count());
   std::vector<int64_t> bad(groups.count(), call.rows);  // the first row of a class out of range
   groups.run(0, [&](int64_t group, int64_t begin, int64_t end, void*) {
-    const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.ignore_index; };
+    const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.options.ignore_index; };
     const auto out_of_range = [&](int64_t row) {
       return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
     };
-    const ClassScan found = scan_kernel(classes + begin, end - begin, call.classes, call.ignore_index);
+    const ClassScan found = scan_kernel(classes + begin, end - begin, call.classes, call.options.ignore_index);
     sums[group] = static_cast<double>(found.live);
     if (found.out_of_range) {
       for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
@@ -81,7 +81,8 @@ double scan_targets(const Call& call, const Weights<T>& weights) {
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
 }
 
-// With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54, 1974).
+// With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54,
+// 1974).
 double compensated_sum(const std::vector<double>& values) {
   double sum = 0, rest = 0;
   for (double value : values) {
@@ -105,14 +106,10 @@ double run(const CrossEntropy<T>& k) {
 }
 
 template <typename T>
-void add_weights(CrossEntropy<T>& k, const Weights<T>& weights) {
-  k.weight = weights.weight_data();
-  k.weight_sum = static_cast<T>(weights.sum);
-}
-
-double grad_divisor(const Call& call, const Forward& out, double total_weight) {
-  if (out.grad_divisor) return *static_cast<const double*>(out.grad_divisor->const_data_ptr());
-  return divides_by_total(call, out) ? total_weight : 1.0;
+double run(CrossEntropyParams<T> params, const Weights<T>& weights, const Layout& layout, bool non_temporal) {
+  params.weight = weights.weight_data();
+  params.weight_sum = &weights.sum;
+  return run(CrossEntropy<T>{params, {layout, non_temporal}});
 }
 
 template <typename T>
@@ -120,17 +117,18 @@ void forward(const Call& call, const Forward& out) {
   const Weights<T> weights(call);
   const double total_weight = scan_targets(call, weights);
   const JointLayout joint = cross_entropy_layout(call, out.grad, std::nullopt, kLayoutRule);
-  auto k = forward_call<CrossEntropy<T>>(call, out, joint.layout());
-  add_weights(k, weights);
-  k.loss_type = out.loss_type;
-  k.streams = out.grad && streams(*out.grad, call.input);
-  if (call.reduction == kNone) k.loss = out.loss.data_ptr();
-  const double one = 1;
-  if (out.grad) k.grad_loss = {&one, DType::kFloat64, 0, 1 / grad_divisor(call, out, total_weight)};
-  const double sum = run(k);
-  if (call.reduction == kMean) *static_cast<double*>(out.total_weight.data_ptr()) = total_weight;
-  if (call.reduction != kNone)
-    set_value(out.loss.data_ptr(), out.loss_type, call.reduction == kMean ? sum / total_weight : sum);
+  CrossEntropyParams<T> p = forward_params<T>(call, out);
+  p.loss_type = out.loss_type;
+  if (call.options.reduction == kNone) p.loss = out.loss.data_ptr();
+  const double* const divisor = out.grad_divisor              ? values_of<double>(*out.grad_divisor)
+                                : divides_by_total(call, out) ? &total_weight
+                                                              : nullptr;
+  if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
+  const double sum = run(p, weights, joint.layout(), out.grad && is_non_temporal(*out.grad, call.input));
+  const bool is_mean = call.options.reduction == kMean;
+  if (is_mean) *values_of<double>(out.total_weight) = total_weight;
+  if (call.options.reduction != kNone)
+    set_value(out.loss.data_ptr(), out.loss_type, is_mean ? sum / total_weight : sum);
 }
 
 template <typename T>
@@ -138,15 +136,10 @@ void backward(const Call& call, const Backward& operands) {
   const Weights<T> weights(call);
   scan_targets(call, weights);
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kLayoutRule);
-  auto k = backward_call<CrossEntropy<T>>(call, operands, joint.layout());
-  add_weights(k, weights);
-  k.streams = operands.grad_input && streams(*operands.grad_input, call.input);
-  const auto total_weight = static_cast<const double*>(operands.total_weight.const_data_ptr());
-  k.grad_loss = row_values(operands.loss, call.reduction == kMean ? 1 / *total_weight : 1.0);
-  k.grad_lse = row_values(operands.lse);
-  k.grad_nll = row_values(operands.nll);
-  k.grad_entropy = row_values(operands.entropy);
-  run(k);
+  const bool is_mean = call.options.reduction == kMean;
+  const CrossEntropyParams<T> p =
+      backward_params<T>(call, operands, is_mean ? values_of<double>(operands.total_weight) : nullptr);
+  run(p, weights, joint.layout(), operands.grad_input && is_non_temporal(*operands.grad_input, call.input));
 }
 
 }  // namespace

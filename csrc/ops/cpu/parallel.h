@@ -11,22 +11,22 @@
 
 namespace softmax_ext {
 
-// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends on
-// nothing else, so that a row has the same bits alone and among others.
+// Rows of at most this many classes share vectors (columns layout) although their classes are contiguous. That depends
+// on nothing else, so that a row has the same bits alone and among others.
 constexpr int64_t kSmallClasses = 128;
 
 constexpr LayoutRule kLayoutRule{kSmallClasses, std::numeric_limits<int>::max()};
 
 // Rows, or tiles of kTile rows.
 inline int64_t units(const Layout& layout) {
-  return layout.rows ? layout.outer : layout.outer * ((layout.inner + kTile - 1) / kTile);
+  return layout.kind == LayoutKind::kRows ? layout.outer : layout.outer * ((layout.inner + kTile - 1) / kTile);
 }
 
 // Splits units of work into groups, by a rule that knows nothing of threads, and runs them in parallel:
 // run(group, begin unit, end unit, scratch). Sums over groups taken in order are the same for any number of threads.
 //
-// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups' work
-// differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
+// Each thread takes a run of groups, then ever smaller ones from what is left, so that none waits where the groups'
+// work differs (ignored rows cost nothing) or a core is busy elsewhere, and threads seldom write to one page.
 class Groups {
  public:
   Groups(int64_t units, int64_t elements_per_unit) : units_(units) {
@@ -34,7 +34,8 @@ class Groups {
     count_ = (units + size_ - 1) / size_;
     grain_ = std::max<int64_t>(1, kParallelElements / std::max<int64_t>(1, elements_per_unit * size_));
   }
-  explicit Groups(const Layout& layout) : Groups(units(layout), layout.classes * (layout.rows ? 1 : kTile)) {}
+  explicit Groups(const Layout& layout)
+      : Groups(units(layout), layout.classes * (layout.kind == LayoutKind::kRows ? 1 : kTile)) {}
 
   int64_t count() const { return count_; }
 
@@ -43,7 +44,8 @@ class Groups {
     return std::clamp<int64_t>((count_ + grain_ - 1) / grain_, 1, torch::stable::get_num_threads());
   }
 
-  // The memory of all threads, `scratch_bytes` (a multiple of Scratch::kAlignment) for each, is there before any begins.
+  // The memory of all threads, `scratch_bytes` (a multiple of Scratch::kAlignment) for each, is there before any
+  // begins.
   template <typename F>
   void run(size_t scratch_bytes, const F& f) const {
     struct alignas(Scratch::kAlignment) Line {

@@ -1,8 +1,8 @@
 // The softmax operators on CPU tensors.
 #include "../../cpu/dispatch.h"
-#include "../kernel_calls.h"
+#include "../kernel_params.h"
+#include "non_temporal.h"
 #include "parallel.h"
-#include "streams.h"
 #include "values.h"
 
 namespace softmax_ext {
@@ -27,34 +27,30 @@ bool is_double(const Tensor& a, const Tensor& b) {
 
 void device::softmax(const Tensor& input, const Tensor& output, int64_t dim, bool log) {
   const JointLayout joint(input, dim, {&input, &output}, kLayoutRule);
-  const auto run_as = [&](auto k) {
-    k.streams = streams(output, input);
-    run(k, joint);
-  };
+  const SoftmaxParams params = softmax_params(input, output, log);
+  const Placement placement{joint.layout(), is_non_temporal(output, input)};
   if (is_double(input, output))
-    run_as(softmax_call<Softmax<double>>(input, output, log, joint.layout()));
+    run(Softmax<double>{params, placement}, joint);
   else
-    run_as(softmax_call<Softmax<float>>(input, output, log, joint.layout()));
+    run(Softmax<float>{params, placement}, joint);
 }
 
 void device::softmax_backward(const Tensor& grad_output, const Tensor& output, const Tensor& grad_input, int64_t dim,
                               bool log) {
   const JointLayout joint(output, dim, {&grad_input, &output, &grad_output}, kBackwardLayoutRule);
-  const auto run_as = [&](auto k) {
-    k.streams = streams(grad_input, output);
-    run(k, joint);
-  };
+  const SoftmaxBackwardParams params = softmax_backward_params(grad_output, output, grad_input, log);
+  const Placement placement{joint.layout(), is_non_temporal(grad_input, output)};
   if (is_double(output, grad_input))
-    run_as(softmax_backward_call<SoftmaxBackward<double>>(grad_output, output, grad_input, log, joint.layout()));
+    run(SoftmaxBackward<double>{params, placement}, joint);
   else
-    run_as(softmax_backward_call<SoftmaxBackward<float>>(grad_output, output, grad_input, log, joint.layout()));
+    run(SoftmaxBackward<float>{params, placement}, joint);
 }
 
-void device::scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor) {
-  if (factor.stride == 0 && value_at(factor.data(), factor.type, 0) == 1) return;
+void device::scale_rows(const Tensor& tensor, int64_t dim, const RowValues& factor) {
+  if (factor.stride == 0 && value_at(factor.data, factor.dtype, 0) == 1) return;
   const JointLayout joint(tensor, dim, {&tensor}, kLayoutRule);
   if (joint.empty()) return;
-  const auto k = scale_rows_call<ScaleRows>(tensor, row_values(factor), joint.layout());
+  const ScaleRows k{scale_rows_params(tensor, factor), {joint.layout()}};
   Groups(k.layout).run(0, [&](int64_t, int64_t begin, int64_t end, void*) { kernels().scale_rows(k, begin, end); });
 }
 

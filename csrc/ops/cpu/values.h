@@ -4,32 +4,33 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "../../cpu/kernels.h"
-#include "../operators.h"
+#include <type_traits>
+
+#include "../../dtype.h"
 
 namespace softmax_ext {
 
+// The half types of visit_dtype().
+struct HeaderHalves {
+  using BFloat16 = torch::headeronly::BFloat16;
+  using Float16 = torch::headeronly::Half;
+};
+
 // One element of a contiguous array.
 inline double value_at(const void* data, DType type, int64_t i) {
-  switch (type) {
-    case DType::kFloat64: return static_cast<const double*>(data)[i];
-    case DType::kFloat32: return static_cast<const float*>(data)[i];
-    case DType::kBFloat16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
-    default: return static_cast<const torch::headeronly::Half*>(data)[i];
-  }
+  return visit_dtype<HeaderHalves>(type, [=](auto element) -> double {
+    using E = typename decltype(element)::Type;
+    using Wide = std::conditional_t<std::is_same_v<E, double>, double, float>;  // a half passes through float
+    return static_cast<Wide>(static_cast<const E*>(data)[i]);
+  });
 }
 
 inline void set_value(void* data, DType type, double value) {
-  switch (type) {
-    case DType::kFloat64: *static_cast<double*>(data) = value; break;
-    case DType::kFloat32: *static_cast<float*>(data) = static_cast<float>(value); break;
-    case DType::kBFloat16: *static_cast<torch::headeronly::BFloat16*>(data) = static_cast<float>(value); break;
-    default: *static_cast<torch::headeronly::Half*>(data) = static_cast<float>(value); break;
-  }
-}
-
-inline RowValues row_values(const Factor& factor, double scale = 1) {
-  return {factor.data(), factor.type, factor.stride, scale};
+  visit_dtype<HeaderHalves>(type, [=](auto element) {
+    using E = typename decltype(element)::Type;
+    using Wide = std::conditional_t<std::is_same_v<E, double>, double, float>;
+    *static_cast<E*>(data) = static_cast<Wide>(value);
+  });
 }
 
 }  // namespace softmax_ext

@@ -13,8 +13,4 @@ inline Tensor converted(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
-inline cuda::Upstream upstream(const Factor& factor, const double* divisor = nullptr) {
-  return {factor.values.has_value(), factor.data(), factor.type, factor.stride, divisor};
-}
-
 }  // namespace softmax_ext

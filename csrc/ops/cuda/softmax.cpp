@@ -1,10 +1,10 @@
 // The softmax operators on CUDA tensors, queued on the current stream.
 //
-// The kernels are compiled for equal types and for a half type beside float32, in which it is computed. Other pairs, which
-// are rare, go through a copy in the type of the arithmetic.
-#include "../kernel_calls.h"
+// The kernels are compiled for equal types and for a half type beside float32, in which it is computed. Other pairs,
+// which are rare, go through a copy in the type of the arithmetic.
+#include "../kernel_params.h"
+#include "cuda_stream.h"
 #include "operands.h"
-#include "stream.h"
 
 namespace softmax_ext {
 namespace {
@@ -50,7 +50,7 @@ void device::softmax(const Tensor& input, const Tensor& output, int64_t dim, boo
   const JointLayout joint(source, dim, {&source, &out.written}, kCudaLayoutRule);
   if (joint.empty()) return;
   const OnDevice on(input);
-  cuda::softmax(softmax_call<cuda::Softmax>(source, out.written, log, joint.layout()), on.stream());
+  cuda::softmax(softmax_params(source, out.written, log), joint.layout(), on.stream());
   out.finish();
 }
 
@@ -62,16 +62,15 @@ void device::softmax_backward(const Tensor& grad_output, const Tensor& output, c
   const JointLayout joint(saved, dim, {&out.written, &saved, &grad}, kCudaLayoutRule);
   if (joint.empty()) return;
   const OnDevice on(output);
-  cuda::softmax_backward(softmax_backward_call<cuda::SoftmaxBackward>(grad, saved, out.written, log, joint.layout()),
-                         on.stream());
+  cuda::softmax_backward(softmax_backward_params(grad, saved, out.written, log), joint.layout(), on.stream());
   out.finish();
 }
 
-void device::scale_rows(const Tensor& tensor, int64_t dim, const Factor& factor) {
+void device::scale_rows(const Tensor& tensor, int64_t dim, const RowValues& factor) {
   const JointLayout joint(tensor, dim, {&tensor}, kCudaLayoutRule);
   if (joint.empty()) return;
   const OnDevice on(tensor);
-  cuda::scale_rows(scale_rows_call<cuda::ScaleRows>(tensor, upstream(factor), joint.layout()), on.stream());
+  cuda::scale_rows(scale_rows_params(tensor, factor), joint.layout(), on.stream());
 }
 
 }  // namespace softmax_ext

@@ -1,0 +1,15 @@
+// How the functions of the headers that several devices or instruction sets share are inlined: always. A copy of its
+// own would be linked once for all units, built for the instruction set of any of them.
+#pragma once
+
+#ifdef __CUDACC__
+// For host and device; what it calls may be for either.
+#define SOFTMAX_EXT_INLINE __host__ __device__ __forceinline__
+#define SOFTMAX_EXT_CALLS_EITHER _Pragma("nv_exec_check_disable")
+// In kernels alone.
+#define SOFTMAX_EXT_KERNEL_INLINE __device__ __forceinline__
+#else
+#define SOFTMAX_EXT_INLINE inline __attribute__((always_inline))
+#define SOFTMAX_EXT_CALLS_EITHER
+#define SOFTMAX_EXT_KERNEL_INLINE inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,39 @@
+// The schemas of the operators, for every device. Tensors are given in any shape and strides with the dimension of the
+// classes; one result per row has the shape of the batch, which is the input's without that dimension.
+//
+// The functional forms allocate. A name with a trailing underscore writes the gradient over its first argument.
+#include "operators.h"
+
+namespace softmax_ext {
+
+// In the order of OptionsOf (params.h), as boxed.h reads them.
+#define OPTIONS \
+  "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
+#define UPSTREAM "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
+#define SAVED "Tensor state, Tensor total_weight, Tensor? entropy"
+
+void define_operators(torch::stable::detail::StableLibrary& library) {
+  // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
+  //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
+  //    state is [2, *batch] with class indices, [4, *batch] with probabilities (params.h).
+  //    total_weight is [] float64, the mean's denominator; [0] without a mean.
+  library.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " OPTIONS
+              ", ScalarType? dtype, bool stats, bool precompute_grad) -> Tensor[]");
+  // The same over the input, without grad_input; the statistics are empty if not asked for. (No list: torch
+  // functionalises only operators that return tensors.) Where grad_divisor is given, a float64 scalar, the gradient is
+  // divided by that and not by the mean's denominator: for rows that are part of a larger mean.
+  library.def("cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, " OPTIONS
+              ", ScalarType? dtype, bool stats, Tensor? grad_divisor=None) "
+              "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
+  //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.
+  library.def("cross_entropy_backward(" UPSTREAM ", Tensor input, Tensor target, Tensor? weight, " SAVED ", " OPTIONS
+              ", bool needs_input, bool needs_target) -> (Tensor, Tensor)");
+  library.def("cross_entropy_backward_(" UPSTREAM ", Tensor(a!) input, Tensor target, Tensor? weight, " SAVED
+              ", " OPTIONS ") -> ()");
+  library.def("softmax(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");
+  library.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor");
+  library.def("scale_rows_(Tensor(a!) tensor, Tensor factor, int dim) -> ()");
+}
+
+}  // namespace softmax_ext

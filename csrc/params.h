@@ -1,0 +1,126 @@
+// What every kernel is told of a call, the same on each device: plain structs of pointers, types and options, which a
+// device extends by what it needs besides, its layout above all. Pointers are to memory of that device.
+//
+// T is the type of the arithmetic: double if any operand is float64, float otherwise.
+#pragma once
+
+#include "dtype.h"
+#include "layout.h"
+
+namespace softmax_ext {
+
+enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
+
+// The options of cross entropy, in the order of the operators' schemas.
+template <typename Number>
+struct OptionsOf {
+  int64_t dim;
+  int64_t reduction;
+  int64_t ignore_index;
+  Number label_smoothing;
+  Number z_loss;
+  Number softcap;  // 0: none
+  Number logit_scale;
+};
+using Options = OptionsOf<double>;
+
+// The same with numbers of T.
+template <typename T>
+OptionsOf<T> rounded_to(const Options& o) {
+  return {o.dim,
+          o.reduction,
+          o.ignore_index,
+          static_cast<T>(o.label_smoothing),
+          static_cast<T>(o.z_loss),
+          static_cast<T>(o.softcap),
+          static_cast<T>(o.logit_scale)};
+}
+
+// One value for each row, or one for all: data[row * stride] / *divisor.
+struct RowValues {
+  const void* data;  // null: 1 for every row
+  DType dtype;
+  int64_t stride;         // 0: one value for all
+  const double* divisor;  // null: 1
+  bool given;             // otherwise the value is 0
+};
+
+enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilities };
+
+// Softmax cross entropy of the rows of `logits`, its gradient, or both (docs/math.md has the formulas):
+//
+//   forward            reads the logits once; writes loss, state and the statistics that are asked for
+//   with grad_logits   writes the gradient in the same visit, while the row is near
+//   backward           (not forward) reads the logits and the state, writes the gradients
+//
+// The state of a row is (max, rest) with
+//
+//   sum_c exp(z_c) = exp(max) (1 + rest),   rest: exp(z_c - max), summed over all classes but one of largest logit
+//
+// log-sum-exp is max + log1p(rest). Were it saved instead, it would be rounded at the magnitude of the maximum. As the
+// 1 is no part of the sum, log1p(rest) has its full relative precision when one class has nearly all the probability,
+// and so has p - 1 = -rest / (1 + rest) of that class. With probability targets the state has two more: sum b_c and sum
+// q_c.
+template <typename T>
+struct CrossEntropyParams {
+  const void* logits;
+  void* grad_logits;  // null: not wanted. May be `logits` itself.
+  DType logits_type;
+
+  // The target: class indices of one of two types, or probabilities (whose pointer may be null if there is no class).
+  bool has_probabilities;
+  const int64_t* index;       // [rows]
+  const uint8_t* index_u8;    // [rows]
+  const void* probabilities;  // of the logits' shape
+  DType probabilities_type;
+  void* grad_probabilities;  // null: not wanted. Of probabilities_type.
+
+  const T* weight;           // [classes]; null: ones
+  const double* weight_sum;  // sum of weight; null: the number of classes
+  OptionsOf<T> options;
+
+  bool forward;
+  int64_t rows;
+  void* loss;  // forward: [rows] of loss_type, null where only the sum is wanted
+  DType loss_type;
+  T* state;             // [2 or 4, rows]; forward writes it unless null, backward reads it
+  bool stats;           // forward: write the four below
+  T* lse;               // [rows]
+  T* nll;               // [rows]
+  T* entropy;           // [rows]; backward reads it where grad_entropy is given
+  int64_t* prediction;  // [rows]
+
+  RowValues grad_loss, grad_lse, grad_nll, grad_entropy;
+};
+
+enum SoftmaxOperand { kSoftmaxInput, kSoftmaxOutput, kSoftmaxGrad };
+
+// output = softmax(input) or log_softmax(input) over the classes.
+struct SoftmaxParams {
+  bool log;
+  const void* input;
+  DType input_type;
+  void* output;
+  DType output_type;
+};
+
+// grad_input from the upstream gradient and the saved output, all of one shape. In the layout grad_input is
+// kSoftmaxInput.
+//   softmax: p (g - sum g p)        log_softmax: g - exp(output) sum g
+struct SoftmaxBackwardParams {
+  bool log;
+  const void* grad_output;
+  const void* output;
+  DType output_type;  // of grad_output too
+  void* grad_input;
+  DType grad_input_type;
+};
+
+// data[row, c] *= factor of the row, for every class c; operand 0 of the layout.
+struct ScaleRowsParams {
+  void* data;
+  DType dtype;
+  RowValues factor;
+};
+
+}  // namespace softmax_ext

@@ -1,0 +1,271 @@
+"""Cross entropy of a linear layer's output for autograd: the Functions around the operators of linear_ops.py.
+
+- LinearCrossEntropy computes the loss in forward. Its backward computes the logits again, chunk by chunk. It serves any
+  upstream gradient, any number of backwards, and transforms.
+- EagerLinearCrossEntropy computes the gradients in forward too, with three matrix products a chunk. Its first backward
+  multiplies them by the upstream gradient and hands them over.
+- LinearCrossEntropyBackward is the gradient in chunks. As it is a Function, ``torch.func`` and ``create_graph`` do not
+  need all logits at once either (``torch.func`` in compiled code does).
+
+Double backward and forward mode use all logits at once: F.linear and the cross entropy of its output, which have all
+derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import chunks, internals, linear_ops, ops
+from ..chunks import Operands
+from ..dtypes import arithmetic_dtype
+from ..linear_ops import Call
+from ..options import MEAN
+from ..reference import Rows, Upstream, total_weight
+from . import refusals
+from .cross_entropy import BackwardCall, CrossEntropy, CrossEntropyBackward, Results, formula_gradients
+from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread
+
+NOTHING = (False, False, False)
+"""No gradient of input, linear_weight and linear_bias is needed."""
+
+
+def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The output of the linear layer, [N, C, *K]."""
+    *classes, features = linear_weight.shape  # reshape and not flatten, which autograd's own vmap does not have
+    bias = None if linear_bias is None else linear_bias.reshape(math.prod(classes))
+    logits = F.linear(input, linear_weight.reshape(math.prod(classes), features), bias)
+    return logits.reshape(input.shape[0], *classes)
+
+
+# ---- the gradient ----
+
+
+class _Needs(NamedTuple):
+    """Which gradients a backward needs."""
+
+    input: bool
+    linear_weight: bool
+    linear_bias: bool
+    target: bool
+
+
+def _gradients_through_logits(operands: Operands, call: Call, upstream: Upstream, needs: _Needs) -> list[Tensor | None]:
+    """The gradients from all logits at once, by operations that can be differentiated and batched again."""
+    input, linear_weight, linear_bias, target, weight = operands
+    logits = logits_of(input, linear_weight, linear_bias)
+    options = call.options
+    wide = arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
+    if is_batched(upstream) and not is_plain_backward():
+        total = total_weight(target, weight, options.dim, options.ignore_index)
+        of_logits, of_target = formula_gradients(upstream, logits, target, weight, total, options, (True, needs.target))
+    else:
+        results = Results(*CrossEntropy.apply(logits, target, weight, options, wide, True))
+        kept = (logits, target, weight, results.state, results.total_weight, results.entropy)
+        gradients = CrossEntropyBackward.apply(*BackwardCall(*upstream, *kept, options, True, needs.target))
+        of_logits, of_target = spread(gradients, (True, needs.target))
+    assert of_logits is not None
+    dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1]))
+    return [
+        dz @ linear_weight.reshape(dz.shape[1], input.shape[1]) if needs.input else None,
+        (dz.mT @ input).view(linear_weight.shape) if needs.linear_weight else None,
+        dz.sum(0).view(linear_weight.shape[:-1]) if needs.linear_bias else None,
+        of_target,
+    ]
+
+
+class LinearCrossEntropyBackward(Function):
+    """(*upstream, total, *operands, call, needs) -> those gradients of the operands that ``needs`` names."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *tensors, call, needs = args
+        return tuple(linear_ops.backward(*tensors, *call.options, call.chunk_rows, list(needs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.call, ctx.needs = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        saved, given = ctx.saved_tensors, spread(grads, ctx.needs)
+        which = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+
+        def gradients(*values: Tensor) -> list[Tensor]:
+            tensors = list(saved)
+            for i, value in zip(which, values, strict=True):
+                tensors[i] = value
+            loss, lse, nll, entropy, _, *operands = tensors
+            upstream = Upstream(loss, lse, nll, entropy)
+            found = _gradients_through_logits(Operands(*operands), ctx.call, upstream, ctx.needs)
+            return [g for g, grad in zip(found, given, strict=True) if g is not None and grad is not None]
+
+        pull_back = torch.func.vjp(gradients, *(saved[i] for i in which))[1]
+        slopes = pull_back([grad for grad in grads if grad is not None])
+        return tuple(spread(slopes, ctx.needs_input_grad))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(LinearCrossEntropyBackward, info.batch_size, in_dims, args)
+
+
+def gradients(
+    needed: Sequence[bool], operands: Operands, call: Call, upstream: Upstream, total: Tensor
+) -> list[Tensor | None]:
+    """The gradients of input, linear_weight, linear_bias and target; computes the logits again.
+
+    None for a gradient that is not needed.
+    """
+    needs = _Needs(*needed)
+    if all(g is None for g in upstream) or not any(needs):
+        return [None] * 4
+    if refusals.is_backward_traced():
+        given = next(g for g in upstream if g is not None)
+        total = refusals.refusing(total, given, "linear_cross_entropy")
+    if torch.compiler.is_compiling() or is_plain(upstream):
+        found = linear_ops.backward(*upstream, total, *operands, *call.options, call.chunk_rows, list(needs))
+    elif internals.forward_mode_level() >= 0 or is_batched(upstream):
+        return _gradients_through_logits(operands, call, upstream, needs)
+    else:
+        found = LinearCrossEntropyBackward.apply(*upstream, total, *operands, call, needs)
+    return spread(found, needs)
+
+
+def _scaled(gradient: Tensor, scale: Tensor, consumes: bool) -> Tensor:
+    """The gradient times ``scale``, which is [], or [N] for its rows; in place if ``consumes``."""
+    if consumes:
+        ops.scale_rows_(gradient, scale, 1 if scale.dim() else 0)
+        return gradient
+    wide = torch.float32 if gradient.dtype.itemsize == 2 else gradient.dtype
+    return gradient.to(wide) * scale.to(wide).reshape(-1, *[1] * (gradient.dim() - 1))
+
+
+def handed_on(
+    computed: Sequence[Tensor | None],
+    operands: Operands,
+    call: Call,
+    grad_loss: Tensor,
+    total: Tensor,
+    consumes: bool,
+) -> list[Tensor | None]:
+    """The gradients that forward computed, multiplied by the upstream gradient, in place if ``consumes``.
+
+    A gradient that only ignored rows contribute to is 0 for any upstream gradient, inf and NaN included.
+    """
+    target = operands.target
+    scale = grad_loss.to(total.dtype)
+    if call.options.reduction == MEAN and not linear_ops.divides_by_total(call.options, operands.input):
+        scale = scale / total
+    of_input = scale
+    if not target.is_floating_point():
+        live, one = chunks.live_rows(target, call.options.ignore_index), torch.ones_like(scale)
+        scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
+    likes: tuple[Any, ...] = (operands.input, operands.linear_weight, operands.linear_bias)
+    return [
+        None if gradient is None else _scaled(gradient, factor, consumes).to(like.dtype)
+        for gradient, factor, like in zip(computed, (of_input, scale, scale), likes, strict=True)
+    ]
+
+
+# ---- the loss, with all derivatives ----
+
+
+class LinearCrossEntropy(Function):
+    """(*operands, call) -> (loss, total_weight, *statistics)."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *operands, call = args
+        return tuple(
+            linear_ops.forward(*operands, *call.options, call.dtype, call.stats, call.chunk_rows, NOTHING, ops.VERSION)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *operands, ctx.call = inputs
+        ctx.dtypes = [t.dtype for t in output]
+        _, total, *statistics = output
+        ctx.save_for_backward(*operands, total)
+        ctx.save_for_forward(*operands, total)
+        ctx.mark_non_differentiable(total, *statistics[3:])  # the prediction
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *operands, total = ctx.saved_tensors
+        found = gradients(ctx.needs_input_grad[:4], Operands(*operands), ctx.call, upstream_of(grads), total)
+        return *found, None, None
+
+    @staticmethod
+    @nested_forward_mode
+    def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, linear_weight, linear_bias, target, weight, total = saved
+        of_input, of_linear_weight, of_linear_bias, of_target, of_weight, _ = tangents
+        if of_weight is not None:
+            raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
+        logits = logits_of(input, linear_weight, linear_bias)
+        along = torch.zeros_like(logits)
+        if of_input is not None:
+            along = along + logits_of(of_input, linear_weight, None)
+        if of_linear_weight is not None:
+            along = along + logits_of(input, of_linear_weight, None)
+        if of_linear_bias is not None:
+            along = along + of_linear_bias
+        rows = Rows(logits, target, weight, ctx.call.options)
+        loss, *stats = rows.derivative(along, of_target)
+        results = [rows.reduce_slope(loss, total), None, *stats, None][: len(ctx.dtypes)]
+        return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(LinearCrossEntropy, info.batch_size, in_dims, args)
+
+
+def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
+    """The Upstream in ``grads``, the gradients of the results (loss, total_weight, *statistics)."""
+    loss, _, *statistics = grads
+    lse, nll, entropy, *_ = statistics or (None, None, None)
+    return Upstream(loss, lse, nll, entropy)
+
+
+# ---- eager calls ----
+
+
+class EagerLinearCrossEntropy(Function):
+    """(*operands, call) -> loss; forward computes its gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *operands, ctx.call = args
+        ctx.set_materialize_grads(False)
+        options, dtype, stats, chunk_rows = ctx.call
+        needs = list(ctx.needs_input_grad[:3])
+        results = linear_ops.forward(*operands, *options, dtype, stats, chunk_rows, needs, ops.VERSION)
+        loss, total, *computed = results
+        # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
+        # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
+        ctx.gradients = [spread(computed, needs)]
+        ctx.save_for_backward(*operands, total)
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, total = ctx.saved_tensors
+        operands = Operands(*tensors)
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        upstream = Upstream(grad_loss, None, None, None)
+        computed = ctx.gradients.pop() if ctx.gradients else None
+        if computed is None or not is_plain(upstream):
+            return *gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total), None, None
+        return *handed_on(computed, operands, ctx.call, grad_loss, total, True), None, None, None

@@ -1,0 +1,158 @@
+"""Linear cross entropy as two operators, forward and backward, which torch.compile and torch.export see.
+
+They compute in chunks, by chunks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import chunks
+from .autograd import refusals
+from .chunks import Operands
+from .dtypes import arithmetic_dtype
+from .options import MEAN, NONE, SCHEMA, Options
+from .reference import Upstream, total_weight
+
+
+class Call(NamedTuple):
+    """The arguments of a call that are not tensors; see linear_cross_entropy."""
+
+    options: Options
+    dtype: torch.dtype | None
+    stats: bool
+    chunk_rows: int | None
+
+
+def divides_by_total(options: Options, input: Tensor) -> bool:
+    """Whether forward divides the gradients that it computes by the mean's denominator (see chunks.py)."""
+    return options.reduction == MEAN and input.dtype != torch.float16
+
+
+def _forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
+    options, (dtype, stats, chunk_rows, needs, _) = Options.split(arguments)
+    operands = Operands(input, linear_weight, linear_bias, target, weight)
+    wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
+    total = total_weight(target, weight, options.dim, options.ignore_index)
+    grad_divisor = total if divides_by_total(options, input) else None
+    with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
+        (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, grad_divisor, chunk_rows)
+    if options.reduction != NONE:
+        loss = loss.sum(dtype=torch.float64)
+    if options.reduction == MEAN:
+        loss = loss / total
+    return [loss.to(dtype or input.dtype), total, *of_rows, *gradients]
+
+
+def _fake_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    options, (dtype, stats, _, needs, _) = Options.split(arguments)
+    rows = [input.shape[0], *linear_weight.shape[1:-1]]
+    wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
+    results = [
+        input.new_empty(rows if options.reduction == NONE else [], dtype=dtype or input.dtype),
+        input.new_empty([], dtype=torch.float64),
+    ]
+    if stats:
+        results += [input.new_empty(rows, dtype=wide) for _ in range(3)]
+        results.append(input.new_empty(rows, dtype=torch.int64))
+    needs_input, needs_weight, needs_bias = needs
+    sums = torch.float32 if input.dtype.itemsize == 2 else input.dtype
+    if needs_input:
+        results.append(input.new_empty(input.shape, dtype=chunks.input_sum_dtype(input.dtype)))
+    if needs_weight:
+        results.append(input.new_empty(linear_weight.shape, dtype=sums))
+    if needs_bias:
+        results.append(input.new_empty(linear_weight.shape[:-1], dtype=sums))
+    return results
+
+
+def _backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_nll: Tensor | None,
+    grad_entropy: Tensor | None,
+    total: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    options, (chunk_rows, needs) = Options.split(arguments)
+    # The gradients of loss and statistics are float64 if forward computed in float64.
+    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy) if t is not None]
+    wide = arithmetic_dtype(input.dtype, target.dtype, *given)
+    if grad_loss is not None:
+        grad_loss = grad_loss.to(wide)
+        if options.reduction == MEAN:
+            grad_loss = grad_loss / total.to(wide)
+        grad_loss = grad_loss.expand(input.shape[0], *linear_weight.shape[1:-1])
+    upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
+    operands = Operands(input, linear_weight, linear_bias, target, weight)
+    *parameters, needs_target = needs
+    with torch.autocast(input.device.type, enabled=False):
+        results = chunks.gradients(operands, options, wide, upstream, parameters, needs_target, chunk_rows)
+    differentiable = (input, linear_weight, linear_bias, target)
+    likes = [t for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
+    return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
+
+
+def _fake_backward(
+    grad_loss: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_nll: Tensor | None,
+    grad_entropy: Tensor | None,
+    total: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    *arguments: Any,
+) -> list[Tensor]:
+    *_, needs = arguments
+    differentiable = (input, linear_weight, linear_bias, target)
+    return [t.new_empty(t.shape) for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
+
+
+_OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+_UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
+
+# Returns [loss, total_weight], then with stats [lse, nll, entropy, prediction], then those gradients of input,
+# linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
+# the mean: of total_weight). In half types the gradients of weight and bias are float32, in float16 the input's too.
+forward = torch.library.custom_op(
+    "softmax_ext::linear_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs, int version)"
+    " -> Tensor[]",
+)
+forward.register_fake(_fake_forward)
+
+# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names.
+backward = torch.library.custom_op(
+    "softmax_ext::linear_cross_entropy_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_UPSTREAM}, Tensor total, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+)
+backward.register_fake(_fake_backward)

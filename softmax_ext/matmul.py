@@ -1,0 +1,100 @@
+"""The matrix products of a linear layer and of its gradients, each by the library that is fastest and rounds least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import internals
+
+# A product that needs a temporary tensor is computed in slices of this size, which stay in cache.
+_SLICE_BYTES = 2 << 20
+
+
+@cache
+def _amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether X W^T is computed by oneDNN. The alternative, ``torch.mm``, calls MKL, which is slow in float32 on AMD.
+
+    This is a fixed rule and not a measurement, so that the bits are the same every time. The other two products are not
+    computed by oneDNN: MKL is nearly as fast there, and the errors of its dZ W are a third smaller.
+    """
+    is_float = x.device.type == "cpu" and x.dtype == torch.float32
+    has_onednn = internals.onednn_linear is not None and torch.backends.mkldnn.is_available()
+    return is_float and x.shape[-1] > 0 and has_onednn and _amd()
+
+
+def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    assert internals.onednn_linear is not None
+    return internals.onednn_linear(x, matrix, bias, "none", [], "")
+
+
+def _slices(size: int, bytes_each: int) -> Iterator[slice]:
+    step = max(_SLICE_BYTES // max(bytes_each, 1), 1)
+    return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
+
+
+def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Writes x matrix^T + bias into ``out``: x [rows, D], matrix [C, D], bias [C] or None, out [rows, C]."""
+    if prefers_onednn(x):  # oneDNN allocates its result; with slices malloc can use the same memory again
+        for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
+            out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
+    elif bias is None:
+        torch.mm(x, matrix.t(), out=out)
+    else:
+        torch.addmm(bias, x, matrix.t(), out=out)
+
+
+def multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Writes dz matrix into ``out``: dz [rows, C], matrix [C, D]; ``out`` may have a wider dtype than the factors."""
+    if out.dtype == dz.dtype:
+        torch.mm(dz, matrix, out=out)
+    elif dz.is_cuda and internals.product_of_halves is not None:
+        internals.product_of_halves(out, dz, matrix, out.dtype, beta=0, out=out)
+    else:
+        for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
+            out.addmm_(dz[:, s].to(out.dtype), matrix[s].to(out.dtype), beta=1 if s.start else 0)
+
+
+def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
+    """Adds dz^T x to ``total`` [C, D], or writes it there if it is the first.
+
+    dz is [rows, C] and x [rows, D]. ``total`` may have a wider dtype than the factors.
+    """
+    beta = 0 if first else 1
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), x, beta=beta)
+        return
+    if dz.is_cuda and internals.product_of_halves is not None:
+        internals.product_of_halves(total, dz.t(), x, total.dtype, beta=beta, out=total)
+        return
+    for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
+        # A product in float16 could overflow, because nothing has been divided by the number of rows yet.
+        left, right = (dz[:, s].float(), x.float()) if dz.dtype == torch.float16 else (dz[:, s], x)
+        product = left.t() @ right
+        total[s].copy_(product) if first else total[s].add_(product)
+
+
+def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first: bool) -> None:
+    """Does the same as ``add_outer``, but adds the entries of the targets' classes [rows, K] by themselves, in float32.
+
+    The half-precision product would round these entries, which are nearly all of the gradient. They are set to zero in
+    dz [rows, C * K].
+    """
+    positions = classes.shape[1]
+    columns = classes * positions + torch.arange(positions, device=classes.device)
+    values = dz.gather(1, columns).to(total.dtype)
+    dz[torch.arange(dz.shape[0], device=dz.device)[:, None], columns] = 0
+    add_outer(total, dz, x, first)
+    for k in range(positions):
+        total.index_add_(0, columns[:, k], values[:, k : k + 1] * x)

@@ -1,0 +1,45 @@
+"""The options of a cross entropy: their names, and the one order that all operators and Functions use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+
+NONE, MEAN, SUM = 0, 1, 2
+"""The operators' codes for ``reduction``."""
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+
+class Options(NamedTuple):
+    """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes."""
+
+    dim: int
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+
+    @staticmethod
+    def split(arguments: Sequence[Any]) -> tuple[Options, Sequence[Any]]:
+        """Splits an operator's arguments, which begin with the options, into these and the other arguments."""
+        count = len(Options._fields)
+        return Options(*arguments[:count]), arguments[count:]
+
+
+SCHEMA = (
+    "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
+)
+"""The fields of Options in the schema of an operator. csrc/ops/schema.cpp has the same for the C++ operators."""
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords that torch.nn.functional.cross_entropy does not have, with the names that callers use."""
+
+    dtype: torch.dtype | None
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
