@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -66,6 +67,9 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.whl"):
             old.unlink()
+    # setuptools would take what an earlier build left there for a part of the package.
+    for old in (ROOT / "build").glob("lib.*"):
+        shutil.rmtree(old)
     # Of these files setuptools keeps the modes, which are not the same in every checkout.
     for name in ("LICENSE", "softmax_ext/py.typed"):
         (ROOT / name).chmod(0o644)
