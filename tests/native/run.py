@@ -128,7 +128,7 @@ def run(name: str, trials: int) -> bool:
     built = time.monotonic()
     command = [*chosen.emulator, *(without_random_addresses() if name == "thread" else []), program, *chosen.arguments]
     done = subprocess.run([*command, str(trials)], stdout=subprocess.PIPE, text=True, check=False)
-    right = done.returncode == 0 and (chosen.isas is None or f"on {chosen.isas}, and kept memory" in done.stdout)
+    right = done.returncode == 0 and (chosen.isas is None or f"on {chosen.isas}, and the block cache" in done.stdout)
     print(f"native {name}: {done.stdout.strip() or f'ended with status {done.returncode}'}")
     for fault, words in chosen.faults.items():
         if not is_stopped([*command, "--fault", fault], words):
