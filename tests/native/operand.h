@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "guarded.h"
+#include "layout.h"
 #include "ops/cpu/values.h"
 
 namespace softmax_ext::native {
