@@ -23,20 +23,18 @@ namespace softmax_ext {
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
 template <typename Number>
 struct LogitTransform {
-  bool is_identity;
-  bool is_capped;
   Number scale;        // logit_scale
-  Number inner_scale;  // logit_scale / softcap
-  Number cap, inverse_cap;
-};
+  Number cap;          // softcap; 0: none, and the next two are not used
+  Number inner_scale;  // scale / cap
+  Number inverse_cap;
 
-template <typename Number>
-SOFTMAX_EXT_INLINE LogitTransform<Number> logit_transform(const OptionsOf<Number>& options) {
-  const Number scale = options.logit_scale, cap = options.softcap;
-  const bool is_capped = cap != 0;
-  if (!is_capped) return {scale == 1, false, scale, scale, Number(0), Number(0)};
-  return {false, true, scale, scale / cap, cap, 1 / cap};
-}
+  SOFTMAX_EXT_INLINE explicit LogitTransform(const OptionsOf<Number>& options)
+      : scale(options.logit_scale), cap(options.softcap), inner_scale(scale / cap), inverse_cap(1 / cap) {}
+  LogitTransform() = default;
+
+  SOFTMAX_EXT_INLINE bool is_capped() const { return cap != 0; }
+  SOFTMAX_EXT_INLINE bool is_identity() const { return cap == 0 && scale == 1; }
+};
 
 template <typename Math, typename Value = typename Math::Value>
 SOFTMAX_EXT_KERNEL_INLINE Value capped_logit(const Value& x, const Value& inner_scale, const Value& cap) {

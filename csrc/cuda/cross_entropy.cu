@@ -13,7 +13,7 @@ template <typename T>
 bool needs_exponentials_alone(const CrossEntropyParams<T>& p) {
   const bool smoothing = p.options.label_smoothing != 0 && (p.forward || p.weight);
   return !p.has_probabilities && !p.stats && !p.grad_entropy.given && !smoothing &&
-         logit_transform(p.options).is_identity;
+         LogitTransform(p.options).is_identity();
 }
 
 template <typename S, typename T, bool kGeneral>
@@ -24,7 +24,7 @@ void launch_as(const CrossEntropyParams<T>& params, const Layout& layout, Stream
   op.reduces = params.forward;
   op.writes = params.grad_logits;
   op.writes_second = params.grad_probabilities;
-  op.transform = logit_transform(params.options);
+  op.transform = LogitTransform(params.options);
   op.share = static_cast<T>(params.options.label_smoothing / static_cast<double>(layout.classes));
   launch_op(kGeneral ? "cross_entropy with options" : "cross_entropy", op, layout, params.has_probabilities, stream);
 }

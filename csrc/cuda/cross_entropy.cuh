@@ -59,7 +59,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
   __device__ __forceinline__ T transformed(T x) const {
     if (!kGeneral) return x;
-    return transform.is_capped ? capped_logit<Math>(x, transform.inner_scale, transform.cap) : x * transform.scale;
+    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap) : x * transform.scale;
   }
   __device__ __forceinline__ T logit(const Elements<CrossEntropyOp>& x) const { return transformed(x.of[0]); }
 
@@ -141,7 +141,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
             this->weight != nullptr,
             has_entropy_gradient(),
             kGeneral && writes_second,
-            kGeneral && transform.is_capped,
+            kGeneral && transform.is_capped(),
             this->options.label_smoothing,
             share,
             this->options.z_loss,
@@ -259,7 +259,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
                                      int c) const {
     const T z = logit(x), d = z - k.max, e = exp_nonpositive<S>(d);
     if constexpr (!kGeneral) return plain_gradient<Math>(k, e);
-    const GradientTerms has{has_entropy_gradient(), k.smooth != 0, this->has_probabilities, transform.is_capped};
+    const GradientTerms has{has_entropy_gradient(), k.smooth != 0, this->has_probabilities, transform.is_capped()};
     const T q = has.probabilities ? probability(context, c) : T(0);
     const T w = has.probabilities || has.smooth ? class_weight(c) : T(1);
     const T gradient = gradient_without_slope<Math>(has, k, d, e, q, w, transform.scale);

@@ -30,7 +30,7 @@ GradientVectors<T> load_rows(const RowBatch<T>& b, int64_t r) {
 template <typename T>
 GradientTerms gradient_terms(const CrossEntropy<T>& p) {
   return {p.grad_entropy.given, p.weight && p.options.label_smoothing != 0, p.has_probabilities,
-          logit_transform(p.options).is_capped};
+          LogitTransform(p.options).is_capped()};
 }
 
 template <typename T>
@@ -39,7 +39,7 @@ inline Vec<T> full_gradient(const CrossEntropy<T>& p, const GradientTerms& has, 
   const Vec<T> d = z - g.max;
   const Vec<T> gradient =
       gradient_without_slope<VectorMath<T>>(has, g, d, exp_nonpositive(d), q, w, Vec<T>(p.options.logit_scale));
-  return has.capped ? gradient * capped_slope(z / Vec<T>(logit_transform(p.options).cap)) : gradient;
+  return has.capped ? gradient * capped_slope(z / Vec<T>(LogitTransform(p.options).cap)) : gradient;
 }
 
 }  // namespace

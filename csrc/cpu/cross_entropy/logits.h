@@ -14,12 +14,12 @@ namespace {
 template <typename T>
 void transform_run(const CrossEntropy<T>& p, T* z, int64_t padded) {
   constexpr int64_t L = kLanes<T>;
-  const LogitTransform<T> transform = logit_transform(p.options);
-  if (transform.is_capped) {
+  const LogitTransform<T> transform(p.options);
+  if (transform.is_capped()) {
     const Vec<T> inner_scale(transform.inner_scale), cap(transform.cap);
     for (int64_t i = 0; i < padded; i += L)
       capped_logit<VectorMath<T>>(Vec<T>::loadu(z + i), inner_scale, cap).store(z + i);
-  } else if (!transform.is_identity) {
+  } else if (!transform.is_identity()) {
     const Vec<T> scale(transform.scale);
     for (int64_t i = 0; i < padded; i += L) (Vec<T>::loadu(z + i) * scale).store(z + i);
   }
@@ -35,7 +35,7 @@ T load_logit(const CrossEntropy<T>& p, int64_t at) {
 
 template <typename T>
 bool needs_no_copy(const CrossEntropy<T>& p) {
-  return is_own<T>(p.logits_type) && logit_transform(p.options).is_identity;
+  return is_own<T>(p.logits_type) && LogitTransform(p.options).is_identity();
 }
 
 // z of the classes [at, at + n) of a row, padded with -inf to whole vectors; in `buffer` unless they can be used in
@@ -55,7 +55,7 @@ const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buff
 template <typename T>
 void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
   load_operand_tile(p.layout, kLogits, p.logits, p.logits_type, at, first, classes, buffer);
-  if (logit_transform(p.options).is_identity) return;
+  if (LogitTransform(p.options).is_identity()) return;
   for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
 }
 

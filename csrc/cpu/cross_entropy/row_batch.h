@@ -62,7 +62,7 @@ inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
           p.weight != nullptr,
           p.grad_entropy.given,
           p.grad_probabilities != nullptr,
-          logit_transform(o).is_capped,
+          LogitTransform(o).is_capped(),
           eps,
           eps / static_cast<double>(p.layout.classes),
           o.z_loss,
@@ -266,7 +266,7 @@ struct GradientLanes : RowLanes<T> {
   DoubleVec entropy() const { return load_double(upstream.saved_entropy + this->r); }
   bool has_target() const { return !this->p.has_probabilities; }
   DoubleVec exp_at_target(const DoubleVec&) const { return load_double(upstream.exp_at_target + this->r); }
-  DoubleVec tanh_at_target(const DoubleVec& z) const { return z / DoubleVec(logit_transform(this->p.options).cap); }
+  DoubleVec tanh_at_target(const DoubleVec& z) const { return z / DoubleVec(LogitTransform(this->p.options).cap); }
 };
 
 // Fills the coefficients of the gradient and its value at the target.

@@ -182,7 +182,7 @@ int64_t batch_rows(const CrossEntropy<T>& p) {
 
 template <typename T>
 ExpBuffers<T> exp_buffers_of(const CrossEntropy<T>& p, Scratch& scratch) {
-  const bool stores_exps = p.forward && p.grad_logits && !logit_transform(p.options).is_capped;
+  const bool stores_exps = p.forward && p.grad_logits && !LogitTransform(p.options).is_capped();
   return {stores_exps, needs_no_copy(p), p.layout.classes, batch_rows(p), scratch};
 }
 

@@ -31,7 +31,7 @@ struct TileScratch {
 // Whether the logits in the buffer give way to their exponentials.
 template <typename T>
 bool holds_exps(const CrossEntropy<T>& p, const TileBuffers<T>& buffers) {
-  return p.forward && p.grad_logits && !logit_transform(p.options).is_capped && buffers.whole();
+  return p.forward && p.grad_logits && !LogitTransform(p.options).is_capped() && buffers.whole();
 }
 
 // Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile.
