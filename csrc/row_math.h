@@ -139,7 +139,8 @@ struct GradientCoefficients {
 //   g_loss(), g_lse(), g_nll(), g_entropy()  upstream gradients, 0 without; those of loss and nll are 0 where the row is
 //                                            ignored
 //   entropy()                                the statistic
-//   has_target()                             whether at_target is wanted, and there is a target class
+//   has_target()                             whether at_target is wanted, and there is a target class. On CUDA only the
+//                                            thread that writes it has z(): another may have overwritten that logit
 //   exp_at_target(z - max)                   exp of that, in the type of the arithmetic
 //   tanh_at_target(z)                        z / softcap
 template <typename Math, typename Number, typename Row>

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 
 import softmax_ext
 from softmax_ext import CrossEntropyLoss, cross_entropy
+from softmax_ext.options import Options
 
 OPS = torch.ops.softmax_ext
 
@@ -553,8 +554,6 @@ def test_gradient_of_a_program_exported_without_one(strict):
 
 # ---- the operators -------------------------------------------------------------------------------------------------
 
-BACKWARD_TAIL = (1, 0, -100, 0.1, 0.05, 3.0, 0.7)  # dim, reduction, ignore_index, smoothing, z_loss, softcap, scale
-
 
 def forward_arguments(
     x: Tensor,
@@ -567,7 +566,10 @@ def forward_arguments(
     dtype: torch.dtype | None = None,
     softcap: float | None = None,
 ) -> tuple[Any, ...]:
-    return (x, target, weight, dim, reduction, -100, 0.1, 0.05, softcap, 0.7, dtype, stats)
+    options = Options(
+        dim, reduction, ignore_index=-100, label_smoothing=0.1, z_loss=0.05, softcap=softcap, logit_scale=0.7
+    )
+    return (x, target, weight, *options, dtype, stats)
 
 
 def classes_of(x: Tensor, dim: int = 1, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -705,6 +707,25 @@ def test_opcheck_scale_rows():
     for factor in (torch.tensor(2.0), torch.tensor(1.0).double(), randn(3), randn(3, dtype=torch.float32)):
         for tensor in (randn(3, 4), randn(4, 3).T, randn(3, 40, dtype=torch.bfloat16)):
             check_operator(OPS.scale_rows_.default, (tensor, factor, 1))
+
+
+WITH_OPTIONS = [
+    "cross_entropy",
+    "cross_entropy_",
+    "cross_entropy_backward",
+    "cross_entropy_backward_",
+    "cross_entropy_traced",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
+]
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_the_options_have_one_order(name):
+    """They are given by position: Python's, those of the schema in C++ and of the schemas in Python are the same."""
+    names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+    first = names.index("dim")
+    assert names[first : first + len(Options._fields)] == list(Options._fields)
 
 
 def test_every_operator_is_checked():

@@ -18,8 +18,11 @@ from softmax_ext.autograd.cross_entropy import CrossEntropy, EagerCrossEntropy, 
 from softmax_ext.autograd.softmax import Softmax, eager_softmax
 from softmax_ext.options import Options
 
-SMOOTH = Options(1, 1, -100, 0.1, 0.01, 5.0, 0.7)
-PLAIN = [Options(1, reduction, -100, 0.0, 0.0, None, 1.0) for reduction in range(3)]
+SMOOTH = Options(dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.01, softcap=5.0, logit_scale=0.7)
+PLAIN = [
+    SMOOTH._replace(reduction=reduction, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0)
+    for reduction in range(3)
+]
 
 
 def _exact(ours: Any, theirs: Any) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import softmax_ext
 from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_cross_entropy, linear_ops, matmul
+from softmax_ext.options import Options
 
 FEATURES, CLASSES = 12, 37
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -608,12 +609,15 @@ def test_compile_under_transforms(small, options):
 def test_operator(needs, target):
     inputs = Inputs(9, extra=(2,), target=target).to(torch.bfloat16)
     operands = (inputs.input, inputs.linear_weight, inputs.linear_bias, inputs.target, None)
-    options = (1, 1, -100, 0.1, 0.0, None, 1.0, torch.float32, not any(needs), 4, needs, 1)
+    numbers = Options(
+        dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=None, logit_scale=1.0
+    )
+    options = (*numbers, torch.float32, not any(needs), 4, needs, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
-    options = (1, 1, -100, 0.1, 0.0, None, 1.0, 4, [*needs, inputs.target.is_floating_point()])
+    options = (*numbers, 4, [*needs, inputs.target.is_floating_point()])
     torch.library.opcheck(
         torch.ops.softmax_ext.linear_cross_entropy_backward,
         (*upstream, torch.ones((), dtype=torch.float64), *operands, *options),
