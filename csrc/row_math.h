@@ -47,15 +47,6 @@ SOFTMAX_EXT_KERNEL_INLINE Value capped_slope(const Value& tanh) {
   return Value(1) - tanh * tanh;
 }
 
-// ---- targets --------------------------------------------------------------------------------------------------------
-
-// b_c = w_c ((1 - eps) q_c + eps / C), the mass of class c in the loss; share is eps / C.
-template <typename Math, typename Value = typename Math::Value>
-SOFTMAX_EXT_KERNEL_INLINE Value smoothed_mass(const Value& q, const Value& w, const Value& one_minus_eps,
-                                              const Value& share) {
-  return w * Math::multiply_add(q, one_minus_eps, share);
-}
-
 // ---- what the rows of a call have in common -------------------------------------------------------------------------
 
 template <typename Number>

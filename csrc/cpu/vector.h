@@ -248,15 +248,21 @@ template <typename T>
 struct VectorMath {
   using Value = Vec<T>;
 
-  static Vec<T> select(const Vec<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
+  SOFTMAX_EXT_INLINE static Vec<T> select(const Vec<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
     return Vec<T>::blendv(no, yes, condition);
   }
-  static Vec<T> multiply_or_zero(const Vec<T>& b, const Vec<T>& d) { return CPU_CAPABILITY::multiply_or_zero(b, d); }
-  static Vec<T> multiply_add(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) { return at::vec::fmadd(a, b, c); }
-  static Vec<T> multiply_subtract(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) { return at::vec::fmsub(a, b, c); }
-  static Vec<T> divide(const Vec<T>& a, const Vec<T>& b) { return a / b; }
-  static Vec<T> log1p(const Vec<T>& x) { return x.log1p(); }
-  static Vec<T> tanh(const Vec<T>& x) { return x.tanh(); }
+  SOFTMAX_EXT_INLINE static Vec<T> multiply_or_zero(const Vec<T>& b, const Vec<T>& d) {
+    return CPU_CAPABILITY::multiply_or_zero(b, d);
+  }
+  SOFTMAX_EXT_INLINE static Vec<T> multiply_add(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
+    return at::vec::fmadd(a, b, c);
+  }
+  SOFTMAX_EXT_INLINE static Vec<T> multiply_subtract(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
+    return at::vec::fmsub(a, b, c);
+  }
+  SOFTMAX_EXT_INLINE static Vec<T> divide(const Vec<T>& a, const Vec<T>& b) { return a / b; }
+  SOFTMAX_EXT_INLINE static Vec<T> log1p(const Vec<T>& x) { return x.log1p(); }
+  SOFTMAX_EXT_INLINE static Vec<T> tanh(const Vec<T>& x) { return x.tanh(); }
 };
 
 // Adds e to `sum` where x is not `max`, and 1 to `ties` where it is.

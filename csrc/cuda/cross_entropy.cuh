@@ -124,7 +124,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     }
     if (this->has_probabilities) {
       const T q = probability(context, c);
-      const T b = smoothed_mass<Math>(q, class_weight(c), 1 - this->options.label_smoothing, share);
+      const T b = class_weight(c) * multiply_add(q, 1 - this->options.label_smoothing, share);
       sums.dot += multiply_or_zero(b, d);
       sums.b_sum += b;
       sums.q_dot += multiply_or_zero(q, d);
