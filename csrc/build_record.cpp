@@ -1,5 +1,5 @@
-// The versions that a library was built of and with, for softmax_ext/libraries.py, which finds them in the file of one
-// that can't be loaded, or must not be. The program does not read them.
+// The versions that a library was built of and with. softmax_ext/libraries.py reads them from the file before it loads
+// it. The program does not read them.
 namespace {
 
 [[gnu::used]] const char build_record[] =

@@ -1,5 +1,5 @@
-// How the functions of the headers that several devices or instruction sets share are inlined: always. A copy of its
-// own would be linked once for all units, built for the instruction set of any of them.
+// Functions of headers that several devices or instruction sets share are always inlined. Otherwise the linker would keep
+// one copy for all units, perhaps with instructions that this processor lacks.
 #pragma once
 
 #ifdef __CUDACC__

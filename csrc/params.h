@@ -1,5 +1,5 @@
-// What every kernel is told of a call, the same on each device: plain structs of pointers, types and options, which a
-// device extends by what it needs besides, its layout above all. Pointers are to memory of that device.
+// The parameters of a kernel call, the same on every device: plain structs of pointers, types and options. A device adds
+// its own, such as the layout. Pointers are to memory of that device.
 //
 // T is the type of the arithmetic: double if any operand is float64, float otherwise.
 #pragma once
@@ -36,7 +36,7 @@ OptionsOf<T> rounded_to(const Options& o) {
           static_cast<T>(o.logit_scale)};
 }
 
-// One value for each row, or one for all: data[row * stride] / *divisor.
+// One value for each row, or one for all: data[row * stride] / *divisor. The CPU multiplies by 1 / *divisor.
 struct RowValues {
   const void* data;  // null: 1 for every row
   DType dtype;

@@ -14,7 +14,7 @@ import torch
 
 from . import libraries
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/layout.h
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/dtype.h
 
 
 def path() -> str | None:

@@ -253,6 +253,7 @@ def cross_entropy(
         checks.check_dtype(op, dtype)
     checks.check_logits(op, input, target)
     if rank == 0:
+        checks.check_dense(op, "target", target)
         error = IndexError if target.is_floating_point() else RuntimeError
         checks.refuse(error, op, "input", "have at least one dimension, the classes", checks.describe(input))
     target = checks.check_target(op, input, target, ignore_index)

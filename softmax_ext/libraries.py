@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -32,23 +33,32 @@ def find(device: str) -> str | None:
     return str(path) if path.exists() or path.is_symlink() else None
 
 
+def _record(path: str) -> str | None:
+    """The versions of softmax_ext and torch that the library was built from, or None. OSError if it can't be read."""
+    with Path(path).open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # which mmap refuses
+            return None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            begin = content.rfind(_RECORD)  # it stands near the end
+            if begin < 0:
+                return None
+            return content[begin + len(_RECORD) : content.find(b"\0", begin)].decode(errors="replace")
+
+
 def built_as(path: str) -> str:
-    """The versions of softmax_ext and torch that the library was built from, as its file says."""
+    """The versions that the library was built from, for a message."""
     try:
-        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            begin = content.find(_RECORD)
-            if begin >= 0:
-                return content[begin + len(_RECORD) : content.find(b"\0", begin)].decode(errors="replace")
+        return _record(path) or "unknown versions (it is damaged, or another library)"
     except OSError:
         return "unknown versions (it can't be read)"
-    except ValueError:  # mmap refuses an empty file
-        pass
-    return "unknown versions (it is damaged, or another library)"
 
 
 def load(path: str) -> ctypes.CDLL:
     """Loads the library, which registers its operators. If that fails, an OSError whose first line says why."""
-    if not built_as(path).startswith(f"softmax_ext {__version__},"):  # its operators may differ from this version's
+    record = _record(path)
+    if record is None:
+        raise OSError("it has no record of its build")
+    if not record.startswith(f"softmax_ext {__version__},"):  # its operators may differ from this version's
         raise OSError(f"the rest of the package is softmax_ext {__version__}")
     try:
         torch.ops.load_library(path)

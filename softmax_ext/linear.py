@@ -73,12 +73,14 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
         batch = target.shape[:1]
     logits_shape = (*batch, *linear_weight.shape[:-1])
     if target.shape == logits_shape:
+        if not target.is_floating_point():
+            need = "be floating (class probabilities) if it has the shape of the logits"
+            dim = 1 if linear_weight.dim() > 2 else -1
+            way_out = f"If it is one-hot, use target.float() (probabilities) or target.argmax({dim}) (class indices)."
+            checks.refuse(RuntimeError, _OP, "target", need, checks.describe(given), way_out)
         if ignore_index is not None:
             need = "be None with a target of probabilities"
             checks.refuse(RuntimeError, _OP, "ignore_index", need, f"{ignore_index}")
-        if not target.is_floating_point():
-            need = "be floating (class probabilities) if it has the shape of the logits"
-            checks.refuse(RuntimeError, _OP, "target", need, checks.describe(given))
     logits = input.detach().new_empty(()).expand(logits_shape)
     target = checks.check_target(_OP, logits, target, -100)
     return target.unsqueeze(0) if input.dim() == 1 else target

@@ -136,6 +136,8 @@ def _fake_backward(
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
 _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 
+# ``dim`` must be 1, since the logits are [N, C, *K].
+#
 # Returns [loss, total_weight], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
 # the mean: of total_weight). In half types the gradients of weight and bias are float32, in float16 the input's too.

@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels: like them compiled once for each, as files named *_kernel.cpp are.
+// The table of one instruction set's kernels. It is compiled once for each set, as every *_kernel.cpp is.
 #include "isa_kernels.h"
 
 #define SOFTMAX_EXT_STRING_OF(name) #name

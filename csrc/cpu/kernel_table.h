@@ -1,5 +1,5 @@
-// The table through which the CPU's kernels are called, and what they are given. One table per instruction set;
-// dispatch.h chooses. No tensors, no threads, no allocations: the caller splits the units of work [0, units) and calls
+// The parameters of the CPU's kernels, which extend params.h, and the table through which they are called. There is one
+// table per instruction set; dispatch.h chooses. No tensors, no threads, no allocations: the caller splits the units of work [0, units) and calls
 // a kernel with a range of them and memory to work in.
 #pragma once
 

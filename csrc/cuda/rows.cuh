@@ -37,7 +37,7 @@
 //   add(sums, context, x, c)                   adds class c; sums.max is no smaller than its logit
 //   finish(context, sums, leader) -> Coefficients
 //                                              the leader writes what there is of the row besides the output
-//   zero_gradient(context)                     whether the output is 0, be the row read or not
+//   zero_gradient(context)                     whether the output is 0, even if the row was read
 //   value(context, coefficients, x, c)         the output of class c
 //   target_override(context, coefficients, &c, &value)
 //                                              whether one class has another output, which is computed with more care

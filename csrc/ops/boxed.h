@@ -1,5 +1,5 @@
-// Operators as torch calls them: their arguments on a stack, and their results on the same. What TORCH_BOX does, except
-// that the options of cross entropy, which are arguments one by one, are one parameter of the function.
+// Operators as torch calls them: their arguments lie on a stack, and their results go there. This does what TORCH_BOX does,
+// but gathers the options of cross entropy, which are single arguments, in one parameter of the function.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 
 namespace softmax_ext {
 
-// The next argument of type T. Each is to be taken once: a tensor's handle is the function's from then on.
+// The next argument of type T. `take` moves a tensor's handle off the stack, so each is taken once.
 template <typename T>
 struct Argument {
   static constexpr uint64_t kCount = 1;  // of arguments on the stack

@@ -54,7 +54,7 @@ struct Forward {
 // The operands of a backward call besides those of `Call`, checked, and the gradients to be filled.
 struct Backward {
   ScalarType arithmetic;
-  RowValues grad_loss, grad_lse, grad_nll, grad_entropy;  // the mean's denominator is yet to be divided by
+  RowValues grad_loss, grad_lse, grad_nll, grad_entropy;  // not yet divided by the mean's denominator
   Tensor state;
   Tensor total_weight;
   std::optional<Tensor> entropy_values;  // where their gradient is given

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -311,9 +311,10 @@ class _EarlyGradient:
     """
 
     inplace: bool = False  # the gradient is or will be in the logits' memory
-    precomputed: bool = False  # forward wrote it there; the upstream gradient is not multiplied into it yet
+    unscaled: bool = False  # forward wrote it there; the upstream gradient is not multiplied into it yet
     overwritten: bool = False  # the logits are lost
-    gradient: Tensor | None = None  # in memory of its own. Not a saved tensor: its taker must hold the only reference
+    gradient: list[Tensor] = field(default_factory=list)  # in memory of its own, until it is taken. Not a saved
+    # tensor: its taker must hold the only reference.
 
 
 class EagerCrossEntropy(Function):
@@ -337,11 +338,11 @@ class EagerCrossEntropy(Function):
         if precompute_grad and inplace:
             results = _overwrite(input, target, weight, *ctx.options, dtype, stats)
             input = input.detach()  # it holds the gradient now, so it must not be saved as an input of the graph
-            ctx.early = _EarlyGradient(inplace=True, precomputed=True, overwritten=True)
+            ctx.early = _EarlyGradient(inplace=True, unscaled=True, overwritten=True)
         else:
             results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad)
             if precompute_grad:
-                ctx.early = _EarlyGradient(gradient=results.pop())
+                ctx.early = _EarlyGradient(gradient=[results.pop()])
             else:
                 ctx.early = _EarlyGradient(inplace=True) if inplace else None
         if not stats:
@@ -365,8 +366,8 @@ class EagerCrossEntropy(Function):
         early: _EarlyGradient | None = ctx.early
         if early is not None and early.inplace:
             return _gradient_inplace(ctx, early, Upstream(loss, lse, nll, entropy)), None, None, None
-        if early is not None and early.gradient is not None:
-            gradient, early.gradient = early.gradient, None
+        if early is not None and early.gradient and any(g is not None for g in (loss, lse, nll, entropy)):
+            gradient = early.gradient.pop()
             if loss is not None and lse is nll is entropy is None and is_plain((loss,)):
                 _scale(ctx, gradient, loss)
                 return gradient, None, None, None
@@ -393,9 +394,9 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
     refused = None
     if not is_plain(upstream):
         refused = "it can't be differentiated again (create_graph=True) or batched"
-    elif early.overwritten and not early.precomputed:
+    elif early.overwritten and not early.unscaled:
         refused = "a second backward through it is not possible"
-    elif early.precomputed and any(g is not None for g in upstream[1:]):
+    elif early.unscaled and any(g is not None for g in upstream[1:]):
         refused = "its statistics can't be differentiated"
     if refused:
         writes = "has written" if early.overwritten else "writes"
@@ -406,7 +407,7 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
     gradient: Tensor = input.detach()
     written = True
     try:
-        if early.precomputed:
+        if early.unscaled:
             _scale(ctx, gradient, upstream.loss)
         else:
             ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
@@ -416,14 +417,14 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
     finally:
         if written:
             torch.autograd.graph.increment_version(input)
-            early.overwritten, early.precomputed = True, False
+            early.overwritten, early.unscaled = True, False
     return gradient
 
 
 def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
     """Multiplies a precomputed gradient by its upstream gradient, in place."""
     if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # forward did not divide it by the total
-        total = ctx.saved_tensors[4]
+        *_, total, _ = ctx.saved_tensors
         grad_loss = grad_loss.to(total.dtype) / total
     ops.scale_rows_(gradient, grad_loss, ctx.options.dim)
 

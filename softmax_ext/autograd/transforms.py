@@ -37,7 +37,10 @@ def is_batched(upstream: Sequence[Tensor | None]) -> bool:
 
 
 def is_plain_backward() -> bool:
-    """Whether nothing differentiates the gradient, so that backward may call the operator itself."""
+    """Whether nothing differentiates the gradient, and torch.func does not batch it.
+
+    Then backward may call the operator itself.
+    """
     return not (torch.is_grad_enabled() or in_transform())
 
 

@@ -91,6 +91,7 @@ def test_no_file(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert COMMAND in report(result)["CPU library"]
+    assert "No such file" in report(result)["CPU library"]
 
 
 # ---- the CUDA library's file ----

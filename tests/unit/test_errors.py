@@ -507,7 +507,9 @@ LINEAR = {
         loss(X, M, Y.float()), RuntimeError, (f"target must be {INDICES5}", "got float32 [3]", "target.long()")
     ),
     "target one-hot": Misuse(
-        loss(X, M, F.one_hot(Y, 5)), RuntimeError, ("target must be floating (class prob", "got int64 [3, 5]")
+        loss(X, M, F.one_hot(Y, 5)),
+        RuntimeError,
+        ("target must be floating (class prob", "got int64 [3, 5]", "target.argmax(-1)"),
     ),
     "target's classes": Misuse(
         loss(X, M, P[:, :4]), RuntimeError, (f"target must be {INDICES5}", "got float32 [3, 4]")

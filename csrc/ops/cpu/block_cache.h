@@ -1,4 +1,4 @@
-// A cache of the memory of large results: what one has freed is taken for the next.
+// A cache of the memory of large results: memory that one has freed serves the next.
 #pragma once
 
 #include <cstddef>
