@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import internals
+from .autograd.transforms import has_tangent
 from .options import REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -71,9 +72,22 @@ def number(op: str, argument: str, value: Any) -> float:
         refuse(TypeError, op, argument, "be a number", describe(value))
     if isinstance(value, (int, float)):
         return value
-    if isinstance(value, numbers.Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()):
+    if isinstance(value, numbers.Real):
         return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        return _detached(op, argument, value)
     refuse(TypeError, op, argument, "be a number", describe(value))
+
+
+def _detached(op: str, argument: str, value: Tensor) -> float:
+    """The value of a 0-dim tensor; TypeError if it has no value, or a derivative that the call would lose."""
+    way_out = f"An option has no derivative. Use {argument}.item(), or scale the logits by the tensor yourself."
+    if internals.requires_grad(value) or has_tangent(value):
+        refuse(TypeError, op, argument, "be a number", "a tensor that is differentiated", way_out)
+    try:
+        return float(value)
+    except (RuntimeError, NotImplementedError):  # within vmap, on meta
+        refuse(TypeError, op, argument, "be a number", f"a tensor without a value of its own, on {value.device}")
 
 
 def integer(op: str, argument: str, value: Any) -> int:
@@ -83,9 +97,12 @@ def integer(op: str, argument: str, value: Any) -> int:
     if isinstance(value, bool):
         refuse(TypeError, op, argument, "be an int", describe(value))
     if not isinstance(value, int):
-        if not hasattr(value, "__index__"):
+        try:
+            if isinstance(value, Tensor) and value.dtype == torch.bool:
+                raise TypeError
+            value = operator.index(value)
+        except (TypeError, RuntimeError, NotImplementedError):
             refuse(TypeError, op, argument, "be an int", describe(value))
-        value = operator.index(value)
     if not -(2**63) <= value < 2**63:
         refuse(ValueError, op, argument, "fit 64 bits", describe(value))
     return value  # type: ignore[no-any-return]

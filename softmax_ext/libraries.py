@@ -55,6 +55,9 @@ def built_as(path: str) -> str:
 
 def load(path: str) -> ctypes.CDLL:
     """Loads the library, which registers its operators. If that fails, an OSError whose first line says why."""
+    loaded = [other for other in torch.ops.loaded_libraries if Path(other).name == Path(path).name and other != path]
+    if loaded:  # its operators can be registered once
+        raise OSError(f"this process has loaded {loaded[0]} already; start Python anew")
     record = _record(path)
     if record is None:
         raise OSError("it has no record of its build")

@@ -137,15 +137,17 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   }
 
   __device__ __forceinline__ RowRules<T> rules() const {
-    return {kGeneral && this->has_probabilities,
-            this->weight != nullptr,
-            has_entropy_gradient(),
-            kGeneral && writes_second,
-            kGeneral && transform.is_capped(),
-            this->options.label_smoothing,
-            share,
-            this->options.z_loss,
-            kGeneral ? transform.scale : T(1)};
+    RowRules<T> rules;
+    rules.has_probabilities = kGeneral && this->has_probabilities;
+    rules.has_weight = this->weight;
+    rules.has_entropy_gradient = has_entropy_gradient();
+    rules.writes_second = kGeneral && writes_second;
+    rules.is_capped = kGeneral && transform.is_capped();
+    rules.eps = this->options.label_smoothing;
+    rules.share = share;
+    rules.z_loss = this->options.z_loss;
+    rules.scale = kGeneral ? transform.scale : T(1);
+    return rules;
   }
 
   // The row's sums as backward needs them.

@@ -10,6 +10,12 @@ T* values_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+// Of a tensor that is read only: torch need not give it memory of its own.
+template <typename T>
+const T* const_values_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
 // Without the weights, and what forward and backward have of their own.
 template <typename T>
 CrossEntropyParams<T> cross_entropy_params(const Call& call) {

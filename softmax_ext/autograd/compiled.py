@@ -107,7 +107,7 @@ def _linear_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | Non
     *needs, needs_target = ctx.needs_input_grad[:4]
     has_all = all(has or not needed for has, needed in zip(ctx.needs, needs, strict=True))
     if not (any(ctx.needs) and has_all and is_constant and not needs_target):
-        return *linear.gradients((*needs, needs_target), operands, ctx.call, upstream, total), *nothing
+        return *linear.recomputed_gradients((*needs, needs_target), operands, ctx.call, upstream, total), *nothing
     grad_loss = upstream.loss
     if grad_loss is None:
         return *[None] * 4, *nothing

@@ -101,7 +101,7 @@ class LinearCrossEntropyBackward(Function):
         saved, given = ctx.saved_tensors, spread(grads, ctx.needs)
         which = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
 
-        def gradients(*values: Tensor) -> list[Tensor]:
+        def of_differentiable(*values: Tensor) -> list[Tensor]:
             tensors = list(saved)
             for i, value in zip(which, values, strict=True):
                 tensors[i] = value
@@ -110,7 +110,7 @@ class LinearCrossEntropyBackward(Function):
             found = _gradients_through_logits(Operands(*operands), ctx.call, upstream, ctx.needs)
             return [g for g, grad in zip(found, given, strict=True) if g is not None and grad is not None]
 
-        pull_back = torch.func.vjp(gradients, *(saved[i] for i in which))[1]
+        pull_back = torch.func.vjp(of_differentiable, *(saved[i] for i in which))[1]
         slopes = pull_back([grad for grad in grads if grad is not None])
         return tuple(spread(slopes, ctx.needs_input_grad))
 
@@ -119,7 +119,7 @@ class LinearCrossEntropyBackward(Function):
         return one_by_one(LinearCrossEntropyBackward, info.batch_size, in_dims, args)
 
 
-def gradients(
+def recomputed_gradients(
     needed: Sequence[bool], operands: Operands, call: Call, upstream: Upstream, total: Tensor
 ) -> list[Tensor | None]:
     """The gradients of input, linear_weight, linear_bias and target; computes the logits again.
@@ -203,7 +203,7 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *operands, total = ctx.saved_tensors
-        found = gradients(ctx.needs_input_grad[:4], Operands(*operands), ctx.call, upstream_of(grads), total)
+        found = recomputed_gradients(ctx.needs_input_grad[:4], Operands(*operands), ctx.call, upstream_of(grads), total)
         return *found, None, None
 
     @staticmethod
@@ -267,5 +267,5 @@ class EagerLinearCrossEntropy(Function):
         upstream = Upstream(grad_loss, None, None, None)
         computed = ctx.gradients.pop() if ctx.gradients else None
         if computed is None or not is_plain(upstream):
-            return *gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total), None, None
+            return *recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total), None, None
         return *handed_on(computed, operands, ctx.call, grad_loss, total, True), None, None, None

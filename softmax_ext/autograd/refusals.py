@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import internals
+from .transforms import has_tangent
 
 _WAY_OUT = "Call the function itself for it, neither compiled nor exported."
 
@@ -50,9 +50,7 @@ def refuse_derivatives(op: str, *operands: Tensor) -> None:
 
 def refuse_tangents(op: str, *operands: Tensor | None) -> None:
     """RuntimeError if forward mode would lose the tangent of an operand."""
-    if internals.forward_mode_level() < 0:
-        return
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
+    if any(t is not None and has_tangent(t) for t in operands):
         raise RuntimeError(f"{op}: compiled and exported code has no derivative in forward mode here. {_WAY_OUT}")
 
 

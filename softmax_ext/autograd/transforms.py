@@ -52,6 +52,11 @@ def is_plain(upstream: Sequence[Tensor | None]) -> bool:
 # ---- forward mode ----
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward mode is at work and the tensor has a tangent there."""
+    return internals.forward_mode_level() >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def nested_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a ``jvp`` differentiable in forward mode.
 

@@ -94,6 +94,26 @@ def test_no_file(tmp_path):
     assert "No such file" in report(result)["CPU library"]
 
 
+@linux
+def test_two_copies_in_one_process(tmp_path):
+    """As where a notebook goes from an installed package to a source folder. Torch would register operators twice."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        copy_of_the_package(tmp_path / name)
+    script = f"""
+import sys
+import softmax_ext
+for name in [name for name in sys.modules if name.startswith("softmax_ext")]:
+    del sys.modules[name]
+sys.path.insert(0, {str(tmp_path / "two")!r})
+import softmax_ext
+"""
+    result = python("-c", script, path=tmp_path / "one")
+    assert result.returncode == 1, result
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert f"this process has loaded {the_library(tmp_path / 'one')} already; start Python anew" in sentence
+
+
 # ---- the CUDA library's file ----
 
 

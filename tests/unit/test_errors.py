@@ -295,6 +295,18 @@ OPTIONS = {
     "softcap str": Misuse(loss(X, Y, softcap="30"), TypeError, ("softcap must be a number", "'30' (str)"), OURS),
     "logit_scale NaN": Misuse(loss(X, Y, logit_scale=NAN), ValueError, ("logit_scale must be finite", "got nan"), OURS),
     "logit_scale inf": Misuse(loss(X, Y, logit_scale=INF), ValueError, ("logit_scale must be finite", "got inf"), OURS),
+    "logit_scale parameter": Misuse(
+        loss(X, Y, logit_scale=torch.nn.Parameter(torch.tensor(2.0))),
+        TypeError,
+        ("logit_scale must be a number", "differentiated", "logit_scale.item()"),
+    ),
+    "logit_scale flag": Misuse(loss(X, Y, logit_scale=torch.tensor(True)), TypeError, ("must be a number", "bool []")),
+    "logit_scale meta": Misuse(
+        loss(X, Y, logit_scale=torch.tensor(2.0, device="meta")), TypeError, ("must be a number", "on meta")
+    ),
+    "ignore_index float tensor": Misuse(
+        loss(X, Y, ignore_index=torch.tensor(1.0)), TypeError, ("ignore_index must be an int", "float32 []")
+    ),
     "logit_scale None": Misuse(loss(X, Y, logit_scale=None), TypeError, ("logit_scale must be a number", "None"), OURS),
     "dtype int64": Misuse(
         loss(X, Y, dtype=torch.int64), NotImplementedError, (f"dtype must be {FLOATING[:20]}", "torch.int64"), OURS
@@ -868,3 +880,39 @@ def test_subclasses_of_tensor():
     torch.testing.assert_close(cross_entropy(nn.Parameter(X), Y).detach(), F.cross_entropy(X, Y))
     value = cross_entropy(X.as_subclass(Labelled), Y)
     torch.testing.assert_close(value.as_subclass(Tensor), F.cross_entropy(X, Y))
+
+
+# ---- an option that is differentiated ----
+
+
+DIFFERENTIATED = {
+    "grad": lambda f, s: torch.func.grad(f)(s),
+    "jvp": lambda f, s: torch.func.jvp(f, (s,), (torch.ones_like(s),)),
+    "vmap": lambda f, s: torch.func.vmap(f)(torch.stack([s, s])),
+    "forward_ad": lambda f, s: _with_tangent(f, s),
+    "parameter": lambda f, s: f(torch.nn.Parameter(s)),
+}
+
+
+def _with_tangent(function: Callable[[Tensor], Any], value: Tensor) -> Any:
+    with torch.autograd.forward_ad.dual_level():
+        return function(torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)))
+
+
+@pytest.mark.parametrize("how", DIFFERENTIATED)
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss", "softcap", "logit_scale"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_option_has_no_derivative(how, option, linear):
+    """It is read as a number: a derivative in it would be 0 in silence."""
+
+    def function(value: Tensor) -> Tensor:
+        if linear:
+            return softmax_ext.linear_cross_entropy(X, torch.eye(4), Y, **{option: value})
+        return cross_entropy(X, Y, **{option: value})
+
+    with pytest.raises(TypeError, match=f"{option} must be a number"):
+        DIFFERENTIATED[how](function, torch.tensor(0.5))
+
+
+def test_an_option_may_be_a_detached_tensor():
+    assert cross_entropy(X, Y, logit_scale=torch.tensor(0.5)) == cross_entropy(X, Y, logit_scale=0.5)

@@ -57,16 +57,17 @@ inline bool has_terms(const CrossEntropy<T>& p) {
 template <typename T>
 inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
   const OptionsOf<T>& o = p.options;
-  const double eps = o.label_smoothing;
-  return {p.has_probabilities,
-          p.weight != nullptr,
-          p.grad_entropy.given,
-          p.grad_probabilities != nullptr,
-          LogitTransform(o).is_capped(),
-          eps,
-          eps / static_cast<double>(p.layout.classes),
-          o.z_loss,
-          o.logit_scale};
+  RowRules<double> rules;
+  rules.has_probabilities = p.has_probabilities;
+  rules.has_weight = p.weight;
+  rules.has_entropy_gradient = p.grad_entropy.given;
+  rules.writes_second = p.grad_probabilities;
+  rules.is_capped = LogitTransform(o).is_capped();
+  rules.eps = o.label_smoothing;
+  rules.share = rules.eps / static_cast<double>(p.layout.classes);
+  rules.z_loss = o.z_loss;
+  rules.scale = o.logit_scale;
+  return rules;
 }
 
 // ---- one value per row, between the batch and memory ---------------------------------------------------------------

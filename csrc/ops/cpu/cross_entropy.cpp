@@ -120,7 +120,7 @@ void forward(const Call& call, const Forward& out) {
   CrossEntropyParams<T> p = forward_params<T>(call, out);
   p.loss_type = out.loss_type;
   if (call.options.reduction == kNone) p.loss = out.loss.data_ptr();
-  const double* const divisor = out.grad_divisor              ? values_of<double>(*out.grad_divisor)
+  const double* const divisor = out.grad_divisor              ? const_values_of<double>(*out.grad_divisor)
                                 : divides_by_total(call, out) ? &total_weight
                                                               : nullptr;
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
@@ -138,7 +138,7 @@ void backward(const Call& call, const Backward& operands) {
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kLayoutRule);
   const bool is_mean = call.options.reduction == kMean;
   const CrossEntropyParams<T> p =
-      backward_params<T>(call, operands, is_mean ? values_of<double>(operands.total_weight) : nullptr);
+      backward_params<T>(call, operands, is_mean ? const_values_of<double>(operands.total_weight) : nullptr);
   run(p, weights, joint.layout(), operands.grad_input && is_non_temporal(*operands.grad_input, call.input));
 }
 

@@ -94,7 +94,7 @@ void forward(const Call& call, const Forward& out) {
   const bool is_mean = call.options.reduction == kMean, divides = divides_by_total(call, out);
   double* total = is_mean ? values_of<double>(out.total_weight) : nullptr;
   if (divides) sum_targets(call, p, out.total_weight, workspace, stream);
-  const double* divisor = out.grad_divisor ? values_of<double>(*out.grad_divisor) : divides ? total : nullptr;
+  const double* divisor = out.grad_divisor ? const_values_of<double>(*out.grad_divisor) : divides ? total : nullptr;
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
   const Tensor losses = call.options.reduction == kNone ? out.loss : empty(call.batch, out.arithmetic, call.input);
   p.loss = losses.data_ptr();
@@ -113,7 +113,7 @@ void backward(const Call& call, const Backward& operands) {
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kCudaLayoutRule);
   const bool is_mean = call.options.reduction == kMean;
   CrossEntropyParams<T> p =
-      backward_params<T>(call, operands, is_mean ? values_of<double>(operands.total_weight) : nullptr);
+      backward_params<T>(call, operands, is_mean ? const_values_of<double>(operands.total_weight) : nullptr);
   workspace.add_to(p);
   check_classes(call, p, on.stream());
   cuda::cross_entropy(p, joint.layout(), on.stream());
