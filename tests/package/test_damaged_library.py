@@ -79,6 +79,7 @@ def test_without_a_record(size, tmp_path):
     library = the_library(copy_of_the_package(tmp_path))
     library.write_bytes(library.read_bytes()[:size])
     assert_refused(tmp_path, "unknown versions (it is damaged, or another library)")
+    assert "it has no record of its build" in python("-m", "softmax_ext", path=tmp_path).stdout
 
 
 @linux
