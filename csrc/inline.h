@@ -8,8 +8,11 @@
 #define SOFTMAX_EXT_CALLS_EITHER _Pragma("nv_exec_check_disable")
 // In kernels alone.
 #define SOFTMAX_EXT_KERNEL_INLINE __device__ __forceinline__
+// In kernels, and not inlined: what few threads do at the end, whose registers the others are not to hold.
+#define SOFTMAX_EXT_KERNEL_CALL __device__ __noinline__
 #else
 #define SOFTMAX_EXT_INLINE inline __attribute__((always_inline))
 #define SOFTMAX_EXT_CALLS_EITHER
 #define SOFTMAX_EXT_KERNEL_INLINE inline __attribute__((always_inline))
+#define SOFTMAX_EXT_KERNEL_CALL inline __attribute__((noinline))
 #endif

@@ -79,6 +79,7 @@ struct RowLoss {
 // The loss of a row that is not ignored. Of the row it asks, where its rules need it:
 //
 //   max(), rest()                            the state (params.h)
+//   log_sum()                                log1p(rest)
 //   z(), weight()                            of the target class
 //   dot()                                    sum b_c (z_c - max); with class indices the part of smoothing alone,
 //                                            sum w_c (z_c - max)
@@ -87,7 +88,7 @@ struct RowLoss {
 template <typename Math, typename Number, typename Row>
 SOFTMAX_EXT_KERNEL_INLINE RowLoss<typename Math::Value> row_loss(const RowRules<Number>& rules, const Row& row) {
   using Value = typename Math::Value;
-  const Value max = row.max(), log_sum = Math::log1p(row.rest()), lse = max + log_sum;
+  const Value max = row.max(), log_sum = row.log_sum(), lse = max + log_sum;
   RowLoss<Value> of{log_sum, lse, Value(0), Value(0)};
   if (rules.has_probabilities) {
     of.nll = cost<Math>(row.q_sum(), log_sum, row.q_dot());
@@ -142,7 +143,7 @@ SOFTMAX_EXT_KERNEL_INLINE GradientCoefficients<typename Math::Value> gradient_co
   const Value g_loss = row.g_loss(), g_nll = row.g_nll(), g_entropy = row.g_entropy();
   const bool needs_log = rules.z_loss != 0 || rules.has_entropy_gradient || rules.writes_second;
   GradientCoefficients<Value> k{zero, zero, zero, zero, zero, g_nll, zero, zero};
-  if (needs_log) k.log_sum = Math::log1p(rest);
+  if (needs_log) k.log_sum = row.log_sum();
   Value p_coef = row.g_lse(), y_coef = zero;
   if (rules.z_loss != 0) p_coef = p_coef + g_loss * Value(2 * rules.z_loss) * (max + k.log_sum);
   if (rules.has_entropy_gradient) p_coef = p_coef + g_entropy * (k.log_sum - row.entropy());  // sum p_c (z_c - max)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import oracle
 import torch
 
 from softmax_ext import cuda, ops
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--sanitized needs --device cpu or emulated")
     if sanitized and device == "cpu":
         _check_sanitized()
+    oracle.fast_exponential = device != "cpu"
     if device == "cuda":
         _use_cuda()
     if device == "emulated":

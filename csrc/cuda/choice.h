@@ -1,4 +1,5 @@
-// Which kernel takes the rows of a call, by their length and layout and by what the device can do.
+// Which kernel takes the rows of a call, by their length and layout, by what is done with them, and by what the device
+// can do.
 #pragma once
 
 #include "kernels.h"
@@ -7,20 +8,24 @@
 namespace softmax_ext {
 namespace cuda {
 
-enum class Kernel { kTile, kColumns, kWarp, kBlock, kCluster, kTwoPass };
+enum class Kernel { kThread, kWarp, kBlock, kCluster, kStream, kLanes };
 
 struct Choice {
   Kernel kernel;
-  int threads = 0;  // for each row in a warp; of a block otherwise
-  int cluster = 1;
+  int threads = 0;  // kWarp: for each row; kBlock, kCluster: of a block
+  int cluster = 1;  // blocks
 };
 
-// What the choice depends on. Chunks are of 16 bytes of the inputs.
+// What the choice depends on.
 struct RowShape {
   LayoutKind kind;
   int64_t classes;
-  int element_bytes;
-  int register_chunks;  // that a thread can keep of each input; 0: none
+  int element_bytes;       // of the inputs
+  int kept_chunks;         // of 16 bytes, that a thread can hold of each input; 0: none
+  int kept_threads;        // the most of a block then
+  int64_t most_in_thread;  // classes that a thread can hold; 0: no such kernel
+  bool keeps;              // there are both a reduction and an output, so that a row would have to be read twice
+  bool congruent;          // the operands of a row begin at the same place within 16 bytes
 };
 
 Choice choose(const RowShape& shape, const Device& device);

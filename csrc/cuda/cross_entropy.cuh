@@ -1,147 +1,187 @@
 // Softmax cross entropy as an Op of the row kernels: the loss from the sums over a row's classes, and its gradient
-// (formulas: docs/math.md; Op: rows.cuh).
+// (formulas: docs/math.md; Op: op.cuh).
 #pragma once
 
-#include "rows.cuh"
+#include "op.cuh"
 
 namespace softmax_ext {
 namespace cuda {
 
-// S: type of the logits. kGeneral: with what costs time for every class: a transformation of the logits, statistics,
-// weights in the smoothing, probability targets. Without it the sum of exponentials is all there is.
-template <typename S, typename Arithmetic, bool kGeneral>
+template <typename T>
+struct CrossEntropyCoefficients : GradientCoefficients<T> {
+  T max;
+};
+
+// What a kernel can do, each with what the one before it can. The more there is, the more registers it takes.
+//
+//   kPlain      the sum of exponentials is all that it needs of the classes: class indices, class weights, z_loss,
+//               and in backward smoothing without weights
+//   kOptions    a transformation of the logits, smoothing, statistics and their gradients
+//   kAll        probability targets and their gradient; arithmetic in double, which is not for speed
+enum class Kind { kPlain, kOptions, kAll };
+
+// Classes of a row that a thread can hold.
+constexpr int64_t most_in_thread(Kind kind) {
+  return kind == Kind::kPlain ? kSmallClasses : kind == Kind::kOptions ? kSmallClasses / 2 : 0;
+}
+
+// S: type of the logits.
+template <typename S, typename Arithmetic, Kind kKind>
 struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   using In = S;
   using Out = S;
   using T = Arithmetic;
+  static constexpr bool kGeneral = kKind != Kind::kPlain, kHasProbabilities = kKind == Kind::kAll;
   using Math = ScalarMath<T>;
-  using Sums = std::conditional_t<kGeneral, RowSums<T>, LogSumExp<T>>;
+  using LogitMath = std::conditional_t<sizeof(S) == 2, FastTanh, Math>;
+  using Sums = std::conditional_t<kGeneral, RowSums<T>, ExpSum<T>>;
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
-  static constexpr bool kMaximum = true;
-  static constexpr int kTwoPassChunks = sizeof(T) == 8 || kGeneral ? 1 : 4;
-  static constexpr ColumnShape kColumns = kGeneral ? ColumnShape{8, 8} : ColumnShape{10, 16};
-  static constexpr int kRegisterChunks = sizeof(T) == 8   ? 0
-                                         : !kGeneral      ? 8
-                                         : sizeof(S) == 4 ? 4
-                                                          : 3;  // what 64 registers hold
+  static constexpr bool kMaximum = true, kPredicts = kGeneral;
+  // What 64 registers hold; and loads under way at once.
+  static constexpr int kKeptChunks = kKind == Kind::kAll ? 0 : 8, kKeptThreads = kGeneral ? 512 : 1024;
+  static constexpr int64_t kMostInThread = most_in_thread(kKind);
+  static constexpr int kStreamedChunks = sizeof(T) == 8 ? 1 : kGeneral && sizeof(S) == 2 ? 2 : 4;
 
-  struct Context {
-    int64_t row;
+  struct Row {
+    int64_t number;
     int64_t probabilities, grad_probabilities;  // where they begin
-    int64_t target = 0;                         // as it is given
-    T max = 0, rest = 0;                        // of the state, in backward
-    int y = -1;                                 // class; -1 with probabilities, where ignored, and where out of range
-    bool live = true, out_of_range = false;     // not ignored; out of range
-    T z = 0, weight = 1;                        // of class y; z is the leader's alone
-    T g = 0;                                    // upstream gradient of the loss, unless kGeneral: no register is left
+    int64_t y;                                  // the class, as it is given
+    T max, rest;                                // of the state, in backward
+    T g;                                        // upstream gradient of the loss
   };
-
-  // at_target is the leader's alone.
-  struct Coefficients : GradientCoefficients<T> {
-    T max;
-  };
+  using Coefficients = CrossEntropyCoefficients<T>;
 
   DeviceLayout layout;
-  bool reduces, writes, writes_second;  // forward; a gradient of the logits; a gradient of the probabilities
+  bool reduces;
   LogitTransform<T> transform;
   T share;  // label_smoothing / classes
+  LossTotal total;
 
-  __device__ __forceinline__ bool never_in_registers() const { return this->has_probabilities || writes_second; }
-  __device__ __forceinline__ bool is_noop() const { return false; }
-  __device__ __forceinline__ bool overwrites() const { return this->logits == this->grad_logits; }
-  __device__ __forceinline__ static int input_operand(int) { return kLogits; }
-  __device__ __forceinline__ const S* input(int, const Position& at) const {
-    return static_cast<const S*>(this->logits) + at.offset[kLogits];
-  }
-  __device__ __forceinline__ S* output(const Position& at) const {
-    return static_cast<S*>(this->grad_logits) + at.offset[kGradLogits];
-  }
+  __device__ __forceinline__ bool is_done() const { return false; }
+  __device__ __forceinline__ bool has_total() const { return total.shares; }
+  SOFTMAX_EXT_INLINE static int input_operand(int) { return kLogits; }
+  SOFTMAX_EXT_INLINE const S* input(int) const { return static_cast<const S*>(this->logits); }
+  SOFTMAX_EXT_INLINE S* output() const { return static_cast<S*>(this->grad_logits); }
 
-  __device__ __forceinline__ T transformed(T x) const {
+  __device__ __forceinline__ T sign() const { return kGeneral && transform.scale < 0 ? T(-1) : T(1); }
+  __device__ __forceinline__ T logit(T x) const {
     if (!kGeneral) return x;
-    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap) : x * transform.scale;
+    return transform.is_capped() ? capped_logit<LogitMath>(x, transform.inner_scale, transform.cap)
+                                 : x * transform.scale;
   }
-  __device__ __forceinline__ T logit(const Elements<CrossEntropyOp>& x) const { return transformed(x.of[0]); }
 
-  __device__ __forceinline__ Context fetch(const Position& at) const {
-    Context context;
-    context.row = at.offset[kRow];
-    context.probabilities = at.offset[kProbabilities];
-    context.grad_probabilities = at.offset[kGradProbabilities];
-    if (!this->has_probabilities) context.target = this->index ? this->index[context.row] : this->index_u8[context.row];
-    if (!reduces) {
-      context.max = this->state[context.row];
-      context.rest = this->state[this->rows + context.row];
+  // ---- what is known of a row beforehand
+
+  __device__ __forceinline__ Row row(const Position& at) const {
+    Row row{};
+    row.number = at.offset[kRow];
+    if (kHasProbabilities && this->has_probabilities) {
+      row.probabilities = at.offset[kProbabilities];
+      row.grad_probabilities = at.offset[kGradProbabilities];
+    } else {
+      row.y = this->index ? this->index[row.number] : this->index_u8[row.number];
     }
-    return context;
+    if (!reduces) {
+      row.max = this->state[row.number];
+      row.rest = this->state[this->rows + row.number];
+    }
+    if (writes_anything()) row.g = row_value<T>(this->grad_loss, row.number);
+    return row;
   }
-
-  __device__ __forceinline__ void decode_target(Context& context) const {
-    if (!kGeneral && writes) context.g = row_value<T>(this->grad_loss, context.row);
-    if (this->has_probabilities) return;
-    const int64_t classes = layout.classes, y = context.target;
-    context.live = y != this->options.ignore_index;
-    context.out_of_range = context.live && static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes);
-    if (context.live && !context.out_of_range) context.y = static_cast<int>(y);
+  __device__ __forceinline__ bool has_classes() const { return !(kHasProbabilities && this->has_probabilities); }
+  __device__ __forceinline__ bool is_live(const Row& row) const {
+    return !has_classes() || row.y != this->options.ignore_index;
   }
-
-  template <typename Value>
-  __device__ __forceinline__ void read_target_logit(Context& context, bool leader, const Value& value) const {
-    if (context.y < 0) return;
-    if (this->weight) context.weight = this->weight[context.y];
-    if (leader) context.z = transformed(value(context.y));
+  __device__ __forceinline__ bool is_in_range(const Row& row) const {
+    return static_cast<uint64_t>(row.y) < static_cast<uint64_t>(layout.classes);
+  }
+  __device__ __forceinline__ int target(const Row& row) const {
+    return has_classes() && is_live(row) && is_in_range(row) ? static_cast<int>(row.y) : -1;
+  }
+  __device__ __forceinline__ bool is_out_of_range(const Row& row) const {
+    return has_classes() && is_live(row) && !is_in_range(row);
   }
 
   // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
-  __device__ __forceinline__ bool zero_gradient(const Context& context) const {
-    return !context.live && !this->grad_lse.given && !has_entropy_gradient();
+  __device__ __forceinline__ bool is_zero(const Row& row) const {
+    return !is_live(row) && !(kGeneral && (this->grad_lse.given || this->grad_entropy.given));
   }
-  __device__ __forceinline__ bool skip_row(const Context& context) const {
-    return zero_gradient(context) && !this->stats;
+  __device__ __forceinline__ bool is_skipped(const Row& row) const {
+    return is_zero(row) && !(kGeneral && this->stats);
   }
-
+  __device__ __forceinline__ bool wants_prediction() const { return kGeneral && this->stats; }
   __device__ __forceinline__ bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
-
-  __device__ __forceinline__ T class_weight(int c) const { return this->weight ? this->weight[c] : T(1); }
-
-  __device__ __forceinline__ T probability(const Context& context, int c) const {
-    return load_value<T>(this->probabilities, this->probabilities_type,
-                         context.probabilities + c * layout.class_stride[kProbabilities]);
+  __device__ __forceinline__ bool writes_anything() const {
+    return this->grad_logits || (kHasProbabilities && this->grad_probabilities);
   }
 
-  __device__ __forceinline__ void add(Sums& sums, const Context& context, const Elements<CrossEntropyOp>& x,
-                                      int c) const {
-    const T z = logit(x), d = z - sums.shift(), e = exp_nonpositive<S>(d);
-    sums.add(z, e);
-    if constexpr (kGeneral) add_terms(sums, context, z, d, e, c);
+  // Of classes c, c + 1, ...; ones without weights.
+  template <int n>
+  __device__ __forceinline__ void load_weights(int c, int count, T (&w)[n]) const {
+    if (this->weight)
+      load_values(this->weight, kArithmeticType<T>, c, 1, count, w);
+    else
+      for (T& one : w) one = 1;
+  }
+  template <int n>
+  __device__ __forceinline__ void load_probabilities(const Row& row, int c, int count, T (&q)[n]) const {
+    const int64_t stride = layout.class_stride[kProbabilities];
+    load_values(this->probabilities, this->probabilities_type, row.probabilities + c * stride, stride, count, q);
   }
 
-  __device__ __forceinline__ void add_terms(Sums& sums, const Context& context, T z, T d, T e, int c) const {
-    if (this->stats) {
-      sums.weighted += multiply_or_zero(e, d);
-      if (z == sums.max) sums.argmax = min(sums.argmax, c);
-      if (z != z) sums.first_nan = min(sums.first_nan, c);
+  // ---- the sums of a row
+
+  template <typename Chunk>
+  __device__ __forceinline__ void add(Sums& sums, T max, const Row& row, const Chunk& held, int c, int count) const {
+    constexpr int n = Chunk::kElements;
+    T d[n], e[n];
+#pragma unroll
+    for (int i = 0; i < n; i++)
+      if (i < count) {
+        d[i] = logit(held.at(i).of[0]) - max;
+        e[i] = exp_nonpositive(d[i]);
+        sums.sum += e[i];
+      }
+    if constexpr (kGeneral) {
+      const auto each = [&](const auto& visit) {
+#pragma unroll
+        for (int i = 0; i < n; i++)
+          if (i < count) visit(i);
+      };
+      // exp(-inf) is 0, and 0 * -inf would be NaN.
+      if (this->stats) each([&](int i) { sums.weighted += e[i] * larger(d[i], lowest<T>()); });
+      T w[n], q[n];
+      if (kHasProbabilities && this->has_probabilities) {
+        load_weights(c, count, w);
+        load_probabilities(row, c, count, q);
+        each([&](int i) {
+          const T b = w[i] * multiply_add(q[i], 1 - this->options.label_smoothing, share);
+          sums.dot += multiply_or_zero(b, d[i]);
+          sums.b_sum += b;
+          sums.q_dot += multiply_or_zero(q[i], d[i]);
+          sums.q_sum += q[i];
+        });
+      } else if (this->options.label_smoothing != 0 && this->weight) {
+        load_weights(c, count, w);
+        each([&](int i) {
+          sums.dot += multiply_or_zero(w[i], d[i]);
+          sums.b_sum += w[i];
+        });
+      } else if (this->options.label_smoothing != 0) {
+        each([&](int i) { sums.dot += d[i]; });
+        sums.b_sum += count;
+      }
     }
-    if (this->has_probabilities) {
-      const T q = probability(context, c);
-      const T b = class_weight(c) * multiply_add(q, 1 - this->options.label_smoothing, share);
-      sums.dot += multiply_or_zero(b, d);
-      sums.b_sum += b;
-      sums.q_dot += multiply_or_zero(q, d);
-      sums.q_sum += q;
-    } else if (this->options.label_smoothing != 0) {
-      const T w = class_weight(c);
-      sums.dot += multiply_or_zero(w, d);
-      sums.b_sum += w;
-    }
   }
+
+  // ---- from the sums to the loss and the gradient (row_math.h)
 
   __device__ __forceinline__ RowRules<T> rules() const {
     RowRules<T> rules;
-    rules.has_probabilities = kGeneral && this->has_probabilities;
+    rules.has_probabilities = kHasProbabilities && this->has_probabilities;
     rules.has_weight = this->weight;
     rules.has_entropy_gradient = has_entropy_gradient();
-    rules.writes_second = kGeneral && writes_second;
+    rules.writes_second = kHasProbabilities && this->grad_probabilities;
     rules.is_capped = kGeneral && transform.is_capped();
     rules.eps = this->options.label_smoothing;
     rules.share = share;
@@ -155,34 +195,38 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     T max, rest, b_sum, q_sum;
   };
 
-  __device__ __forceinline__ Coefficients finish(const Context& context, const Sums& sums, bool leader) const {
-    const int64_t row = context.row;
-    State s{0, 0, 1, 1};
-    if (!reduces) {
-      if (!skip_row(context)) s = {context.max, context.rest, 1, 1};
-      if (this->has_probabilities && !skip_row(context)) {
-        s.b_sum = this->state[2 * this->rows + row];
-        s.q_sum = this->state[3 * this->rows + row];
+  __device__ __forceinline__ Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z,
+                                                 bool leader, Totals& total_share) const {
+    State s{outcome.max, outcome.rest, 1, 1};
+    if (!reduces) s = {row.max, row.rest, 1, 1};
+    if (is_skipped(row)) s = {0, 0, 1, 1};
+    if constexpr (kGeneral)
+      if (!has_classes()) {
+        s.b_sum = reduces ? sums.b_sum : this->state[2 * this->rows + row.number];
+        s.q_sum = reduces ? sums.q_sum : this->state[3 * this->rows + row.number];
       }
-    } else {
-      if (!skip_row(context)) s = {sums.max, sums.rest(), 1, 1};
-      if constexpr (kGeneral)
-        if (this->has_probabilities) s = {s.max, s.rest, sums.b_sum, sums.q_sum};
-      if (leader) write_row(context, sums, s);
-    }
-    return writes || writes_second ? coefficients(context, s, leader) : Coefficients{};
+    // The leader asks for it, and some options.
+    const T log_sum = kGeneral || leader || this->options.z_loss != 0 ? log1p_of(s.rest) : T(0);
+    const StateRow state{*this, row, s, log_sum, z, this->weight && target(row) >= 0 ? this->weight[row.y] : T(1)};
+    if (reduces && leader) total_share = write_row(state, sums, outcome.prediction);
+    if (!writes_anything()) return {};
+    Coefficients k{gradient_coefficients<Math>(rules(), GradientRow{state, leader}), s.max};
+    if (is_out_of_range(row)) k.alpha = not_a_number<T>();
+    return k;
   }
 
   // One row as row_math.h asks for it.
   struct StateRow {
     const CrossEntropyOp& op;
-    const Context& context;
-    const State& s;
+    const Row& row;
+    const State s;
+    const T log_of_sum, target_logit, target_weight;
 
     __device__ __forceinline__ T max() const { return s.max; }
     __device__ __forceinline__ T rest() const { return s.rest; }
-    __device__ __forceinline__ T z() const { return context.z; }
-    __device__ __forceinline__ T weight() const { return context.weight; }
+    __device__ __forceinline__ T log_sum() const { return log_of_sum; }
+    __device__ __forceinline__ T z() const { return target_logit; }
+    __device__ __forceinline__ T weight() const { return target_weight; }
     __device__ __forceinline__ T weight_sum() const {
       return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.layout.classes);
     }
@@ -207,79 +251,84 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   struct GradientRow : StateRow {
     bool leader;
 
-    __device__ __forceinline__ T g_loss() const {
-      const T g = kGeneral ? row_value<T>(this->op.grad_loss, this->context.row) : this->context.g;
-      return this->context.live ? g : T(0);
+    __device__ __forceinline__ T g_loss() const { return this->op.is_live(this->row) ? this->row.g : T(0); }
+    __device__ __forceinline__ T g_lse() const {
+      return kGeneral ? row_value<T>(this->op.grad_lse, this->row.number) : T(0);
     }
-    __device__ __forceinline__ T g_lse() const { return row_value<T>(this->op.grad_lse, this->context.row); }
     __device__ __forceinline__ T g_nll() const {
-      return this->context.live ? row_value<T>(this->op.grad_nll, this->context.row) : T(0);
+      return kGeneral && this->op.is_live(this->row) ? row_value<T>(this->op.grad_nll, this->row.number) : T(0);
     }
     __device__ __forceinline__ T g_entropy() const {
-      return kGeneral ? row_value<T>(this->op.grad_entropy, this->context.row) : T(0);
+      return kGeneral ? row_value<T>(this->op.grad_entropy, this->row.number) : T(0);
     }
-    __device__ __forceinline__ T entropy() const { return this->op.entropy[this->context.row]; }
-    __device__ __forceinline__ bool has_target() const { return leader && this->context.y >= 0; }
-    __device__ __forceinline__ T exp_at_target(T d) const { return exp_nonpositive<T>(d); }
+    __device__ __forceinline__ T entropy() const { return this->op.entropy[this->row.number]; }
+    __device__ __forceinline__ bool has_target() const { return leader && this->op.target(this->row) >= 0; }
+    __device__ __forceinline__ T exp_at_target(T d) const { return exact_exp(d); }
     __device__ __forceinline__ T tanh_at_target(T z) const { return z * this->op.transform.inverse_cap; }
   };
 
-  // What forward writes of a row.
-  __device__ __forceinline__ void write_row(const Context& context, const Sums& sums, const State& s) const {
-    const int64_t row = context.row, rows = this->rows;
+  // What forward writes of a row; returns its share of the total.
+  __device__ __forceinline__ Totals write_row(const StateRow& state, const Sums& sums, int prediction) const {
+    const int64_t row = state.row.number, rows = this->rows;
     RowRules<T> forward_rules = rules();
     if (!kGeneral) forward_rules.eps = 0;
-    const RowLoss<T> of = row_loss<Math>(forward_rules, SummedRow{{*this, context, s}, sums});
+    const RowLoss<T> of = row_loss<Math>(forward_rules, SummedRow{state, sums});
     T loss = of.loss, nll = of.nll;
-    if (context.out_of_range) loss = nll = not_a_number<T>();
-    if (!context.live) loss = nll = 0;
+    const bool out_of_range = is_out_of_range(state.row), live = is_live(state.row);
+    if (out_of_range) loss = nll = not_a_number<T>();
+    if (!live) loss = nll = 0;
     if (this->loss) store_value(loss, this->loss, this->loss_type, row);
     if (this->state) {
-      this->state[row] = s.max;
-      this->state[rows + row] = s.rest;
-      if (this->has_probabilities) {
-        this->state[2 * rows + row] = s.b_sum;
-        this->state[3 * rows + row] = s.q_sum;
+      this->state[row] = state.s.max;
+      this->state[rows + row] = state.s.rest;
+      if (!has_classes()) {
+        this->state[2 * rows + row] = state.s.b_sum;
+        this->state[3 * rows + row] = state.s.q_sum;
       }
     }
-    if constexpr (kGeneral) {
-      if (!this->stats) return;
-      this->lse[row] = of.lse;
-      this->nll[row] = nll;
-      this->entropy[row] = row_entropy<Math>(of.log_sum, sums.weighted, s.rest);
-      this->prediction[row] = sums.prediction();
+    if constexpr (kGeneral)
+      if (this->stats) {
+        this->lse[row] = of.lse;
+        this->nll[row] = nll;
+        this->entropy[row] = row_entropy<Math>(of.log_sum, sums.weighted, state.s.rest);
+        this->prediction[row] = prediction;
+      }
+    return {static_cast<double>(loss), live && !out_of_range ? static_cast<double>(state.target_weight) : 0};
+  }
+  __device__ __forceinline__ void add_to_total(const Totals& totals, unsigned unit, bool has) const {
+    total.add(totals, unit, has);
+  }
+
+  // ---- the gradient of a class
+
+  template <typename Chunk, int n>
+  __device__ __forceinline__ void compute(const Row& row, const Coefficients& k, const Chunk& held, int c, int count,
+                                          T (&values)[n]) const {
+    if constexpr (!kGeneral) {
+#pragma unroll
+      for (int i = 0; i < n; i++) values[i] = plain_gradient<Math>(k, exp_nonpositive(held.at(i).of[0] - k.max));
+    } else {
+      const GradientTerms has{has_entropy_gradient(), k.smooth != 0, !has_classes(), transform.is_capped()};
+      T q[n], w[n];
+      if (has.probabilities) load_probabilities(row, c, count, q);
+      if (has.probabilities || has.smooth) load_weights(c, count, w);
+#pragma unroll
+      for (int i = 0; i < n; i++) {
+        const T z = logit(held.at(i).of[0]), d = z - k.max;
+        if (kHasProbabilities && this->grad_probabilities && i < count)
+          write_probability_gradient(row, k, d, w[i], c + i);
+        values[i] = gradient_without_slope<Math>(has, k, d, exp_nonpositive(d), q[i], w[i], transform.scale);
+        if (has.capped) values[i] *= capped_slope(z * transform.inverse_cap);
+      }
     }
   }
-
-  __device__ __forceinline__ Coefficients coefficients(const Context& context, const State& s, bool leader) const {
-    Coefficients k{gradient_coefficients<Math>(rules(), GradientRow{{*this, context, s}, leader}), s.max};
-    if (context.out_of_range) k.alpha = not_a_number<T>();
-    return k;
+  __device__ __forceinline__ void write_probability_gradient(const Row& row, const Coefficients& k, T d, T w,
+                                                             int c) const {
+    store_value(probability_gradient<Math>(k, d, w), this->grad_probabilities, this->probabilities_type,
+                row.grad_probabilities + c * layout.class_stride[kGradProbabilities]);
   }
-
-  __device__ __forceinline__ T value(const Context& context, const Coefficients& k, const Elements<CrossEntropyOp>& x,
-                                     int c) const {
-    const T z = logit(x), d = z - k.max, e = exp_nonpositive<S>(d);
-    if constexpr (!kGeneral) return plain_gradient<Math>(k, e);
-    const GradientTerms has{has_entropy_gradient(), k.smooth != 0, this->has_probabilities, transform.is_capped()};
-    const T q = has.probabilities ? probability(context, c) : T(0);
-    const T w = has.probabilities || has.smooth ? class_weight(c) : T(1);
-    const T gradient = gradient_without_slope<Math>(has, k, d, e, q, w, transform.scale);
-    return has.capped ? gradient * capped_slope(z * transform.inverse_cap) : gradient;
-  }
-
-  __device__ __forceinline__ bool target_override(const Context& context, const Coefficients& k, int& c,
-                                                  T& value) const {
-    c = context.y;
-    value = k.at_target;
-    return context.y >= 0;
-  }
-
-  __device__ __forceinline__ void write_second(const Context& context, const Coefficients& k,
-                                               const Elements<CrossEntropyOp>& x, int c) const {
-    const T gradient = probability_gradient<Math>(k, logit(x) - k.max, class_weight(c));
-    store_value(gradient, this->grad_probabilities, this->probabilities_type,
-                context.grad_probabilities + c * layout.class_stride[kGradProbabilities]);
+  __device__ __forceinline__ void write_target(const Row&, const Coefficients& k, S* to) const {
+    if (this->grad_logits) narrow(k.at_target, *to);
   }
 };
 

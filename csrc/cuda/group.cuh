@@ -1,16 +1,55 @@
-// The threads that work on one row: part of a warp, a block, or the blocks of a cluster; their barrier, and the
-// reduction that leaves the same bits in all of them.
+// The threads that work on one row: part of a warp, a block, the blocks of a cluster, or the same lane of all warps of
+// a block; and the reduction that leaves the same bits in all of them.
 #pragma once
 
 #include <cooperative_groups.h>
 
-#include "device.cuh"
+#include "numbers.cuh"
 
 namespace softmax_ext {
 namespace cuda {
 
+// Clusters are there from 9.0 on, and on the host, which only names the kernels.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define SOFTMAX_EXT_CLUSTERS 1
+#else
+#define SOFTMAX_EXT_CLUSTERS 0
+#endif
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
+
+// The dynamic shared memory of the block; there is no other.
+#ifdef __CUDACC__
+template <typename V>
+__device__ __forceinline__ V* shared_memory() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<V*>(bytes);
+}
+#endif
+
+// ---- values that merge ---------------------------------------------------------------------------------------------
+//
+// V() is neutral, and two values merge to the same bits both ways round.
+
+template <typename T>
+struct Largest {
+  T value = lowest<T>();
+  __device__ __forceinline__ void merge(const Largest& other) { value = larger(value, other.value); }
+};
+
+template <typename T>
+struct Sum {
+  T value = 0;
+  __device__ __forceinline__ void merge(const Sum& other) { value += other.value; }
+};
+
+struct First {
+  int value = INT32_MAX;
+  __device__ __forceinline__ void merge(const First& other) { value = min(value, other.value); }
+};
+
+// ---- reductions ----------------------------------------------------------------------------------------------------
 
 // Of any trivially copyable type of whole words.
 template <typename V>
@@ -25,98 +64,138 @@ __device__ __forceinline__ V shuffle_xor(const V& value, int lane_mask) {
   return other;
 }
 
-// Merges the values of each `width` adjacent lanes. V::merge must give the same bits both ways round.
+// Merges the values of each `width` adjacent lanes.
 template <typename V>
 __device__ __forceinline__ void reduce_lanes(V& value, int width) {
+#pragma unroll 1
   for (int lane_mask = width / 2; lane_mask > 0; lane_mask /= 2) value.merge(shuffle_xor(value, lane_mask));
 }
+// The same of a whole warp, unrolled.
+template <typename V>
+__device__ __forceinline__ void reduce_warp(V& value) {
+#pragma unroll
+  for (int lane_mask = kWarp / 2; lane_mask > 0; lane_mask /= 2) value.merge(shuffle_xor(value, lane_mask));
+}
 
-// Merges the values of a block, through `shared` of one value for each warp; V() is neutral.
+// Merges the values of a block, through `shared` of one value for each warp, which is not to be used again before all
+// threads have passed another barrier.
 template <typename V>
 __device__ __forceinline__ void reduce_block(V& value, V* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  reduce_lanes(value, kWarp);
+  reduce_warp(value);
   if (lane == 0) shared[warp] = value;
   __syncthreads();
   value = lane < warps ? shared[lane] : V();
-  reduce_lanes(value, kWarp);
+  reduce_warp(value);
 }
 
-enum class Scope { kWarp, kBlock, kCluster };
+// ---- groups --------------------------------------------------------------------------------------------------------
 
-// `row` is what the group works on, `thread` its number among the `size` threads of the group.
+// kWarp: 8, 16 or 32 lanes of a warp. kLanes: the threads of a block that have the same lane number.
+enum class Scope { kWarp, kBlock, kCluster, kLanes };
+
+// The reductions of one row have a slot of shared memory each, in the order in which they are called.
+enum Slot { kMaxSlot, kSumSlot, kRestSlot, kPredictionSlot, kSlots };
+
+// Bytes of a slot, for values of at most sizeof(V): one of each warp and one of the block, or one of each thread.
+template <typename V>
+__host__ __device__ constexpr int slot_bytes(Scope scope, int threads) {
+  const int values = scope == Scope::kWarp ? 0 : scope == Scope::kLanes ? threads : kWarp + 1;
+  return values * static_cast<int>(sizeof(V) < 8 ? 8 : sizeof(V));
+}
+
+// `row` is the number of the group's row in the grid, `thread` its own number among the `size` threads of the group.
 template <Scope kScope>
-struct Group;
-
-// 8, 16 or 32 lanes of a warp.
-template <>
-struct Group<Scope::kWarp> {
+struct Group {
   int size, thread;
   unsigned row;
 
-  __device__ __forceinline__ explicit Group(int threads_per_row)
-      : size(threads_per_row),
-        thread(threadIdx.x % threads_per_row),
-        row(blockIdx.x * (blockDim.x / threads_per_row) + threadIdx.x / threads_per_row) {}
-
-  __device__ __forceinline__ void sync() const { __syncwarp(); }
-  template <typename V>
-  __device__ __forceinline__ void reduce(V& value) const {
-    __syncwarp();  // shuffles order no accesses to memory: the leader has read what the output overwrites
-    reduce_lanes(value, size);
+  __device__ __forceinline__ explicit Group(int lanes) {
+    if constexpr (kScope == Scope::kWarp) {
+      size = lanes;
+      thread = threadIdx.x % lanes;
+      row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+    } else if constexpr (kScope == Scope::kBlock) {
+      size = blockDim.x;
+      thread = threadIdx.x;
+      row = blockIdx.x;
+    } else if constexpr (kScope == Scope::kLanes) {
+      size = blockDim.x / kWarp;
+      thread = threadIdx.x / kWarp;
+      row = blockIdx.x * kWarp + threadIdx.x % kWarp;
+    } else {
+#if SOFTMAX_EXT_CLUSTERS
+      const auto cluster = cooperative_groups::this_cluster();
+      const int rank = static_cast<int>(cluster.block_rank()), blocks = static_cast<int>(cluster.num_blocks());
+      size = blocks * blockDim.x;
+      thread = rank * blockDim.x + threadIdx.x;
+      row = blockIdx.x / blocks;
+#endif
+    }
   }
-};
 
-template <>
-struct Group<Scope::kBlock> {
-  int size, thread;
-  unsigned row;
-
-  __device__ __forceinline__ explicit Group(int) : size(blockDim.x), thread(threadIdx.x), row(blockIdx.x) {}
-
-  __device__ __forceinline__ void sync() const { __syncthreads(); }
-  template <typename V>
-  __device__ __forceinline__ void reduce(V& value) const {
-    reduce_block(value, shared_memory<V>());
+  // Merges the values of the group. Biggest: of all values that the kernel reduces, the largest type.
+  template <typename Biggest, typename V>
+  __device__ __forceinline__ void reduce(V& value, Slot slot) const {
+    static_assert(sizeof(V) <= sizeof(Biggest) || sizeof(V) <= 8, "the slot is of Biggest");
+    if constexpr (kScope == Scope::kWarp) {
+      reduce_lanes(value, size);
+      return;
+    } else {
+      V* const shared = reinterpret_cast<V*>(shared_memory<char>() + slot * slot_bytes<Biggest>(kScope, blockDim.x));
+      if constexpr (kScope == Scope::kLanes) {
+        reduce_columns(value, shared);
+      } else {
+        reduce_block(value, shared);
+        if constexpr (kScope == Scope::kCluster) reduce_cluster(value, shared);
+      }
+    }
   }
-};
 
-// Values of a cluster's blocks go through slot kWarp of each block's shared memory. The last thing a kernel does with
-// the group must be sync(): a block that has left takes its shared memory with it.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-template <>
-struct Group<Scope::kCluster> {
-  int size, thread;
-  unsigned row;
+  // The lanes of this warp that are in this thread's group.
+  __device__ __forceinline__ unsigned lanes() const {
+    const int lane = threadIdx.x % kWarp;
+    if constexpr (kScope == Scope::kWarp) return kAllLanes >> (kWarp - size) << (lane - thread);
+    return kScope == Scope::kLanes ? 1u << lane : kAllLanes;
+  }
 
-  __device__ __forceinline__ explicit Group(int) {
+  // The last thing a thread does: a block that has left takes its shared memory, which others may read, with it.
+  __device__ __forceinline__ void leave() const {
+#if SOFTMAX_EXT_CLUSTERS
+    if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
+#endif
+  }
+
+ private:
+  // Values of the cluster's blocks go through the slot's last place.
+  template <typename V>
+  __device__ __forceinline__ static void reduce_cluster(V& value, V* shared) {
+#if SOFTMAX_EXT_CLUSTERS
     const auto cluster = cooperative_groups::this_cluster();
-    const int rank = static_cast<int>(cluster.block_rank()), blocks = static_cast<int>(cluster.num_blocks());
-    size = blocks * blockDim.x;
-    thread = rank * blockDim.x + threadIdx.x;
-    row = blockIdx.x / blocks;
-  }
-
-  __device__ __forceinline__ void sync() const { cooperative_groups::this_cluster().sync(); }
-  template <typename V>
-  __device__ __forceinline__ void reduce(V& value) const {
-    const auto cluster = cooperative_groups::this_cluster();
-    V* const shared = shared_memory<V>();
-    reduce_block(value, shared);
     if (threadIdx.x == 0) shared[kWarp] = value;
     cluster.sync();
     const unsigned lane = threadIdx.x % kWarp;
     value = lane < cluster.num_blocks() ? *cluster.map_shared_rank(shared + kWarp, lane) : V();
-    reduce_lanes(value, kWarp);
+    reduce_warp(value);
+#endif
+  }
+
+  // Merges the values of the warps lane by lane; these are a power of two.
+  template <typename V>
+  __device__ __forceinline__ static void reduce_columns(V& value, V* shared) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+    shared[warp * kWarp + lane] = value;
+    __syncthreads();
+    for (int half = warps / 2; half > 0; half /= 2) {
+      if (warp < half) {
+        value.merge(shared[(warp + half) * kWarp + lane]);
+        shared[warp * kWarp + lane] = value;
+      }
+      __syncthreads();
+    }
+    value = shared[lane];
   }
 };
-#endif
-
-// Shared memory that a group of the scope needs for values of type V.
-template <typename V>
-constexpr int shared_bytes(Scope scope) {
-  return scope == Scope::kWarp ? 0 : static_cast<int>(sizeof(V)) * (scope == Scope::kCluster ? kWarp + 1 : kWarp);
-}
 
 }  // namespace cuda
 }  // namespace softmax_ext

@@ -22,9 +22,23 @@ constexpr int kMaxOuterDims = 32;
 // Rows of at most this many classes are put into the columns layout, whatever their strides: a thread takes a row.
 constexpr int64_t kSmallClasses = 64;
 
-// A class index out of range that is not ignore_index makes the loss and the gradient of its row NaN.
+// What becomes of the losses of all rows: their sum or mean, in double and in an order that depends on the sizes alone.
+struct LossSum {
+  void* loss;  // of loss_type
+  DType loss_type;
+  bool mean;             // otherwise the sum
+  double* denominator;   // of the mean
+  bool has_denominator;  // it is there; otherwise it is summed with the losses, as by sum_targets, and written
+  void* scratch;         // of loss_scratch_bytes()
+};
+// Of the call with these parameters.
 template <typename T>
-void cross_entropy(const CrossEntropyParams<T>& params, const Layout& layout, Stream stream);
+int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& layout);
+
+// A class index out of range that is not ignore_index makes the loss and the gradient of its row NaN. `sum`, in forward:
+// null where losses of single rows are wanted.
+template <typename T>
+void cross_entropy(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream);
 
 // The input's and the output's types are the same, or the input's is a half type and the output's float32.
 void softmax(const SoftmaxParams& params, const Layout& layout, Stream stream);
@@ -37,9 +51,9 @@ void scale_rows(const ScaleRowsParams& params, const Layout& layout, Stream stre
 
 // ---- sums, in double and in an order that depends on the sizes alone ------------------------------------------------
 
-// Doubles of device memory that the sums below need for their partial results, two for each share of a long sum.
+// Doubles of device memory that the sums below need for their partial results.
 constexpr int64_t kMostShares = 1024;
-constexpr int64_t kSumScratch = 2 * kMostShares;
+constexpr int64_t kSumScratch = kMostShares;
 
 // *sum = the sum of n weights.
 template <typename T>
@@ -50,29 +64,15 @@ void sum_weights(const T* weight, int64_t n, double* sum, double* scratch, Strea
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* sum, double* scratch, Stream stream);
 
-// What becomes of the losses of a call.
-struct LossSum {
-  void* loss;  // of loss_type
-  DType loss_type;
-  bool mean;             // otherwise the sum
-  double* denominator;   // of the mean
-  bool has_denominator;  // it is there; otherwise it is taken in the same pass, as by sum_targets, and written
-};
-
-// *to.loss = the sum or the mean of the losses, params.loss, which are of T.
-template <typename T>
-void sum_losses(const CrossEntropyParams<T>& params, int64_t classes, const LossSum& to, double* scratch,
-                Stream stream);
-
 // *first = the first row whose class is neither in [0, classes) nor ignore_index, or `rows`.
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream);
 
 // ---- what was chosen, for reports and tests -------------------------------------------------------------------------
 
-// The kernel that cross_entropy would launch for rows of unit class stride on the current device: "tile", "warp",
-// "block", "cluster of 4" or "two_pass".
-std::string kernel_for(int64_t classes, DType type, bool has_probabilities);
+// The kernel that cross_entropy would launch for rows of unit class stride on the current device: "thread", "warp",
+// "block", "cluster of 8" or "stream". keeps: the gradient is written in forward.
+std::string kernel_for(int64_t classes, DType type, bool keeps);
 
 // The architectures compiled into the library, as nvcc names them: "75;80;86".
 const char* compiled_architectures();

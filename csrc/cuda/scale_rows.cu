@@ -1,4 +1,4 @@
-// The scaling of a gradient that is there already, as an Op of the row kernels (Op: rows.cuh).
+// The scaling of a gradient that is there already, as an Op of the row kernels (Op: op.cuh).
 #include "dispatch.cuh"
 
 namespace softmax_ext {
@@ -8,17 +8,15 @@ namespace cuda {
 inline namespace scale_rows_cu {
 
 template <typename S>
-struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
+struct ScaleOp : SimpleOp {
   using In = S;
   using Out = S;
   using T = std::conditional_t<sizeof(S) == 8, double, float>;
   using Sums = Sum<T>;
-  static constexpr int kInputs = 1, kOutputOperand = 0;
+  static constexpr int kInputs = 1, kOutputOperand = 0, kKeptChunks = 0, kStreamedChunks = 4;
   static constexpr bool kMaximum = false, reduces = false;
-  static constexpr int kTwoPassChunks = 4, kRegisterChunks = 0;
-  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
 
-  struct Context {
+  struct Row {
     T factor;
   };
   struct Coefficients {};
@@ -27,21 +25,26 @@ struct ScaleOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
   ScaleRowsParams params;
 
   // One factor for all rows, and that is 1.
-  __device__ __forceinline__ bool is_noop() const { return params.factor.stride == 0 && factor_of(0) == 1; }
+  __device__ __forceinline__ bool is_done() const { return params.factor.stride == 0 && factor_of(0) == 1; }
   __device__ __forceinline__ T factor_of(int64_t row) const {
     return load_value<T>(params.factor.data, params.factor.dtype, row * params.factor.stride);
   }
 
-  __device__ __forceinline__ static int input_operand(int) { return 0; }
-  __device__ __forceinline__ S* output(const Position& at) const { return static_cast<S*>(params.data) + at.offset[0]; }
-  __device__ __forceinline__ const S* input(int, const Position& at) const { return output(at); }
-  __device__ __forceinline__ Context fetch(const Position& at) const { return {factor_of(at.offset[kRow])}; }
-  __device__ __forceinline__ void add(Sums&, const Context&, const Elements<ScaleOp>&, int) const {}
-  __device__ __forceinline__ Coefficients finish(const Context&, const Sums&, bool) const { return {}; }
+  SOFTMAX_EXT_INLINE static int input_operand(int) { return 0; }
+  SOFTMAX_EXT_INLINE S* output() const { return static_cast<S*>(params.data); }
+  SOFTMAX_EXT_INLINE const S* input(int) const { return output(); }
+  __device__ __forceinline__ Row row(const Position& at) const { return {factor_of(at.offset[kRow])}; }
+  template <typename Chunk>
+  __device__ __forceinline__ void add(Sums&, T, const Row&, const Chunk&, int, int) const {}
+  __device__ __forceinline__ Coefficients finish(const Row&, const Sums&, const Outcome<T>&, T, bool, Totals&) const {
+    return {};
+  }
   // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
-  __device__ __forceinline__ T value(const Context& context, const Coefficients&, const Elements<ScaleOp>& x,
-                                     int) const {
-    return multiply_or_zero(x.of[0], context.factor);
+  template <typename Chunk, int n>
+  __device__ __forceinline__ void compute(const Row& row, const Coefficients&, const Chunk& held, int, int,
+                                          T (&values)[n]) const {
+#pragma unroll
+    for (int i = 0; i < n; i++) values[i] = multiply_or_zero(held.at(i).of[0], row.factor);
   }
 };
 
@@ -50,7 +53,7 @@ void launch_typed(const ScaleRowsParams& params, const Layout& layout, Stream st
   ScaleOp<S> op{};
   op.layout = device_layout(layout);
   op.params = params;
-  launch_op("scale_rows", op, layout, true, stream);
+  launch_op("scale_rows", op, layout, true, nullptr, stream);
 }
 
 }  // namespace scale_rows_cu

@@ -13,7 +13,7 @@ void launch_forward(const SoftmaxParams& params, const Layout& layout, Stream st
   SoftmaxOp<S, O> op{};
   op.layout = device_layout(layout);
   op.params = params;
-  launch_op("softmax", op, layout, false, stream);
+  launch_op("softmax", op, layout, true, nullptr, stream);
 }
 
 template <typename S, typename O>
@@ -21,7 +21,7 @@ void launch_backward(const SoftmaxBackwardParams& params, const Layout& layout, 
   SoftmaxBackwardOp<S, O> op{};
   op.layout = device_layout(layout);
   op.params = params;
-  launch_op("softmax_backward", op, layout, false, stream);
+  launch_op("softmax_backward", op, layout, true, nullptr, stream);
 }
 
 template <typename S>

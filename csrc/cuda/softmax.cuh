@@ -1,23 +1,20 @@
-// Softmax, log-softmax and their backward as Ops of the row kernels (formulas: docs/math.md; Op: rows.cuh).
+// Softmax, log-softmax and their backward as Ops of the row kernels (formulas: docs/math.md; Op: op.cuh).
 #pragma once
 
-#include "rows.cuh"
+#include "op.cuh"
 
 namespace softmax_ext {
 namespace cuda {
 
 template <typename S, typename O>
-struct SoftmaxOp : SimpleOp<std::conditional_t<sizeof(O) == 8, double, float>> {
+struct SoftmaxOp : SimpleOp {
   using In = S;
   using Out = O;
   using T = std::conditional_t<sizeof(O) == 8, double, float>;
-  using Sums = LogSumExp<T>;
-  using typename SimpleOp<T>::Context;
+  using Sums = ExpSum<T>;
   static constexpr int kInputs = 1, kOutputOperand = kSoftmaxOutput;
   static constexpr bool kMaximum = true;
-  static constexpr int kTwoPassChunks = sizeof(T) == 8 ? 1 : 4 / kInputs;
-  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{8, 8} : ColumnShape{16, 16};
-  static constexpr int kRegisterChunks = sizeof(T) == 8 ? 0 : 8;  // what 64 registers hold
+  static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : 8, kStreamedChunks = sizeof(T) == 8 ? 1 : 4;
 
   struct Coefficients {
     T max, log_sum, inverse_sum;
@@ -26,40 +23,42 @@ struct SoftmaxOp : SimpleOp<std::conditional_t<sizeof(O) == 8, double, float>> {
   DeviceLayout layout;
   SoftmaxParams params;
 
-  __device__ __forceinline__ static int input_operand(int) { return kSoftmaxInput; }
-  __device__ __forceinline__ const S* input(int, const Position& at) const {
-    return static_cast<const S*>(params.input) + at.offset[kSoftmaxInput];
+  SOFTMAX_EXT_INLINE static int input_operand(int) { return kSoftmaxInput; }
+  SOFTMAX_EXT_INLINE const S* input(int) const { return static_cast<const S*>(params.input); }
+  SOFTMAX_EXT_INLINE O* output() const { return static_cast<O*>(params.output); }
+
+  template <typename Chunk>
+  __device__ __forceinline__ void add(Sums& sums, T max, const Row&, const Chunk& held, int, int count) const {
+#pragma unroll
+    for (int i = 0; i < Chunk::kElements; i++)
+      if (i < count) sums.sum += exp_nonpositive(held.at(i).of[0] - max);
   }
-  __device__ __forceinline__ O* output(const Position& at) const {
-    return static_cast<O*>(params.output) + at.offset[kSoftmaxOutput];
+  __device__ __forceinline__ Coefficients finish(const Row&, const Sums&, const Outcome<T>& outcome, T, bool,
+                                                 Totals&) const {
+    const T rest = outcome.rest;
+    return {outcome.max, params.log ? log1p_of(rest) : rest, divide(T(1), 1 + rest)};
   }
-  __device__ __forceinline__ T logit(const Elements<SoftmaxOp>& x) const { return x.of[0]; }
-  __device__ __forceinline__ void add(Sums& sums, const Context&, const Elements<SoftmaxOp>& x, int) const {
-    sums.add(x.of[0], exp_nonpositive<O>(x.of[0] - sums.shift()));
-  }
-  __device__ __forceinline__ Coefficients finish(const Context&, const Sums& sums, bool) const {
-    const T rest = sums.rest();
-    return {sums.max, params.log ? log1p_of(rest) : rest, divide(T(1), 1 + rest)};
-  }
-  __device__ __forceinline__ T value(const Context&, const Coefficients& k, const Elements<SoftmaxOp>& x, int) const {
-    const T d = x.of[0] - k.max;
-    return params.log ? d - k.log_sum : exp_nonpositive<O>(d) * k.inverse_sum;
+  template <typename Chunk, int n>
+  __device__ __forceinline__ void compute(const Row&, const Coefficients& k, const Chunk& held, int, int,
+                                          T (&values)[n]) const {
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      const T d = held.at(i).of[0] - k.max;
+      values[i] = params.log ? d - k.log_sum : exp_nonpositive(d) * k.inverse_sum;
+    }
   }
 };
 
 // Inputs: the saved output and its upstream gradient, of type S; O is the type of the gradient written.
 template <typename S, typename O>
-struct SoftmaxBackwardOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, float>> {
+struct SoftmaxBackwardOp : SimpleOp {
   using In = S;
   using Out = O;
   using T = std::conditional_t<sizeof(S) == 8, double, float>;
   using Sums = Sum<T>;
-  using typename SimpleOp<T>::Context;
   static constexpr int kInputs = 2, kOutputOperand = kSoftmaxInput;
   static constexpr bool kMaximum = false;
-  static constexpr int kTwoPassChunks = sizeof(T) == 8 ? 1 : 4 / kInputs;
-  static constexpr ColumnShape kColumns = sizeof(T) == 8 ? ColumnShape{4, 8} : ColumnShape{8, 16};
-  static constexpr int kRegisterChunks = sizeof(T) == 8 ? 0 : 4;
+  static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : 4, kStreamedChunks = sizeof(T) == 8 ? 1 : 2;
 
   struct Coefficients {
     T total;
@@ -68,20 +67,30 @@ struct SoftmaxBackwardOp : SimpleOp<std::conditional_t<sizeof(S) == 8, double, f
   DeviceLayout layout;
   SoftmaxBackwardParams params;
 
-  __device__ __forceinline__ static int input_operand(int i) { return i == 0 ? kSoftmaxOutput : kSoftmaxGrad; }
-  __device__ __forceinline__ const S* input(int i, const Position& at) const {
-    return static_cast<const S*>(i == 0 ? params.output : params.grad_output) + at.offset[input_operand(i)];
+  SOFTMAX_EXT_INLINE static int input_operand(int j) { return j == 0 ? kSoftmaxOutput : kSoftmaxGrad; }
+  SOFTMAX_EXT_INLINE const S* input(int j) const {
+    return static_cast<const S*>(j == 0 ? params.output : params.grad_output);
   }
-  __device__ __forceinline__ O* output(const Position& at) const {
-    return static_cast<O*>(params.grad_input) + at.offset[kSoftmaxInput];
+  SOFTMAX_EXT_INLINE O* output() const { return static_cast<O*>(params.grad_input); }
+
+  template <typename Chunk>
+  __device__ __forceinline__ void add(Sums& sums, T, const Row&, const Chunk& held, int, int count) const {
+#pragma unroll
+    for (int i = 0; i < Chunk::kElements; i++)
+      if (i < count) sums.value += params.log ? held.at(i).of[1] : held.at(i).of[1] * held.at(i).of[0];
   }
-  __device__ __forceinline__ void add(Sums& sums, const Context&, const Elements<SoftmaxBackwardOp>& x, int) const {
-    sums.total += params.log ? x.of[1] : x.of[1] * x.of[0];
+  __device__ __forceinline__ Coefficients finish(const Row&, const Sums& sums, const Outcome<T>&, T, bool,
+                                                 Totals&) const {
+    return {sums.value};
   }
-  __device__ __forceinline__ Coefficients finish(const Context&, const Sums& sums, bool) const { return {sums.total}; }
-  __device__ __forceinline__ T value(const Context&, const Coefficients& k, const Elements<SoftmaxBackwardOp>& x,
-                                     int) const {
-    return params.log ? x.of[1] - exp_nonpositive<O>(x.of[0]) * k.total : x.of[0] * (x.of[1] - k.total);
+  template <typename Chunk, int n>
+  __device__ __forceinline__ void compute(const Row&, const Coefficients& k, const Chunk& held, int, int,
+                                          T (&values)[n]) const {
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+      const auto x = held.at(i);
+      values[i] = params.log ? x.of[1] - exp_nonpositive(x.of[0]) * k.total : x.of[0] * (x.of[1] - k.total);
+    }
   }
 };
 

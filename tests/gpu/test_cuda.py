@@ -19,13 +19,14 @@ cuda_kernels = pytest.mark.devices("cuda", "emulated")
 
 # A shape for each kernel of csrc/cuda/choice.h, as a card with clusters takes them.
 KERNELS = {
-    "tile": (300, 10),
-    "columns": (4, 100, 33),
+    "thread": (300, 10),
+    "thread, classes apart": (4, 10, 33),
+    "lanes": (4, 100, 33),
     "part of a warp": (50, 70),
     "warp": (50, 301),
     "block": (9, 5001),
     "cluster": (3, 128256),
-    "two_pass": (2, 600001),
+    "stream": (2, 600001),
 }
 every_kernel = pytest.mark.parametrize("shape", KERNELS.values(), ids=KERNELS)
 

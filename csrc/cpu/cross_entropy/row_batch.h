@@ -184,6 +184,7 @@ struct RowLanes {
 
   DoubleVec max() const { return load_double(batch.sums.max + r); }
   DoubleVec rest() const { return load_double(batch.sums.rest + r); }
+  DoubleVec log_sum() const { return VectorMath<double>::log1p(rest()); }
   DoubleVec z() const { return load_double(batch.z + r); }
   DoubleVec weight() const { return load_double(batch.weight + r); }
   DoubleVec dot() const { return load_double(batch.dot + r); }

@@ -96,13 +96,14 @@ void forward(const Call& call, const Forward& out) {
   if (divides) sum_targets(call, p, out.total_weight, workspace, stream);
   const double* divisor = out.grad_divisor ? const_values_of<double>(*out.grad_divisor) : divides ? total : nullptr;
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
-  const Tensor losses = call.options.reduction == kNone ? out.loss : empty(call.batch, out.arithmetic, call.input);
-  p.loss = losses.data_ptr();
-  p.loss_type = dtype_of(losses, call.op, "dtype");
-  cuda::cross_entropy(p, joint.layout(), stream);
-  if (call.options.reduction != kNone)
-    cuda::sum_losses(p, call.classes, {out.loss.data_ptr(), out.loss_type, is_mean, total, divides},
-                     workspace.doubles(), stream);
+  if (call.options.reduction == kNone) {
+    p.loss = out.loss.data_ptr();
+    p.loss_type = out.loss_type;
+    return cuda::cross_entropy(p, joint.layout(), nullptr, stream);
+  }
+  const Tensor scratch = empty({cuda::loss_scratch_bytes(p, joint.layout())}, ScalarType::Byte, call.input);
+  const cuda::LossSum sum{out.loss.data_ptr(), out.loss_type, is_mean, total, divides, scratch.data_ptr()};
+  cuda::cross_entropy(p, joint.layout(), &sum, stream);
 }
 
 template <typename T>
@@ -116,7 +117,7 @@ void backward(const Call& call, const Backward& operands) {
       backward_params<T>(call, operands, is_mean ? const_values_of<double>(operands.total_weight) : nullptr);
   workspace.add_to(p);
   check_classes(call, p, on.stream());
-  cuda::cross_entropy(p, joint.layout(), on.stream());
+  cuda::cross_entropy(p, joint.layout(), nullptr, on.stream());
 }
 
 }  // namespace

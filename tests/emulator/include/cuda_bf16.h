@@ -24,3 +24,13 @@ inline __nv_bfloat16 __float2bfloat16(float x) { return __float2bfloat16_rn(x); 
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {__float2bfloat16(v.x), __float2bfloat16(v.y)}; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
+
+// The larger of each two; a NaN gives way to a number.
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const auto larger = [](__nv_bfloat16 x, __nv_bfloat16 y) {
+    return __float2bfloat16(fmaxf(__bfloat162float(x), __bfloat162float(y)));
+  };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}
+inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
+inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }

@@ -41,3 +41,11 @@ inline __half __float2half(float x) { return __float2half_rn(x); }
 inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 inline __half2 __float22half2_rn(float2 v) { return {__float2half_rn(v.x), __float2half_rn(v.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+// The larger of each two; a NaN gives way to a number.
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  const auto larger = [](__half x, __half y) { return __float2half(fmaxf(__half2float(x), __half2float(y))); };
+  return {larger(a.x, b.x), larger(a.y, b.y)};
+}
+inline float __low2float(__half2 v) { return __half2float(v.x); }
+inline float __high2float(__half2 v) { return __half2float(v.y); }

@@ -1,0 +1,191 @@
+// The numbers of the kernels: the types of elements, their conversions, and arithmetic.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <math_constants.h>
+
+#include <cfloat>
+#include <cstdint>
+#include <type_traits>
+
+#include "../row_math.h"
+#include "kernels.h"
+
+namespace softmax_ext {
+namespace cuda {
+
+// ---- element types -----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+__device__ __forceinline__ void narrow(double x, double& y) { y = x; }
+__device__ __forceinline__ void narrow(double x, float& y) { y = static_cast<float>(x); }
+__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
+__device__ __forceinline__ void narrow(float x, double& y) { y = x; }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
+__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(double x, __nv_bfloat16& y) { y = __float2bfloat16(static_cast<float>(x)); }
+__device__ __forceinline__ void narrow(double x, __half& y) { y = __float2half_rn(static_cast<float>(x)); }
+
+// ---- two elements of a half type in a register ---------------------------------------------------------------------
+
+__device__ __forceinline__ unsigned bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+__device__ __forceinline__ unsigned bits_of(__half x) { return __half_as_ushort(x); }
+
+template <typename E>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using Type = __nv_bfloat162;
+  __device__ __forceinline__ static float widen(unsigned pair, int i) {
+    return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000);
+  }
+  __device__ __forceinline__ static Type rounded(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+template <>
+struct Pair<__half> {
+  using Type = __half2;
+  __device__ __forceinline__ static float widen(unsigned pair, int i) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(i == 0 ? pair : pair >> 16)));
+  }
+  __device__ __forceinline__ static Type rounded(float x, float y) { return __floats2half2_rn(x, y); }
+};
+
+template <typename E>
+__device__ __forceinline__ float widen_half(unsigned pair, int i) {
+  return Pair<E>::widen(pair, i);
+}
+template <typename E>
+__device__ __forceinline__ unsigned narrow_pair(float x, float y) {
+  const auto pair = Pair<E>::rounded(x, y);
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+// Of each two the larger one; a NaN gives way to a number.
+template <typename E>
+__device__ __forceinline__ unsigned larger_pair(unsigned x, unsigned y) {
+  typename Pair<E>::Type a, b;
+  memcpy(&a, &x, sizeof a);
+  memcpy(&b, &y, sizeof b);
+  a = __hmax2(a, b);
+  memcpy(&x, &a, sizeof a);
+  return x;
+}
+
+// The half types of visit_dtype().
+struct Halves {
+  using BFloat16 = __nv_bfloat16;
+  using Float16 = __half;
+};
+
+// One element of an array whose type is known at run time.
+template <typename T>
+__device__ __forceinline__ T load_value(const void* data, DType type, int64_t i) {
+  return visit_dtype<Halves>(type, [=](auto element) {
+    using E = typename decltype(element)::Type;
+    return static_cast<T>(widen(static_cast<const E*>(data)[i]));
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ void store_value(T value, void* data, DType type, int64_t i) {
+  visit_dtype<Halves>(type, [=](auto element) {
+    using E = typename decltype(element)::Type;
+    narrow(value, static_cast<E*>(data)[i]);
+  });
+}
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+template <typename T>
+__device__ __forceinline__ T not_a_number() {
+  return static_cast<T>(CUDART_NAN_F);
+}
+
+// The smallest finite number. A maximum begins with it, so that -inf less a maximum is -inf, and its exp 0.
+template <typename T>
+__device__ __forceinline__ T lowest() {
+  return sizeof(T) == 8 ? static_cast<T>(-DBL_MAX) : static_cast<T>(-FLT_MAX);
+}
+
+constexpr float kLog2OfE = 1.44269504f;
+
+// 2^x, of one instruction.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
+  return e;
+#else
+  const float e = exp2f(x);
+  return e < FLT_MIN ? 0.0f : e;
+#endif
+}
+
+// exp(d) for d <= 0; exp(0) is 1. In float it is two instructions, whose relative error is at most 2 + |d| times 2^-23;
+// below 2^-126 it is 0.
+__device__ __forceinline__ double exp_nonpositive(double d) { return exp(d); }
+__device__ __forceinline__ float exp_nonpositive(float d) { return power_of_two(d * kLog2OfE); }
+
+// To the last bit or so: for what is computed once a row.
+__device__ __forceinline__ double exact_exp(double d) { return exp(d); }
+__device__ __forceinline__ float exact_exp(float d) { return expf(d); }
+
+__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
+__device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
+__device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// Within 2 ULP for a divisor between 2^-126 and 2^126.
+__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+
+// Ignores a NaN.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+// 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.
+template <typename T>
+__device__ __forceinline__ T multiply_or_zero(T b, T d) {
+  return b == 0 ? T(0) : b * d;
+}
+
+// The functions of row_math.h.
+template <typename T>
+struct ScalarMath {
+  using Value = T;
+
+  __device__ __forceinline__ static T select(bool condition, T yes, T no) { return condition ? yes : no; }
+  __device__ __forceinline__ static T multiply_or_zero(T b, T d) { return cuda::multiply_or_zero(b, d); }
+  __device__ __forceinline__ static T multiply_add(T a, T b, T c) { return cuda::multiply_add(a, b, c); }
+  __device__ __forceinline__ static T multiply_subtract(T a, T b, T c) { return cuda::multiply_add(a, b, -c); }
+  __device__ __forceinline__ static T divide(T a, T b) { return cuda::divide(a, b); }
+  __device__ __forceinline__ static T log1p(T x) { return log1p_of(x); }
+  __device__ __forceinline__ static T tanh(T x) { return tanh_of(x); }
+};
+
+// For logits of a half type: a tanh of two instructions of the special-function unit, whose error is absolute, 2^-23.
+struct FastTanh {
+  __device__ __forceinline__ static float tanh(float x) {
+    return 1 - __fdividef(2.0f, 1 + power_of_two(x * (2 * kLog2OfE)));
+  }
+  __device__ __forceinline__ static double tanh(double x) { return tanh_of(x); }
+};
+
+template <typename T>
+__device__ __forceinline__ T row_value(const RowValues& values, int64_t row) {
+  if (!values.given) return 0;
+  const T value = values.data ? load_value<T>(values.data, values.dtype, row * values.stride) : T(1);
+  return values.divisor ? divide(value, static_cast<T>(*values.divisor)) : value;
+}
+
+}  // namespace cuda
+}  // namespace softmax_ext

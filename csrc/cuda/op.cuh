@@ -1,0 +1,192 @@
+// What the kernels of rows are told to compute: an Op. There are three such kernels (kept_rows, streamed_rows,
+// thread_rows); each runs every Op.
+//
+//   In, Out, T             type of the inputs' elements, of the output's, and of the arithmetic
+//   kInputs                how many inputs of the row's length there are
+//   kMaximum               whether the sums are relative to a maximum
+//   kPredicts              whether the class of the largest logit may be asked for; the logits may be transformed then
+//   kKeptChunks            16-byte chunks of each input that a thread of kept_rows holds; 0: no such kernel
+//   kKeptThreads           the most threads of its block
+//   kMostInThread          the most classes of thread_rows; 0: no such kernel. There is none in double
+//   kStreamedChunks        16-byte chunks of each input that a thread of streamed_rows has under way
+//   Sums                   what is collected (sums.cuh)
+//   layout                 DeviceLayout
+//   reduces                whether anything is collected
+//   is_done()              whether the output is there already
+//   has_total()            whether the losses of all rows are summed (totals.cuh)
+//   input(j), output()     the pointers, and input_operand(j), kOutputOperand: their places in the layout
+//
+// and of one row, in the order of the calls:
+//
+//   row(at)                                what is known of it beforehand: target, saved state
+//   target(row)                            a class whose logit is wanted and whose output is overwritten, or -1
+//   is_skipped(row)                        nothing of the row is read, and its output is 0
+//   logit(x), sign()                       of an element; -1 where it is the larger, the smaller the element
+//   add(sums, max, row, held, c, count)    adds classes c, c + 1, ...: the first `count` elements of a chunk
+//   wants_prediction()                     whether Outcome::prediction is to be found; asked where kPredicts
+//   finish(row, sums, outcome, z, leader, share) -> Coefficients
+//                                          the leader, which has the target's logit z, writes what the row has besides
+//                                          its output; `share` is the row's in the total of the losses
+//   add_to_total(share, unit, has)         totals.cuh
+//   writes_anything()                      whether there is an output
+//   is_zero(row)                           the output is 0, even if the row was read
+//   compute(row, coefficients, held, c, count, values)
+//                                          the output of classes c, c + 1, ...; writes what the classes have besides
+//   write_target(row, coefficients, to)    overwrites the output of the target class
+#pragma once
+
+#include "chunks.cuh"
+#include "group.cuh"
+#include "layout.cuh"
+#include "sums.cuh"
+#include "totals.cuh"
+
+namespace softmax_ext {
+namespace cuda {
+
+// ---- the operands of a row -----------------------------------------------------------------------------------------
+
+// kStrided: classes are apart in memory; chunks are single elements then.
+template <typename Op, bool kStrided = false>
+struct RowPointers {
+  using In = typename Op::In;
+  using Out = typename Op::Out;
+  const In* input[Op::kInputs];
+  Out* output;
+  int64_t stride[kStrided ? Op::kInputs : 1], output_stride;
+
+  __device__ __forceinline__ RowPointers(const Op& op, const Position& at)
+      : output(op.output() + at.offset[Op::kOutputOperand]) {
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) {
+      input[j] = op.input(j) + at.offset[Op::input_operand(j)];
+      if (kStrided) stride[j] = op.layout.class_stride[Op::input_operand(j)];
+    }
+    if (kStrided) output_stride = op.layout.class_stride[Op::kOutputOperand];
+  }
+
+  __device__ __forceinline__ const In* input_at(int j, int c) const {
+    return input[j] + (kStrided ? c * stride[j] : c);
+  }
+  __device__ __forceinline__ Out* output_at(int c) const { return output + (kStrided ? c * output_stride : c); }
+
+  template <bool kLast, int kSize>
+  __device__ __forceinline__ InputChunk<Op, kSize> load(int c) const {
+    InputChunk<Op, kSize> chunk;
+#pragma unroll
+    for (int j = 0; j < Op::kInputs; j++) chunk.input[j] = load_chunk<kLast, kSize>(input_at(j, c));
+    return chunk;
+  }
+  template <int kSize>
+  __device__ __forceinline__ void zero(int c) const {
+    const typename Op::T zeros[kSize] = {};
+    store_chunk(output_at(c), rounded<typename Op::Out>(zeros));
+  }
+};
+
+// Of the threads of a row, the one whose chunk, or loose element, holds a class.
+template <int kSize>
+__device__ __forceinline__ int owner(const Cut<kSize>& cut, int c, int threads) {
+  const int chunk = cut.chunk_of(c);
+  if (chunk < 0 || chunk >= cut.chunks) return cut.loose_of(c);
+  // chunk % threads. The quotient is small and no closer to a whole number than 1 / (2 threads).
+  return chunk - threads * static_cast<int>(__fdividef(chunk + 0.5f, static_cast<float>(threads)));
+}
+
+// ---- work on a chunk -----------------------------------------------------------------------------------------------
+
+template <typename Op, typename Chunk>
+__device__ __forceinline__ typename Op::T sum_without_max(const Op& op, const Chunk& held, typename Op::T max,
+                                                          int count) {
+  typename Op::T sum = 0;
+#pragma unroll
+  for (int i = 0; i < Chunk::kElements; i++) {
+    const auto z = op.logit(held.at(i).of[0]);
+    if (i < count && z != max) sum += exp_nonpositive(z - max);
+  }
+  return sum;
+}
+
+// Where a row is peaked, what the threads of a warp had of its sum, but without the largest logit: `own` of the others,
+// and the elements of the thread that holds it once more, from memory, shared out among the warp's lanes of the group.
+// That thread has the chunks `thread`, thread + threads, ..., below `end`, and perhaps a loose element.
+template <int kSize, typename Op, typename Data, typename T, Scope kScope>
+__device__ __forceinline__ T rest_in_warp(const Op& op, const Data& data, const Cut<kSize>& cut, int end,
+                                          const Group<kScope>& group, bool holds, int loose_class, T max, T own) {
+  const unsigned holders = __ballot_sync(kAllLanes, holds) & group.lanes();
+  const int lane = threadIdx.x % kWarp, holder = __ffs(static_cast<int>(holders)) - 1;
+  T rest = holds ? T(0) : own;
+  if (holders == 0) return rest;
+  const int lanes = __popc(group.lanes()), first = __ffs(static_cast<int>(group.lanes())) - 1;
+#pragma unroll 1
+  for (int i = group.thread + holder - lane + (lane - first) * group.size; i < end; i += lanes * group.size)
+    rest += sum_without_max(op, data.template load<false, kSize>(cut.of_chunk(i)), max, kSize);
+  if (holds && loose_class >= 0) rest += sum_without_max(op, data.template load<false, 1>(loose_class), max, 1);
+  return rest;
+}
+
+// The class that a prediction names: the first of largest logit, or the first whose logit is NaN.
+template <typename T>
+struct Prediction {
+  T max;
+  bool is_nan;
+
+  // Of the first `count` elements of a chunk from class c on.
+  template <typename Op, typename Chunk>
+  __device__ __forceinline__ First in(const Op& op, const Chunk& held, int c, int count) const {
+    First first;
+#pragma unroll
+    for (int i = 0; i < Chunk::kElements; i++) {
+      const T z = op.logit(held.at(i).of[0]);
+      if (i < count && (is_nan ? z != z : z == max)) first.merge({c + i});
+    }
+    return first;
+  }
+};
+
+// The output of a chunk from class c on.
+template <typename Op, typename Row, typename Data, int kSize, template <typename, int> class Chunk>
+__device__ __forceinline__ void write(const Op& op, const Row& row, const typename Op::Coefficients& coefficients,
+                                      const Data& data, const Chunk<Op, kSize>& held, int c) {
+  typename Op::T values[kSize];
+  op.compute(row, coefficients, held, c, kSize, values);
+  if (op.output()) store_chunk(data.output_at(c), rounded<typename Op::Out>(values));
+}
+
+// ---- simple Ops ----------------------------------------------------------------------------------------------------
+
+// What an Op without targets and losses need not define: its rows are all read and written.
+struct SimpleOp {
+  struct Row {};
+  static constexpr bool reduces = true, kPredicts = false;
+  static constexpr int kKeptThreads = 1024;
+  static constexpr int64_t kMostInThread = kSmallClasses;
+
+  __device__ __forceinline__ bool is_done() const { return false; }
+  __device__ __forceinline__ bool has_total() const { return false; }
+  __device__ __forceinline__ void add_to_total(const Totals&, unsigned, bool) const {}
+  __device__ __forceinline__ Row row(const Position&) const { return {}; }
+  template <typename R>
+  __device__ __forceinline__ int target(const R&) const {
+    return -1;
+  }
+  template <typename R>
+  __device__ __forceinline__ bool is_skipped(const R&) const {
+    return false;
+  }
+  template <typename R>
+  __device__ __forceinline__ bool is_zero(const R&) const {
+    return false;
+  }
+  template <typename T>
+  __device__ __forceinline__ T logit(T x) const {
+    return x;
+  }
+  __device__ __forceinline__ float sign() const { return 1; }
+  __device__ __forceinline__ bool writes_anything() const { return true; }
+  template <typename R, typename K, typename Out>
+  __device__ __forceinline__ void write_target(const R&, const K&, Out*) const {}
+};
+
+}  // namespace cuda
+}  // namespace softmax_ext
