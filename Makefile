@@ -114,7 +114,7 @@ GPU_TIMES := build/gpu_times
 GPU_TIMES_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp) benchmarks/gpu_times/main.cu
 GPU_TIMES_OBJECTS := $(GPU_TIMES_SOURCES:%=$(GPU_TIMES)/%.o)
 
-gpu-times: ## time every CUDA kernel by itself beside a copy, and check it, without torch; half a minute on a GPU
+gpu-times: ## time every CUDA kernel by itself beside a copy, and check it, without torch
 	+TORCH_CUDA_ARCH_LIST='$(GPU_LIST)' $(MAKE) --no-print-directory -j$$(nproc) $(GPU_TIMES)/gpu_times
 	$(GPU_TIMES)/gpu_times $(GPU_TIMES_ARGS)
 
