@@ -103,7 +103,7 @@ struct Data {
   }
 };
 
-// Buffers that fill the L2 cache eight times, as far as memory and 16 of them reach; 0: not one fits.
+// Buffers that fill the L2 cache eight times, as far as memory and 16 of them reach; less than 1: not one fits.
 int buffers_of(const Case& one) {
   const int64_t cache = attribute(cudaDevAttrL2CacheSize), each = 3 * one.bytes() + 16 * one.rows();
   size_t free_bytes = 0, all_bytes = 0;
@@ -411,7 +411,7 @@ bool parse(int argc, char** argv, Arguments& arguments) {
 
 void measure_case(const Case& one, const std::vector<Pass>& passes, Report& report, cudaStream_t stream) {
   const int count = buffers_of(one);
-  if (count == 0) {
+  if (count < 1) {
     std::printf("%-20s left out: it does not fit into the GPU's memory\n", one.name().c_str());
     return;
   }
