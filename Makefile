@@ -8,6 +8,7 @@
 #   PEERS=1                        make bench measures JAX and TensorFlow too, in .venv-peers
 #   FUZZ_ARGS='--seed 1'           what make fuzz passes to tests/fuzz/run.py besides
 #   BENCH_ARGS='--threads 1'       what make bench and bench-gpu pass to benchmarks/bench.py besides
+#   GPU_TIMES_ARGS='--case f32'    what make gpu-times passes to the program
 
 PYTHON ?= python3
 VERSION ?=
@@ -15,6 +16,7 @@ PYTEST_ARGS ?=
 FUZZ_ARGS ?=
 PEERS ?=
 BENCH_ARGS ?=
+GPU_TIMES_ARGS ?=
 
 VENV := .venv
 # What was chosen last, until another is given.
@@ -28,11 +30,11 @@ CONSTRAINTS := --constraint constraints.txt
 # In a plain .pth file: the finder that pip installs otherwise answers for softmax_ext._C in any copy of the package too.
 EDITABLE := $(PIP) install $(CONSTRAINTS) --no-build-isolation --config-settings editable_mode=compat --editable
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-TEST_CPP = $(shell find tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+TEST_CPP = $(shell find tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build cuda-library demo test check test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu accuracy lint format dist wheel audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
+.PHONY: help build cuda-library demo test check test-torch test-emulated cuda-check test-gpu bench bench-linear bench-quick bench-gpu gpu-times accuracy lint format dist wheel audit clean large training sanitize native test-isas old-cpu trust fuzz distclean FORCE
 
 help: ## this list, and below it what can be given to them
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -107,6 +109,15 @@ bench-quick: $(VENV)/.bench $(VENV)/.built ## a few ratios against torch, in a m
 bench-gpu: $(VENV)/.bench $(VENV)/.built ## measure on a GPU against torch and others; fills benchmarks/results/
 	$(BIN)/python benchmarks/bench.py --device cuda $(BENCH_ARGS)
 
+# Neither torch nor .venv: nvcc compiles the kernels once more, for the GPU that is here or TORCH_CUDA_ARCH_LIST.
+GPU_TIMES := build/gpu_times
+GPU_TIMES_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp) benchmarks/gpu_times/main.cu
+GPU_TIMES_OBJECTS := $(GPU_TIMES_SOURCES:%=$(GPU_TIMES)/%.o)
+
+gpu-times: ## time every CUDA kernel by itself beside a copy, and check it, without torch
+	+TORCH_CUDA_ARCH_LIST='$(GPU_LIST)' $(MAKE) --no-print-directory -j$$(nproc) $(GPU_TIMES)/gpu_times
+	$(GPU_TIMES)/gpu_times $(GPU_TIMES_ARGS)
+
 accuracy: $(VENV)/.test $(VENV)/.built ## errors in ULP beside torch's; fills the tables of docs/accuracy.md
 	$(BIN)/python benchmarks/studies/accuracy.py
 
@@ -123,6 +134,25 @@ format: $(VENV)/.lint ## reformat the Python and C++ sources in place
 	$(BIN)/ruff check --select I --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP) $(TEST_CPP)
+
+NVCC = $(or $(wildcard $(CUDA_HOME:%=%/bin/nvcc)),$(shell sh -c 'command -v nvcc'),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
+GPU_LIST = $(or $(TORCH_CUDA_ARCH_LIST),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u),9.0)
+GPU_NUMBERS = $(subst .,,$(patsubst %+PTX,%,$(subst ;, ,$(GPU_LIST))))
+GPU_TIMES_FLAGS = -std=c++17 -O3 -Xcompiler=-Wall,-Wextra $(foreach n,$(GPU_NUMBERS),-gencode=arch=compute_$n,code=sm_$n)
+
+$(GPU_TIMES)/gpu_times: $(GPU_TIMES_OBJECTS)
+	$(NVCC) $^ -o $@
+
+$(GPU_TIMES)/%.o: % $(GPU_TIMES)/flags
+	@mkdir -p $(@D)
+	$(NVCC) $(GPU_TIMES_FLAGS) -DSOFTMAX_EXT_CUDA_ARCHITECTURES='"$(GPU_NUMBERS)"' -MD -MP -MF $@.d -c $< -o $@
+
+# Another file when they change.
+$(GPU_TIMES)/flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(NVCC) $(GPU_TIMES_FLAGS)' | cmp -s - $@ || echo '$(NVCC) $(GPU_TIMES_FLAGS)' > $@
+
+-include $(GPU_TIMES_OBJECTS:=.d)
 
 # The time of every file in them: 1980, the earliest that a wheel can hold.
 dist wheel: export SOURCE_DATE_EPOCH ?= 315532800

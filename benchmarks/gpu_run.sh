@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels for the GPU that is here, tests them and measures them, within ten minutes and without a
-# network: with torch that has CUDA, nvcc, a C++ compiler, ninja and, for all of it, pytest with its plugins
-# xdist and timeout, hypothesis, expecttest, rich and matplotlib. What is missing is left out, and said.
+# Builds the CUDA kernels for the GPU that is here, times them by themselves (make gpu-times), tests them and measures
+# them, within ten minutes and without a network: with torch that has CUDA, nvcc, make, a C++ compiler, ninja and, for
+# all of it, pytest with its plugins xdist and timeout, hypothesis, expecttest, rich and matplotlib. What is missing is
+# left out, and said.
 #
-#   benchmarks/gpu_run.sh [DIRECTORY]      for gpu.csv, gpu.png and the logs; default: benchmarks/results
+#   benchmarks/gpu_run.sh [DIRECTORY]      for gpu_times.csv, gpu.csv, gpu.png and the logs; default: benchmarks/results
 #
 #   PYTHON=python3.12              the interpreter that has torch; default: python3
 #   GPU_RUN_SECONDS=570            in all; tests and cases that do not fit are skipped
-#   SOFTMAX_EXT_COMMIT=abc123      what gpu.csv says where git can't tell
+#   SOFTMAX_EXT_COMMIT=abc123      what the tables say where git can't tell
 #
 # Exit status: 0, 1 where a step failed (the others are done all the same), 2 where there is no GPU or the build fails.
 set -uo pipefail
@@ -44,6 +45,12 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 line() { lines+=("$(printf '%-20s %-44s %6s' "$1" "$2" "$3")"); }
 skipped() { line "$1" "skipped: $2" ""; }
 
+# share PERCENT MOST: of the time that is left
+share() {
+  local seconds=$(($(left) * $1 / 100))
+  echo $((seconds < 1 ? 1 : seconds < $2 ? seconds : $2))
+}
+
 # step NAME LIMIT LOG COMMAND...: runs it for at most so many seconds, its output appended to the log.
 step() {
   local name=$1 limit=$2 log=$output/$3 begin=$SECONDS result said=ok
@@ -70,7 +77,16 @@ finish() {
   exit "$1"
 }
 
-rm -f "$output"/gpu_{build,tests,bench,sanitizer}.log
+rm -f "$output"/gpu_{times,build,tests,bench,sanitizer}.log "$output"/gpu_times.csv
+
+# ---- the kernels by themselves, without torch ----
+
+if step "build of gpu-times" "$(left)" gpu_times.log make -j"$(nproc)" build/gpu_times/gpu_times; then
+  step "gpu-times" "$(share 20 90)" gpu_times.log make gpu-times GPU_TIMES_ARGS="--csv '$output/gpu_times.csv'"
+  sed '1,/^== gpu-times/d' "$output/gpu_times.log"
+else
+  tail -n 30 "$output/gpu_times.log"
+fi
 
 # ---- build ----
 
@@ -86,12 +102,6 @@ pytest=("$python" -m pytest --device cuda -q --tb=short --maxfail=100 -p no:cach
 has pytest_timeout || pytest+=(-o addopts=-ra) # --strict-config refuses the setting of a plugin that is not there
 rest=(--ignore=tests/gpu/test_cuda.py -m "not slow")
 has xdist && rest+=(-n "$(($(nproc) < 16 ? ($(nproc) + 1) / 2 : 8))")
-
-# share PERCENT MOST: of the time that is left
-share() {
-  local seconds=$(($(left) * $1 / 100))
-  echo $((seconds < 1 ? 1 : seconds < $2 ? seconds : $2))
-}
 
 if ! has pytest; then
   skipped "tests" "pytest is not installed"

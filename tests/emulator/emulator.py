@@ -1,6 +1,7 @@
 """Builds what runs CUDA kernels on the CPU, with the C++ compiler alone, in build/emulator/.
 
     selftest           the program of selftest.cu
+    gpu_times          the program of benchmarks/gpu_times, with the kernels of csrc/cuda
     libemulated.so     the kernels of csrc/cuda and the operators of csrc/ops/cuda, unmodified, on CPU tensors: loaded
                        after softmax_ext it replaces the CPU kernels
 
@@ -26,6 +27,7 @@ BUILD = ROOT / "build" / "emulator"
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # as in build_support/libraries.py
 
+ARCHITECTURES = '-DSOFTMAX_EXT_CUDA_ARCHITECTURES="emulated"'
 FLAGS = [
     *("-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     "-Wno-maybe-uninitialized",  # of a thread's chunks that its row lacks, which are neither loaded nor used
@@ -44,11 +46,14 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
+def sources(*patterns: str) -> list[Path]:
+    return [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
+
+
 def library_sources() -> list[Path]:
-    patterns = ("cuda/*.cu", "cuda/*.cpp", "ops/*.cpp", "ops/cuda/*.cpp")
-    found = [path for pattern in patterns for path in sorted((ROOT / "csrc").glob(pattern))]
+    found = sources("cuda/*.cu", "cuda/*.cpp", "ops/*.cpp", "ops/cuda/*.cpp")
     # The stream is torch's, in a library that only a torch with CUDA has.
-    return [HERE / "emulator.cpp", HERE / "stream.cpp", *(path for path in found if path.name != "cuda_stream.cpp")]
+    return [HERE / "stream.cpp", *(path for path in found if path.name != "cuda_stream.cpp")]
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
@@ -58,7 +63,7 @@ def torch_flags() -> tuple[list[str], list[str]]:
     folder = Path(torch.__file__).parent
     compile_flags = [
         "-DSOFTMAX_EXT_CUDA_KEY=CPU",
-        '-DSOFTMAX_EXT_CUDA_ARCHITECTURES="emulated"',
+        ARCHITECTURES,
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         *("-isystem", str(folder / "include")),
@@ -67,13 +72,16 @@ def torch_flags() -> tuple[list[str], list[str]]:
 
 
 def build(target: str, sanitized: bool = False) -> Path:
-    """Builds "selftest" or "libemulated.so", as far as it is not up to date, and returns its path."""
+    """Builds "selftest", "gpu_times" or "libemulated.so", as far as it is not up to date, and returns its path."""
     from ninja.ninja_syntax import Writer, escape
 
     if target == "selftest":
-        sources, compile_flags, link_flags = [HERE / "emulator.cpp", HERE / "selftest.cu"], [], []
+        units, compile_flags, link_flags = [HERE / "selftest.cu"], [], []
+    elif target == "gpu_times":
+        units = [ROOT / "benchmarks" / "gpu_times" / "main.cu", *sources("cuda/*.cu", "cuda/*.cpp")]
+        compile_flags, link_flags = [ARCHITECTURES], []
     else:
-        sources = library_sources()
+        units = library_sources()
         compile_flags, link_flags = torch_flags()
     kind = SANITIZED if sanitized else PLAIN
     folder = BUILD / ("sanitized" if sanitized else "plain") / target.partition(".")[0]
@@ -99,7 +107,7 @@ def build(target: str, sanitized: bool = False) -> Path:
             )
             ninja.rule("link", f"{cxx} {quoted(kind)} $in {quoted(link_flags)} -ldl -o $out", description="link $out")
             objects = []
-            for source in sources:
+            for source in [HERE / "emulator.cpp", *units]:
                 relative = source.relative_to(ROOT)
                 objects.append(str(folder / relative.with_suffix(".o")))
                 ninja.build(escape(objects[-1]), "compile", escape(str(relative)))

@@ -8,8 +8,12 @@ would depend on memory that nobody asked for. The table has a line for each kern
 
     registers of a thread, then ! and what is wrong
 
+For compute capability 9.0 it also counts the machine instructions of the plain kernels (instructions.py), and fails
+where they are above the limits or above what was recorded (limits.py).
+
     make cuda-check
     TORCH_CUDA_ARCH_LIST="9.0" make cuda-check        for one architecture: quicker, while something is tried
+    python tests/gpu/cuda_check.py --record           writes the counts to instructions.csv
 """
 
 from __future__ import annotations
@@ -18,14 +22,15 @@ import argparse
 import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+
+import instructions
+import limits
+from resources import Usage, complaint, demangle, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
@@ -33,67 +38,6 @@ sys.path.append(str(ROOT))
 from build_support.cuda_toolkit import find_nvcc  # noqa: E402
 
 BUILD = ROOT / "build" / "ninja-cuda"  # BUILD of build_support/libraries.py
-
-# Kernels that may spill up to so many bytes, or have such a stack frame: a regular expression of the name, the bytes,
-# and the reason.
-ALLOWED = [
-    (
-        r"^two_pass_rows<CrossEntropyOp<\w+, double,",
-        100,
-        "arithmetic in double has long subroutines, and is not there for its speed",
-    ),
-]
-
-
-class Usage(NamedTuple):
-    """What ptxas says of one kernel on one architecture."""
-
-    registers: int
-    stack: int
-    spills: int  # bytes stored or loaded
-
-
-def demangle(names: list[str]) -> list[str]:
-    tool = shutil.which("c++filt")
-    if tool is None or not names:
-        return names
-    answer = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [short(name) for name in answer.stdout.splitlines()]
-
-
-def short(name: str) -> str:
-    """Without namespaces, the return type and the parameters."""
-    name = re.sub(r"\b(softmax_ext|cuda|\w+_cu)::", "", name)
-    name = re.sub(r"^void ", "", name)
-    depth = 0
-    for i, letter in enumerate(name):
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0:
-            return name[:i]
-    return name
-
-
-def parse(log: str) -> dict[str, dict[str, Usage]]:
-    """The report of ``ptxas -v``: for each kernel and architecture a line of its stack, and one of its registers."""
-    usages: dict[str, dict[str, Usage]] = defaultdict(dict)
-    name, arch, stack, spills = "", "", 0, 0
-    for line in log.splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
-            name, arch, stack, spills = match[1], match[2], 0, 0
-        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            stack, spills = int(match[1]), int(match[2]) + int(match[3])
-        elif name and (match := re.search(r"Used (\d+) registers", line)):
-            usages[name][arch] = Usage(int(match[1]), stack, spills)
-            name = ""
-    return usages
-
-
-def complaint(name: str, usage: Usage) -> str:
-    if max(usage.spills, usage.stack) <= max([size for pattern, size, _ in ALLOWED if re.search(pattern, name)] or [0]):
-        return ""
-    if usage.spills:
-        return f"spills {usage.spills} B"
-    return f"stack {usage.stack} B" if usage.stack else ""
 
 
 def build_library(folder: str) -> Path | None:
@@ -119,9 +63,61 @@ def load(library: Path) -> str | None:
     return None
 
 
+def report(source: Path) -> tuple[dict[str, dict[str, Usage]], list[str]]:
+    """Prints what the compiler says of a source's kernels; returns it by their mangled names, and what is wrong."""
+    log = (BUILD / "cuda" / f"{source.stem}.o.log").read_text()
+    kernels = parse(log)
+    if not kernels or log.count("Compiling entry function") != sum(map(len, kernels.values())):
+        return {}, [f"the compiler's report of {source.name} can't be read"]
+    wrong, bad = [], 0
+    if re.search(r"\bwarning\b", log):
+        wrong.append(f"the compiler warns of {source.name}; the text is in {BUILD.name}/cuda/{source.stem}.o.log")
+    architectures = list(dict.fromkeys(arch for usages in kernels.values() for arch in usages))
+    print(f"\n{source.name}: {len(kernels)} kernels; registers of a thread")
+    print("  " + "".join(f"{'sm_' + arch:>8}" for arch in architectures))
+    names = dict(zip(kernels, demangle(list(kernels)), strict=True))
+    for mangled, usages in sorted(kernels.items(), key=lambda item: names[item[0]]):
+        complaints = {arch: text for arch, usage in usages.items() if (text := complaint(names[mangled], usage))}
+        bad += bool(complaints)
+        cells = [
+            f"{usages[arch].registers}{'!' if arch in complaints else ''}" if arch in usages else "-"
+            for arch in architectures
+        ]
+        print("  " + "".join(f"{cell:>8}" for cell in cells) + "  " + names[mangled])
+        for arch, text in complaints.items():
+            print(f"      ! sm_{arch}: {text}")
+    if bad:
+        wrong.append(f"{bad} kernels of {source.name} spill or have a stack frame")
+    return kernels, wrong
+
+
+def check_instructions(reports: dict[Path, dict[str, dict[str, Usage]]], nvcc: str, records: bool) -> list[str]:
+    """Counts the instructions of the kernels that limits.py names; what is wrong with them."""
+    cuobjdump = instructions.find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        return ["no cuobjdump, which counts instructions: install nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm"]
+    codes, usages = {}, {}
+    for source, kernels in reports.items():
+        with_code = [mangled for mangled in kernels if limits.ARCH in kernels[mangled]]
+        names = dict(zip(with_code, demangle(with_code), strict=True))
+        wanted = [mangled for mangled in with_code if limits.has_limit(names[mangled])]
+        if not wanted:
+            continue
+        text = instructions.disassemble(cuobjdump, BUILD / "cuda" / f"{source.stem}.o", limits.ARCH, wanted)
+        for mangled, code in instructions.parse(text).items():
+            codes[names[mangled]], usages[names[mangled]] = code, kernels[mangled][limits.ARCH]
+    costs, wrong = limits.check(codes, usages, None if records else limits.read_record())
+    print(f"\nmachine instructions for sm_{limits.ARCH}:\n\n{limits.markdown(costs)}")
+    if records:
+        limits.write_record(costs)
+        print(f"\ncuda-check: recorded in {limits.RECORD.name}")
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--skip-without-nvcc", action="store_true", help="no failure where there is no nvcc")
+    parser.add_argument("--record", action="store_true", help="write the counts of instructions to instructions.csv")
     arguments = parser.parse_args()
 
     nvcc = find_nvcc()
@@ -142,33 +138,15 @@ def main() -> int:
         seconds = time.monotonic() - begin
         wrong = [sentence for sentence in [load(library)] if sentence]
 
-    bad = 0
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    for source in sources:
-        log = (BUILD / "cuda" / f"{source.stem}.o.log").read_text()
-        kernels = parse(log)
-        if not kernels or log.count("Compiling entry function") != sum(map(len, kernels.values())):
-            wrong.append(f"the compiler's report of {source.name} can't be read")
-            continue
-        if re.search(r"\bwarning\b", log):
-            wrong.append(f"the compiler warns of {source.name}; the text is in {BUILD.name}/cuda/{source.stem}.o.log")
-        architectures = list(dict.fromkeys(arch for usages in kernels.values() for arch in usages))
-        print(f"\n{source.name}: {len(kernels)} kernels; registers of a thread")
-        print("  " + "".join(f"{'sm_' + arch:>8}" for arch in architectures))
-        names = dict(zip(kernels, demangle(list(kernels)), strict=True))
-        for mangled, usages in sorted(kernels.items(), key=lambda item: names[item[0]]):
-            complaints = {arch: text for arch, usage in usages.items() if (text := complaint(names[mangled], usage))}
-            bad += bool(complaints)
-            cells = [
-                f"{usages[arch].registers}{'!' if arch in complaints else ''}" if arch in usages else "-"
-                for arch in architectures
-            ]
-            print("  " + "".join(f"{cell:>8}" for cell in cells) + "  " + names[mangled])
-            for arch, text in complaints.items():
-                print(f"      ! sm_{arch}: {text}")
-    print(f"\ncuda-check: {nvcc}, {len(sources)} sources, {seconds:.0f} s")
-    if bad:
-        wrong.append(f"{bad} kernels spill or have a stack frame")
+    reports = {}
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        reports[source], complaints = report(source)
+        wrong += complaints
+    if any(limits.ARCH in usages for kernels in reports.values() for usages in kernels.values()):
+        wrong += check_instructions(reports, nvcc, arguments.record)
+    else:
+        print(f"\ncuda-check: nothing was compiled for sm_{limits.ARCH}, so no instructions were counted")
+    print(f"\ncuda-check: {nvcc}, {len(reports)} sources, {seconds:.0f} s")
     for sentence in wrong:
         print(f"cuda-check: {sentence}", file=sys.stderr)
     return 1 if wrong else 0
