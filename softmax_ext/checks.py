@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import internals
 from .autograd.transforms import has_tangent
-from .options import REDUCTIONS, Options
+from .options import MEAN, NONE, REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _STRIDED = torch.strided
@@ -217,6 +217,39 @@ def check_options(
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = integer(op, "ignore_index", ignore_index)
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
+
+
+def check_denominator(op: str, input: Tensor, denominator: float | Tensor, options: Options) -> tuple[Tensor, Options]:
+    """The denominator as the operators take it, [] float64 on the input's device, and the options to be used with it.
+
+    The operators have one reduction that divides, the mean, so "sum" becomes that. Nobody waits for a tensor's value.
+    """
+    if options.reduction == NONE:
+        refuse(ValueError, op, "denominator", 'be None with reduction="none"', describe(denominator))
+    options = options._replace(reduction=MEAN)
+    if not isinstance(denominator, Tensor):
+        return _scalar(float(number(op, "denominator", denominator)), input), options
+    check_dense(op, "denominator", denominator)
+    if denominator.dtype == torch.bool or denominator.is_complex():
+        refuse(TypeError, op, "denominator", "be a number or a tensor of one real number", describe(denominator))
+    if denominator.numel() != 1:
+        refuse(ValueError, op, "denominator", "have one element", describe(denominator))
+    if internals.requires_grad(denominator) or has_tangent(denominator):
+        way_out = "It gets no gradient. Use denominator.detach(), or divide the sum of the losses by it yourself."
+        refuse(TypeError, op, "denominator", "have no derivative", "a tensor that is differentiated", way_out)
+    if denominator.device != input.device and denominator.device.type == "cpu" and denominator.dim() == 0:
+        return _scalar(denominator, input), options
+    check_device(op, "denominator", denominator, input)
+    return denominator.reshape(()).to(torch.float64), options
+
+
+def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
+    """The value, a number or a 0-dim tensor on the host, as [] float64 on the input's device.
+
+    A product, because torch takes such a factor to any device with the kernel, without a copy that the host waits for,
+    and because it is where torch.compile need not compile again for another number.
+    """
+    return torch.ones((), dtype=torch.float64, device=input.device) * value
 
 
 def check_inplace(op: str, input: Tensor, target: Tensor) -> None:

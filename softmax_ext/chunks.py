@@ -190,10 +190,12 @@ def forward(
     wide: torch.dtype,
     stats: bool,
     needs: Sequence[bool],
-    grad_divisor: Tensor | None,
+    denominator: Tensor | None,
     chunk_rows: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of every position, and the gradients of the sum of the losses divided by ``grad_divisor``.
+    """The results of every position, and the gradients of the sum of the losses divided by ``denominator``.
+
+    In float16 the gradients are not divided.
 
     Args:
         operands: the tensors.
@@ -201,7 +203,7 @@ def forward(
         wide: the dtype of the losses and of the statistics.
         stats: whether to return lse, nll, entropy and prediction too.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
-        grad_divisor: [] float64, or None for 1.
+        denominator: [] float64, or None for 1.
         chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
 
     Returns:
@@ -219,7 +221,7 @@ def forward(
     for rows, x, of_rows, logits in chunks:
         arguments = (logits, of_rows, weight, *options, wide, stats)
         if any(needs):
-            loss, _, _, *statistics = ops.cross_entropy_(*arguments, grad_divisor)
+            loss, _, _, *statistics = ops.cross_entropy_(*arguments, denominator)
             sums.add(rows, x, of_rows, logits)
         else:
             loss, _, _, *statistics = ops.cross_entropy(*arguments, False)

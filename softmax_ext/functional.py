@@ -169,6 +169,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    denominator: float | Tensor | None = None,
     precompute_grad: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -220,6 +221,10 @@ def cross_entropy(
         z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5).
         softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no cap.
         logit_scale: factor of the logits, an inverse temperature.
+        denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike: the number of tokens of
+            all micro-batches or of all ranks (per rank, where their gradients are averaged). A number, or a tensor of
+            one element, on the input's device or a 0-dimensional one on the CPU. It gets no gradient. The host does not
+            wait for its value.
         precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
             multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
@@ -232,8 +237,10 @@ def cross_entropy(
         without C. With ``return_stats`` the tuple (loss, stats).
 
     Raises:
-        TypeError: an argument is not a Tensor, a number or an int where one is needed.
-        ValueError: the batch sizes differ; an unknown reduction; an option out of range; ``inplace`` with a leaf that
+        TypeError: an argument is not a Tensor, a number or an int where one is needed; a number or ``denominator`` is a
+            tensor that requires grad.
+        ValueError: the batch sizes differ; an unknown reduction; an option out of range; a ``denominator`` of several
+            elements or with reduction "none"; ``inplace`` with a leaf that
             requires grad or with overlapping elements.
         IndexError: a class out of range; the text names the position and the value. On CUDA only where
             SOFTMAX_EXT_CHECK_TARGETS is set in the environment (to anything but 0), since the host must wait for the
@@ -262,9 +269,12 @@ def cross_entropy(
         checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
     if inplace and not torch.compiler.is_compiling():
         checks.check_inplace(op, input, target)
+    divisor = None
+    if denominator is not None:
+        divisor, options = checks.check_denominator(op, input, denominator, options)
     if dtype is None and (probabilities or input.dtype.itemsize == 2):
         dtype = default_loss_dtype(input, target, weight)
-    results = _run(input, target, weight, options, dtype, return_stats, precompute_grad, inplace)
+    results = _run(input, target, weight, divisor, options, dtype, return_stats, precompute_grad, inplace)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
 
 
@@ -281,6 +291,7 @@ def _run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    denominator: Tensor | None,
     options: Options,
     dtype: torch.dtype | None,
     stats: bool,
@@ -290,20 +301,22 @@ def _run(
     """The loss first and, with ``stats``, the statistics last; chooses the way that the call and its context need."""
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if (transformed or weight is not None) and needs_plain_formulas(target, weight, transformed, compiling):
-        plain = reference.cross_entropy(input, target, weight, options, dtype, stats)
+        plain = reference.cross_entropy(input, target, weight, denominator, options, dtype, stats)
         if transformed or not compiling:
             return plain
         return [refusals.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
     results: Sequence[Tensor]
     if transformed:
-        results = CrossEntropy.apply(input, target, weight, options, dtype, stats)
+        results = CrossEntropy.apply(input, target, weight, denominator, options, dtype, stats)
     elif compiling:
-        results = compiled.cross_entropy(input, target, weight, *options, dtype, stats, False, ops.VERSION)
+        arguments = (*options, dtype, stats, False, denominator, ops.VERSION)
+        results = compiled.cross_entropy(input, target, weight, *arguments)
     elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False)
+        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator)
     else:
         if precompute_grad or inplace:
             may = _may_overwrite(input, target, precompute_grad, inplace)
             precompute_grad, inplace = precompute_grad and may, inplace and may
-        results = eager_cross_entropy(input, target, weight, options, dtype, stats, precompute_grad, inplace)
+        call = (options, dtype, stats, precompute_grad, inplace, denominator)
+        results = eager_cross_entropy(input, target, weight, *call)
     return results

@@ -133,6 +133,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    denominator: float | Tensor | None = None,
     return_stats: bool = False,
     chunk_rows: int | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
@@ -181,6 +182,8 @@ def linear_cross_entropy(
         z_loss: factor of the squared log-sum-exp.
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits, an inverse temperature.
+        denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike; a number or a tensor of
+            one element, as in :func:`softmax_ext.cross_entropy`.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
         chunk_rows: the number of rows whose logits exist at once. None: a ninth of the rows, or as many as fit into
             32 MiB if those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
@@ -211,12 +214,15 @@ def linear_cross_entropy(
     x, matrix = autocast(input), autocast(linear_weight)
     bias = None if linear_bias is None else autocast(linear_bias)
     _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
+    divisor = None
+    if denominator is not None:
+        divisor, options_of_loss = checks.check_denominator(_OP, input, denominator, options_of_loss)
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
     call = Call(options_of_loss, dtype, return_stats, chunk_rows)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
-        results = _run(Operands(x, matrix, bias, target, weight), call)
+        results = _run(Operands(x, matrix, bias, target, weight), divisor, call)
     except IndexError:
         if not in_transform():  # raises the same error with the position in the caller's shape
             chunks.check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
@@ -226,12 +232,12 @@ def linear_cross_entropy(
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
-def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
+def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence[Tensor]:
     """The loss and, if asked for, the statistics; chooses the way that the call and its context need."""
     input, linear_weight, linear_bias, target, weight = operands
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if needs_plain_formulas(target, weight, transformed, compiling):
-        return _through_logits(operands, call)
+        return _through_logits(operands, denominator, call)
     options, dtype, stats, chunk_rows = call
     differentiable = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
@@ -239,16 +245,17 @@ def _run(operands: Operands, call: Call) -> Sequence[Tensor]:
     precomputes = any(needs) and options.reduction != NONE and not stats and not target.requires_grad
     if compiling or not (any(needs) or transformed):
         needed = needs[:3] if precomputes else NOTHING
-        results = linear_ops.forward(*operands, *options, dtype, stats, chunk_rows, needed, ops.VERSION)
+        arguments = (*options, dtype, stats, chunk_rows, needed, denominator, ops.VERSION)
+        results = linear_ops.forward(*operands, *arguments)
     elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
-        return [EagerLinearCrossEntropy.apply(*operands, call)]
+        return [EagerLinearCrossEntropy.apply(*operands, denominator, call)]
     else:
-        results = LinearCrossEntropy.apply(*operands, call)
+        results = LinearCrossEntropy.apply(*operands, denominator, call)
     loss, _, *statistics = results
     return [loss, *statistics[: 4 if stats else 0]]
 
 
-def _through_logits(operands: Operands, call: Call) -> list[Tensor]:
+def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) -> list[Tensor]:
     """The same results from all logits at once, for derivatives that no Function has."""
     input, linear_weight, linear_bias, target, weight = operands
     keywords = call.options._asdict()
@@ -260,6 +267,7 @@ def _through_logits(operands: Operands, call: Call) -> list[Tensor]:
         weight,
         reduction=next(name for name, value in REDUCTIONS.items() if value == code),
         dtype=call.dtype,
+        denominator=denominator,
         return_stats=True,
         **keywords,
     )

@@ -27,11 +27,6 @@ class Call(NamedTuple):
     chunk_rows: int | None
 
 
-def divides_by_total(options: Options, input: Tensor) -> bool:
-    """Whether forward divides the gradients that it computes by the mean's denominator (see chunks.py)."""
-    return options.reduction == MEAN and input.dtype != torch.float16
-
-
 def _forward(
     input: Tensor,
     linear_weight: Tensor,
@@ -41,13 +36,16 @@ def _forward(
     *arguments: Any,
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
-    options, (dtype, stats, chunk_rows, needs, _) = Options.split(arguments)
+    options, (dtype, stats, chunk_rows, needs, denominator, _) = Options.split(arguments)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
-    total = total_weight(target, weight, options.dim, options.ignore_index)
-    grad_divisor = total if divides_by_total(options, input) else None
+    if denominator is None:
+        total = total_weight(target, weight, options.dim, options.ignore_index)
+    else:
+        total = denominator.clone()
+    divisor = total if options.reduction == MEAN else None
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
-        (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, grad_divisor, chunk_rows)
+        (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, divisor, chunk_rows)
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
@@ -63,7 +61,7 @@ def _fake_forward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (dtype, stats, _, needs, _) = Options.split(arguments)
+    options, (dtype, stats, _, needs, *_) = Options.split(arguments)
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     results = [
@@ -145,8 +143,8 @@ forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
-    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs, int version)"
-    " -> Tensor[]",
+    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs, "
+    "Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
 

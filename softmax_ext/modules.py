@@ -97,9 +97,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.return_stats = return_stats
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, target: Tensor
+        self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None
     ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        """Logits ``(N, C, ...)`` and target -> the loss, or (loss, stats) with ``return_stats``."""
+        """Logits ``(N, C, ...)`` and target -> the loss, or (loss, stats) with ``return_stats``.
+
+        ``denominator`` is what the sum of the losses is divided by. It is no option of the module, as it changes with
+        each batch.
+        """
         return functional.cross_entropy(  # type: ignore[call-overload, no-any-return]
             input,
             target,
@@ -111,6 +115,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            denominator=denominator,
             precompute_grad=self.precompute_grad,
             inplace=self.inplace,
             return_stats=self.return_stats,
@@ -188,8 +193,14 @@ class LinearCrossEntropyLoss(nn.Module):
         """What ``print`` shows besides the linear layer."""
         return f"num_classes={self.num_classes}, reduction={self.reduction!r}"
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-        """Hidden states ``(..., in_features)`` and target -> the loss, or (loss, stats) with ``return_stats``."""
+    def forward(
+        self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        """Hidden states ``(..., in_features)`` and target -> the loss, or (loss, stats) with ``return_stats``.
+
+        ``denominator`` is what the sum of the losses is divided by. It is no option of the module, as it changes with
+        each batch.
+        """
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return linear.linear_cross_entropy(  # type: ignore[call-overload, misc, no-any-return]
@@ -205,6 +216,7 @@ class LinearCrossEntropyLoss(nn.Module):
             z_loss=self.z_loss,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            denominator=denominator,
             return_stats=self.return_stats,
             chunk_rows=self.chunk_rows,
         )

@@ -49,16 +49,17 @@ if library is not None:
 
 def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
     """The results of cross_entropy, without data."""
-    options, (dtype, stats, precompute_grad) = Options.split(arguments)
+    options, (dtype, stats, precompute_grad, *denominator) = Options.split(arguments)
     dim = options.dim % input.dim()
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     loss_dtype = dtype or input.dtype
     probabilities = target.is_floating_point()
     arithmetic = arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
+    has_total = options.reduction == MEAN or any(d is not None for d in denominator)  # it may be left out
     outputs = [
         input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
         input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
-        input.new_empty([] if options.reduction == MEAN else [0], dtype=torch.float64),
+        input.new_empty([] if has_total else [0], dtype=torch.float64),
     ]
     if stats:
         outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]
@@ -69,8 +70,9 @@ def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *ar
 
 
 def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    options, (dtype, stats, *_) = Options.split(arguments)  # grad_divisor may be left out
-    loss, state, *results = fake_cross_entropy(input, target, weight, *options, dtype, stats, False)
+    options, (dtype, stats, *denominator) = Options.split(arguments)
+    arguments = (*options, dtype, stats, False, *denominator)
+    loss, state, *results = fake_cross_entropy(input, target, weight, *arguments)
     no_state = state.new_empty([0])  # no backward can follow, because the logits are lost
     return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 
 NONE, MEAN, SUM = 0, 1, 2
 """The operators' codes for ``reduction``."""
@@ -43,3 +44,4 @@ class Keywords(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     logit_scale: float
+    denominator: float | Tensor | None

@@ -296,13 +296,21 @@ class Rows:
 
 
 def cross_entropy(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, dtype: torch.dtype | None, stats: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    denominator: Tensor | None,
+    options: Options,
+    dtype: torch.dtype | None,
+    stats: bool,
 ) -> tuple[Tensor, ...]:
     """(loss,) or, with ``stats``, (loss, lse, nll, entropy, prediction), differentiable to any order, in weight too."""
     if dtype == torch.float64:
         input = input.double()
     rows = Rows(input, target, weight, options)
-    total = total_weight(target, weight, options.dim, options.ignore_index)
+    total = denominator
+    if total is None:
+        total = total_weight(target, weight, options.dim, options.ignore_index)
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
     if not stats:
         return (loss,)

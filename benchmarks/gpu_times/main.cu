@@ -49,7 +49,7 @@ struct Data {
   std::vector<float> weight_values;
   Memory target, weight;
   Memory loss, lse, nll, entropy, prediction;  // of each row
-  Memory total, mean, upstream, scratch;
+  Memory total, mean, upstream, scratch, loss_scratch;
 
   Data(const Case& one, int count, cudaStream_t stream)
       : one(one),
@@ -66,7 +66,8 @@ struct Data {
         total(8),
         mean(4),
         upstream(on_device<float>({1}, stream)),
-        scratch(8 * kernels::kSumScratch) {
+        scratch(8 * kernels::kSumScratch),
+        loss_scratch(64 * one.rows() + 8192) {
     for (int i = 0; i < count; i++)
       buffers.push_back({Memory(one.bytes()), Memory(one.bytes()), Memory(one.bytes()), Memory(16 * one.rows())});
     draw_logits();
@@ -149,8 +150,10 @@ class CaseLayout {
 // With the sum or the mean of the losses, unless `sum` is null: then params.loss gets that of each row.
 void cross_entropy(const Data& data, const CrossEntropyParams<float>& params, const Layout& layout,
                    const kernels::LossSum* sum) {
-  kernels::cross_entropy(params, layout, data.stream);
-  if (sum) kernels::sum_losses(params, data.one.classes, *sum, data.scratch.as<double>(), data.stream);
+  if (!sum) return kernels::cross_entropy(params, layout, nullptr, data.stream);
+  CrossEntropyParams<float> summed = params;
+  summed.loss = nullptr;
+  kernels::cross_entropy(summed, layout, sum, data.stream);
 }
 
 CrossEntropyParams<float> params_of(const Data& data, const Pass& pass, const Buffers& buffers) {
@@ -196,7 +199,8 @@ void call_cross_entropy(const Data& data, const Pass& pass, const Buffers& buffe
   const CaseLayout layout(data.one, pass.option.probabilities ? 3 : pass.kind == Kind::kForward ? 1 : 2);
   double* const total = data.total.as<double>();
   if (divides) kernels::sum_targets(params, data.one.classes, total, data.scratch.as<double>(), data.stream);
-  const kernels::LossSum mean{data.mean.as<void>(), DType::kFloat32, true, total, divides};
+  const kernels::LossSum mean{data.mean.as<void>(),        DType::kFloat32, true, total, divides,
+                              data.loss_scratch.as<void>()};
   cross_entropy(data, params, layout.get(), with_mean && pass.is_forward() ? &mean : nullptr);
 }
 

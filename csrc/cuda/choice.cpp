@@ -39,8 +39,10 @@ constexpr Line kKept[] = {
 }  // namespace
 
 Choice choose(const RowShape& shape, const Device& device) {
-  if (shape.kind == LayoutKind::kColumns)
-    return {shape.classes <= shape.most_in_thread ? Kernel::kThread : Kernel::kLanes};
+  if (shape.kind == LayoutKind::kColumns) {
+    const bool fits = shape.most_in_thread > 0 && shape.classes <= shape.most_in_thread;
+    return {fits ? Kernel::kThread : Kernel::kLanes};
+  }
   const int64_t chunks = shape.classes * shape.element_bytes / 16;
   if (shape.kept_chunks == 0 || !shape.congruent) return {Kernel::kStream};
   for (const Line& line : kKept) {

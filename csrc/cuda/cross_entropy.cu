@@ -57,7 +57,8 @@ template void cross_entropy(const CrossEntropyParams<double>&, const Layout&, co
 // A share of each unit and of each group, and a counter of each group. Units are rows, or blocks of at least kWarp rows.
 template <typename T>
 int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& layout) {
-  const bool blocks = layout.kind == LayoutKind::kColumns && layout.classes <= most_in_thread(kind_for(params));
+  const int64_t most = most_in_thread(kind_for(params));
+  const bool blocks = layout.kind == LayoutKind::kColumns && most > 0 && layout.classes <= most;
   const int64_t units = blocks ? layout.outer * (layout.inner / kWarp + 1) : layout.outer * layout.inner + kWarpBlock;
   const int64_t groups = units / total_group_size(units) + 2;
   return (units + groups) * static_cast<int64_t>(sizeof(Totals)) +

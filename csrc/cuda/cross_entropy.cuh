@@ -33,7 +33,6 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   using T = Arithmetic;
   static constexpr bool kGeneral = kKind != Kind::kPlain, kHasProbabilities = kKind == Kind::kAll;
   using Math = ScalarMath<T>;
-  using LogitMath = std::conditional_t<sizeof(S) == 2, FastTanh, Math>;
   using Sums = std::conditional_t<kGeneral, RowSums<T>, ExpSum<T>>;
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
   static constexpr bool kMaximum = true, kPredicts = kGeneral;
@@ -66,8 +65,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   __device__ __forceinline__ T sign() const { return kGeneral && transform.scale < 0 ? T(-1) : T(1); }
   __device__ __forceinline__ T logit(T x) const {
     if (!kGeneral) return x;
-    return transform.is_capped() ? capped_logit<LogitMath>(x, transform.inner_scale, transform.cap)
-                                 : x * transform.scale;
+    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap) : x * transform.scale;
   }
 
   // ---- what is known of a row beforehand
@@ -156,15 +154,15 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         load_probabilities(row, c, count, q);
         each([&](int i) {
           const T b = w[i] * multiply_add(q[i], 1 - this->options.label_smoothing, share);
-          sums.dot += multiply_or_zero(b, d[i]);
+          sums.dot += product_or_zero(b, d[i]);
           sums.b_sum += b;
-          sums.q_dot += multiply_or_zero(q[i], d[i]);
+          sums.q_dot += product_or_zero(q[i], d[i]);
           sums.q_sum += q[i];
         });
       } else if (this->options.label_smoothing != 0 && this->weight) {
         load_weights(c, count, w);
         each([&](int i) {
-          sums.dot += multiply_or_zero(w[i], d[i]);
+          sums.dot += product_or_zero(w[i], d[i]);
           sums.b_sum += w[i];
         });
       } else if (this->options.label_smoothing != 0) {

@@ -45,7 +45,7 @@ struct Sum {
 };
 
 struct First {
-  int value = INT32_MAX;
+  int64_t value = INT64_MAX;
   __device__ __forceinline__ void merge(const First& other) { value = min(value, other.value); }
 };
 

@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
       if constexpr (Op::kPredicts) {
         if (op.wants_prediction()) {
           First first;
-          const Prediction<T> prediction{all.value, sums.sum != sums.sum};
+          const Prediction<T> prediction{all.value};
           each_chunk([&](int k, int c) { first.merge(prediction.in(op, held[k], c, kSize)); });
           if (has_loose) first.merge(prediction.in(op, held_loose, loose_class, 1));
           group.template reduce<Sums>(first, kPredictionSlot);
-          outcome.prediction = first.value == INT32_MAX ? 0 : first.value;
+          outcome.prediction = prediction.of(first);
         }
       }
     }

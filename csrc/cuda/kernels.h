@@ -64,6 +64,9 @@ void sum_weights(const T* weight, int64_t n, double* sum, double* scratch, Strea
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* sum, double* scratch, Stream stream);
 
+// *to.loss = 0, or 0 / *to.denominator: of no rows.
+void sum_no_losses(const LossSum& to, Stream stream);
+
 // *first = the first row whose class is neither in [0, classes) nor ignore_index, or `rows`.
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream);

@@ -158,6 +158,12 @@ __device__ __forceinline__ T multiply_or_zero(T b, T d) {
   return b == 0 ? T(0) : b * d;
 }
 
+// The same where d too may be 0 beside an infinite b: d is relative to a maximum that may still grow.
+template <typename T>
+__device__ __forceinline__ T product_or_zero(T b, T d) {
+  return b == 0 || d == 0 ? T(0) : b * d;
+}
+
 // The functions of row_math.h.
 template <typename T>
 struct ScalarMath {
@@ -170,14 +176,6 @@ struct ScalarMath {
   __device__ __forceinline__ static T divide(T a, T b) { return cuda::divide(a, b); }
   __device__ __forceinline__ static T log1p(T x) { return log1p_of(x); }
   __device__ __forceinline__ static T tanh(T x) { return tanh_of(x); }
-};
-
-// For logits of a half type: a tanh of two instructions of the special-function unit, whose error is absolute, 2^-23.
-struct FastTanh {
-  __device__ __forceinline__ static float tanh(float x) {
-    return 1 - __fdividef(2.0f, 1 + power_of_two(x * (2 * kLog2OfE)));
-  }
-  __device__ __forceinline__ static double tanh(double x) { return tanh_of(x); }
 };
 
 template <typename T>

@@ -125,11 +125,12 @@ __device__ __forceinline__ T rest_in_warp(const Op& op, const Data& data, const 
   return rest;
 }
 
-// The class that a prediction names: the first of largest logit, or the first whose logit is NaN.
+// The class that a prediction names: the first whose logit is NaN, or the first of largest logit. As numbers, those that
+// are NaN come before all others.
 template <typename T>
 struct Prediction {
+  static constexpr int64_t kBehindNaN = int64_t{1} << 32;
   T max;
-  bool is_nan;
 
   // Of the first `count` elements of a chunk from class c on.
   template <typename Op, typename Chunk>
@@ -138,9 +139,13 @@ struct Prediction {
 #pragma unroll
     for (int i = 0; i < Chunk::kElements; i++) {
       const T z = op.logit(held.at(i).of[0]);
-      if (i < count && (is_nan ? z != z : z == max)) first.merge({c + i});
+      if (i < count && !(z < max)) first.merge({z == max ? kBehindNaN + c + i : c + i});
     }
     return first;
+  }
+  // 0 where there is no class.
+  __device__ __forceinline__ static int of(const First& first) {
+    return first.value == INT64_MAX ? 0 : static_cast<int>(first.value & (kBehindNaN - 1));
   }
 };
 

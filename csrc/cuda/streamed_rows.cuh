@@ -21,7 +21,13 @@ namespace cuda {
 
 constexpr int kStreamThreads = 256;
 
-// Of a row without a reduction.
+// That a thread has under way: of single elements, enough for the latency, and few sums to merge.
+template <typename Op>
+constexpr int streamed_chunks(int size) {
+  return size > 1 ? Op::kStreamedChunks : sizeof(typename Op::T) == 8 ? 4 : 8;
+}
+
+// Of a part of a row without a reduction.
 template <typename Op>
 constexpr int kPartChunks = Op::kStreamedChunks * kStreamThreads;
 
@@ -31,7 +37,7 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
   using T = typename Op::T;
   using Sums = typename Op::Sums;
   constexpr bool kLanes = kScope == Scope::kLanes;
-  constexpr int kChunks = Op::kStreamedChunks, kThreads = kLanes ? kStreamThreads / kWarp : kStreamThreads;
+  constexpr int kChunks = streamed_chunks<Op>(kSize), kThreads = kLanes ? kStreamThreads / kWarp : kStreamThreads;
   if (op.is_done()) return;
   const Group<kScope> group(0);
   const unsigned outer = blockIdx.x / slots, slot = blockIdx.x - outer * slots;
@@ -126,17 +132,18 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
       }
       if constexpr (Op::kPredicts) {
         if (op.wants_prediction()) {
-          const Prediction<T> prediction{all.value, sums.sum != sums.sum};
+          const Prediction<T> prediction{all.value};
+          const bool is_nan = sums.sum != sums.sum;
           First found;
-          if (prediction.is_nan || own.value == all.value) {
-            const int from = prediction.is_nan ? first : seen;
-            const int to = prediction.is_nan ? end : min(end, seen + kChunks * kThreads);
+          if (is_nan || own.value == all.value) {
+            const int from = is_nan ? first : seen;
+            const int to = is_nan ? end : min(end, seen + kChunks * kThreads);
             for (int i = from; i < to; i += kThreads)
               found.merge(prediction.in(op, held_at(cut.of_chunk(i), of_chunk), cut.of_chunk(i), kSize));
             if (has_loose) found.merge(prediction.in(op, held_at(loose_class, of_one), loose_class, 1));
           }
           group.template reduce<Sums>(found, kPredictionSlot);
-          outcome.prediction = found.value == INT32_MAX ? 0 : found.value;
+          outcome.prediction = prediction.of(found);
         }
       }
     }

@@ -79,6 +79,10 @@ void sum(const char* name, const Value& value, int64_t n, double* to, double* sc
   if (blocks > 1) launch(name, sum_shares<Shares>, {1, kThreads, 1, kShared}, stream, Shares{scratch}, blocks, to);
 }
 
+__global__ void write_empty_sum(const LossSum to) {
+  store_value(0 / (to.mean ? *to.denominator : 1), to.loss, to.loss_type, 0);
+}
+
 // ---- classes out of range ------------------------------------------------------------------------------------------
 
 __global__ void set_first(int64_t* first, int64_t rows) { *first = rows; }
@@ -103,6 +107,8 @@ template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* total, double* scratch, Stream stream) {
   sum("sum_targets", TargetWeights<T>(params, classes), params.rows, total, scratch, stream);
 }
+
+void sum_no_losses(const LossSum& to, Stream stream) { launch("write_empty_sum", write_empty_sum, {1, 1}, stream, to); }
 
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream) {

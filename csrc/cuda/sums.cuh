@@ -44,7 +44,7 @@ struct RowSums : ExpSum<T> {
   __device__ __forceinline__ void lower(T step) {
     if (step == 0) return;
     const T finite_step = larger(step, lowest<T>()), scale = exp_nonpositive(step);
-    weighted = scale * (weighted + finite_step * this->sum);
+    weighted = multiply_or_zero(scale, weighted + finite_step * this->sum);
     this->sum *= scale;
     dot += b_sum * finite_step;
     q_dot += q_sum * finite_step;

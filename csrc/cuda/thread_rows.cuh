@@ -99,11 +99,11 @@ struct ThreadRow {
         }
         if constexpr (Op::kPredicts) {
           First first;
-          const Prediction<T> prediction{max, sums.sum != sums.sum};
+          const Prediction<T> prediction{max};
           if (op.wants_prediction())
             each(op.layout.classes,
                  [&](const auto& held, int c, int count) { first.merge(prediction.in(op, held, c, count)); });
-          outcome.prediction = first.value == INT32_MAX ? 0 : first.value;
+          outcome.prediction = prediction.of(first);
         }
       }
     }

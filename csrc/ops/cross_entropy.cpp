@@ -59,7 +59,13 @@ std::vector<int64_t> state_sizes(const Call& call) {
 
 // The gradient goes to `grad` if given. Where that is the input itself no backward can follow, and the state is empty.
 Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, const std::optional<Tensor>& grad,
-                const std::optional<Tensor>& grad_divisor, bool overwrites) {
+                const std::optional<Tensor>& denominator, bool overwrites) {
+  if (denominator) {
+    check_device(*denominator, call.input, call.op, "denominator");
+    STD_TORCH_CHECK(denominator->dim() == 0 && denominator->scalar_type() == ScalarType::Double, call.op,
+                    ": denominator must be a float64 scalar.");
+    STD_TORCH_CHECK(call.options.reduction != kSum, call.op, ": a sum has no denominator; use reduction ", kMean, ".");
+  }
   const ScalarType loss_scalar = dtype.value_or(call.input.scalar_type());
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
   const ScalarType arithmetic =
@@ -71,11 +77,11 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
               loss_type,
               empty(loss_sizes, loss_scalar, call.input),
               empty(overwrites ? std::vector<int64_t>{0} : state_sizes(call), arithmetic, call.input),
-              empty(total_sizes, ScalarType::Double, call.input),
+              denominator ? torch::stable::clone(*denominator) : empty(total_sizes, ScalarType::Double, call.input),
               {},
               grad,
-              grad_divisor,
-              !overwrites};
+              !overwrites,
+              denominator.has_value()};
   if (stats) {
     for (int i = 0; i < 3; i++) out.stats.push_back(empty(call.batch, arithmetic, call.input));
     out.stats.push_back(empty(call.batch, ScalarType::Long, call.input));
@@ -85,11 +91,12 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
 }
 
 std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
-                                  std::optional<ScalarType> dtype, bool stats, bool precompute_grad) {
+                                  std::optional<ScalarType> dtype, bool stats, bool precompute_grad,
+                                  std::optional<Tensor> denominator) {
   const Call call = checked_call("cross_entropy", input, target, weight, options);
   std::optional<Tensor> grad;
   if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
-  const Forward out = forward(call, dtype, stats, grad, std::nullopt, false);
+  const Forward out = forward(call, dtype, stats, grad, denominator, false);
   std::vector<Tensor> outputs{out.loss, out.state, out.total_weight};
   outputs.insert(outputs.end(), out.stats.begin(), out.stats.end());
   if (grad) outputs.push_back(*grad);
@@ -98,16 +105,11 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
     Tensor input, Tensor target, std::optional<Tensor> weight, Options options, std::optional<ScalarType> dtype,
-    bool stats, std::optional<Tensor> grad_divisor) {
+    bool stats, std::optional<Tensor> denominator) {
   const Call call = checked_call("cross_entropy_", input, target, weight, options);
-  if (grad_divisor) {
-    check_device(*grad_divisor, input, call.op, "grad_divisor");
-    STD_TORCH_CHECK(grad_divisor->numel() == 1 && grad_divisor->scalar_type() == ScalarType::Double, call.op,
-                    ": grad_divisor must be one float64 value.");
-  }
   std::vector<Tensor> none;  // before the input is written: allocations may fail. Results must not share memory.
   for (int i = 0; i < 4 && !stats; i++) none.push_back(empty({0}, input.scalar_type(), input));
-  const Forward out = forward(call, dtype, stats, input, grad_divisor, true);
+  const Forward out = forward(call, dtype, stats, input, denominator, true);
   const std::vector<Tensor>& stat = stats ? out.stats : none;
   return {out.loss, out.state, out.total_weight, stat[0], stat[1], stat[2], stat[3]};
 }

@@ -42,13 +42,13 @@ struct Call {
 struct Forward {
   ScalarType arithmetic;
   DType loss_type;
-  Tensor loss;                         // [*batch] or []
-  Tensor state;                        // [2 or 4, *batch], or [0]: no backward follows
-  Tensor total_weight;                 // [] float64: the mean's denominator; or [0]: there is no mean
-  std::vector<Tensor> stats;           // none, or lse, nll, entropy, prediction: [*batch]
-  std::optional<Tensor> grad;          // of the input's shape, for an upstream gradient of 1; may be the input
-  std::optional<Tensor> grad_divisor;  // [] float64: what the gradient is divided by instead of total_weight
+  Tensor loss;                 // [*batch] or []
+  Tensor state;                // [2 or 4, *batch], or [0]: no backward follows
+  Tensor total_weight;         // [] float64: the mean's denominator; or [0]: there is none
+  std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
+  std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input
   bool saves_state;
+  bool total_is_given;  // total_weight holds its value; otherwise it follows from the targets and is to be filled
 };
 
 // The operands of a backward call besides those of `Call`, checked, and the gradients to be filled.
@@ -61,10 +61,15 @@ struct Backward {
   std::optional<Tensor> grad_input, grad_target;
 };
 
+// Whether there is a denominator: of the mean, or given for rows that are part of one.
+inline bool has_total(const Call& call, const Forward& out) {
+  return out.total_is_given || call.options.reduction == kMean;
+}
+
 // Whether a gradient that is written before its upstream gradient is known is divided by the mean's denominator. Not in
 // float16, where small gradients would be lost to underflow before a loss scale can lift them.
 inline bool divides_by_total(const Call& call, const Forward& out) {
-  return out.grad && !out.grad_divisor && call.options.reduction == kMean && call.input_type != DType::kFloat16;
+  return out.grad && has_total(call, out) && call.input_type != DType::kFloat16;
 }
 
 // IndexError for the class y in the given row.

@@ -16,14 +16,15 @@ void define_operators(torch::stable::detail::StableLibrary& library) {
   // -> [loss, state, total_weight] + [lse, nll, entropy, prediction] if stats + [grad_input] if precompute_grad.
   //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
   //    state is [2, *batch] with class indices, [4, *batch] with probabilities (params.h).
-  //    total_weight is [] float64, the mean's denominator; [0] without a mean.
+  //    total_weight is [] float64, the mean's denominator; [0] without one.
+  //    `denominator`, [] float64, takes the place of the mean's own: for rows that are part of a larger mean. With the
+  //    reduction "none" the losses are not divided, so that their sum is rounded once; grad_input is.
   library.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " OPTIONS
-              ", ScalarType? dtype, bool stats, bool precompute_grad) -> Tensor[]");
+              ", ScalarType? dtype, bool stats, bool precompute_grad, Tensor? denominator=None) -> Tensor[]");
   // The same over the input, without grad_input; the statistics are empty if not asked for. (No list: torch
-  // functionalises only operators that return tensors.) Where grad_divisor is given, a float64 scalar, the gradient is
-  // divided by that and not by the mean's denominator: for rows that are part of a larger mean.
+  // functionalises only operators that return tensors.)
   library.def("cross_entropy_(Tensor(a!) input, Tensor target, Tensor? weight, " OPTIONS
-              ", ScalarType? dtype, bool stats, Tensor? grad_divisor=None) "
+              ", ScalarType? dtype, bool stats, Tensor? denominator=None) "
               "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
   //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.

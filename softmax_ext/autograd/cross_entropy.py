@@ -211,16 +211,16 @@ class Results(NamedTuple):
 
 
 class CrossEntropy(Function):
-    """(input, target, weight, options, dtype, stats) -> Results: all seven with ``stats``, else the first three."""
+    """(input, target, weight, denominator, options, dtype, stats) -> Results: all seven with ``stats``, else three."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        input, target, weight, options, dtype, stats = args
-        return tuple(ops.cross_entropy(input, target, weight, *options, dtype, stats, False))
+        input, target, weight, denominator, options, dtype, stats = args
+        return tuple(ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight, ctx.options, _, ctx.stats = inputs
+        input, target, weight, _, ctx.options, _, ctx.stats = inputs
         results = Results(*output)
         ctx.dtypes = (results.loss.dtype, results.state.dtype)
         kept = (input, target, weight, results.state, results.total_weight, results.entropy)
@@ -234,7 +234,7 @@ class CrossEntropy(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = Results(*grads)  # type: ignore[arg-type]
         grad_input, grad_target = _gradients(ctx, given.loss, given.lse, given.nll, given.entropy)
-        return grad_input, grad_target, None, None, None, None
+        return grad_input, grad_target, None, None, None, None, None
 
     @staticmethod
     @nested_forward_mode
@@ -254,16 +254,19 @@ class CrossEntropy(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size = info.batch_size
-        input, target, weight, options, dtype, stats = args
-        input_dim, target_dim, weight_dim, *_ = in_dims
+        input, target, weight, denominator, options, dtype, stats = args
+        input_dim, target_dim, weight_dim, denominator_dim, *_ = in_dims
         if weight_dim is not None:
             return one_by_one(CrossEntropy, size, in_dims, args)
         x, y = to_front(input, input_dim, size), to_front(target, target_dim, size)
         loss_dtype = dtype or x.dtype
         wide = arithmetic_dtype(loss_dtype, x.dtype)
         row_options = options._replace(dim=options.dim + 1, reduction=NONE)
-        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, row_options, wide, stats)
-        total = _weight_per_sample(y, weight, options)
+        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, None, row_options, wide, stats)
+        if denominator is None:
+            total = _weight_per_sample(y, weight, options)
+        else:
+            total = to_front(denominator, denominator_dim, size).clone()  # a result must not be an argument
         if options.reduction != NONE:
             loss = _sum_per_sample(loss)
         if options.reduction == MEAN:
@@ -318,7 +321,9 @@ class _EarlyGradient:
 
 
 class EagerCrossEntropy(Function):
-    """(input, target, weight, (options, dtype, stats, precompute_grad, inplace)) -> loss, or a tuple with statistics.
+    """(input, target, weight, call) -> loss, or a tuple with statistics.
+
+    ``call`` is (options, dtype, stats, precompute_grad, inplace, denominator).
 
     On a small input the code around the kernels takes most of the time. This form of CrossEntropy has less of it:
     ``forward`` sees ``ctx``, returns only the caller's results, saves nothing for forward mode, and has few arguments.
@@ -332,15 +337,15 @@ class EagerCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
-        ctx.options, dtype, stats, precompute_grad, inplace = call
+        ctx.options, dtype, stats, precompute_grad, inplace, denominator = call
         ctx.set_materialize_grads(False)
         results: list[Tensor]
         if precompute_grad and inplace:
-            results = _overwrite(input, target, weight, *ctx.options, dtype, stats)
+            results = _overwrite(input, target, weight, *ctx.options, dtype, stats, denominator)
             input = input.detach()  # it holds the gradient now, so it must not be saved as an input of the graph
             ctx.early = _EarlyGradient(inplace=True, unscaled=True, overwritten=True)
         else:
-            results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad)
+            results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad, denominator)
             if precompute_grad:
                 ctx.early = _EarlyGradient(gradient=[results.pop()])
             else:
@@ -433,7 +438,7 @@ _apply = internals.eager_apply(EagerCrossEntropy)
 
 
 def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> Sequence[Tensor]:
-    """EagerCrossEntropy of ``call`` = (options, dtype, stats, precompute_grad, inplace): the loss, then statistics."""
+    """EagerCrossEntropy: the loss, then the statistics."""
     weight = None if weight is None else internals.alive(weight)
     results = _apply(internals.alive(input), internals.alive(target), weight, call)
     return results if type(results) is tuple else (results,)

@@ -27,7 +27,7 @@ from ..chunks import Operands
 from ..dtypes import arithmetic_dtype
 from ..linear_ops import Call
 from ..options import MEAN
-from ..reference import Rows, Upstream, total_weight
+from ..reference import Rows, Upstream
 from . import refusals
 from .cross_entropy import BackwardCall, CrossEntropy, CrossEntropyBackward, Results, formula_gradients
 from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread
@@ -56,17 +56,19 @@ class _Needs(NamedTuple):
     target: bool
 
 
-def _gradients_through_logits(operands: Operands, call: Call, upstream: Upstream, needs: _Needs) -> list[Tensor | None]:
+def _gradients_through_logits(
+    operands: Operands, call: Call, upstream: Upstream, total: Tensor, needs: _Needs
+) -> list[Tensor | None]:
     """The gradients from all logits at once, by operations that can be differentiated and batched again."""
     input, linear_weight, linear_bias, target, weight = operands
     logits = logits_of(input, linear_weight, linear_bias)
     options = call.options
     wide = arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
     if is_batched(upstream) and not is_plain_backward():
-        total = total_weight(target, weight, options.dim, options.ignore_index)
         of_logits, of_target = formula_gradients(upstream, logits, target, weight, total, options, (True, needs.target))
     else:
-        results = Results(*CrossEntropy.apply(logits, target, weight, options, wide, True))
+        denominator = total if options.reduction == MEAN else None
+        results = Results(*CrossEntropy.apply(logits, target, weight, denominator, options, wide, True))
         kept = (logits, target, weight, results.state, results.total_weight, results.entropy)
         gradients = CrossEntropyBackward.apply(*BackwardCall(*upstream, *kept, options, True, needs.target))
         of_logits, of_target = spread(gradients, (True, needs.target))
@@ -105,9 +107,9 @@ class LinearCrossEntropyBackward(Function):
             tensors = list(saved)
             for i, value in zip(which, values, strict=True):
                 tensors[i] = value
-            loss, lse, nll, entropy, _, *operands = tensors
+            loss, lse, nll, entropy, total, *operands = tensors
             upstream = Upstream(loss, lse, nll, entropy)
-            found = _gradients_through_logits(Operands(*operands), ctx.call, upstream, ctx.needs)
+            found = _gradients_through_logits(Operands(*operands), ctx.call, upstream, total, ctx.needs)
             return [g for g, grad in zip(found, given, strict=True) if g is not None and grad is not None]
 
         pull_back = torch.func.vjp(of_differentiable, *(saved[i] for i in which))[1]
@@ -135,7 +137,7 @@ def recomputed_gradients(
     if torch.compiler.is_compiling() or is_plain(upstream):
         found = linear_ops.backward(*upstream, total, *operands, *call.options, call.chunk_rows, list(needs))
     elif internals.forward_mode_level() >= 0 or is_batched(upstream):
-        return _gradients_through_logits(operands, call, upstream, needs)
+        return _gradients_through_logits(operands, call, upstream, total, needs)
     else:
         found = LinearCrossEntropyBackward.apply(*upstream, total, *operands, call, needs)
     return spread(found, needs)
@@ -164,7 +166,7 @@ def handed_on(
     """
     target = operands.target
     scale = grad_loss.to(total.dtype)
-    if call.options.reduction == MEAN and not linear_ops.divides_by_total(call.options, operands.input):
+    if call.options.reduction == MEAN and operands.input.dtype == torch.float16:  # forward did not divide by it
         scale = scale / total
     of_input = scale
     if not target.is_floating_point():
@@ -181,18 +183,18 @@ def handed_on(
 
 
 class LinearCrossEntropy(Function):
-    """(*operands, call) -> (loss, total_weight, *statistics)."""
+    """(*operands, denominator, call) -> (loss, total_weight, *statistics)."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *operands, call = args
-        return tuple(
-            linear_ops.forward(*operands, *call.options, call.dtype, call.stats, call.chunk_rows, NOTHING, ops.VERSION)
-        )
+        *operands, denominator, call = args
+        options, dtype, stats, chunk_rows = call
+        arguments = (*options, dtype, stats, chunk_rows, NOTHING, denominator, ops.VERSION)
+        return tuple(linear_ops.forward(*operands, *arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *operands, ctx.call = inputs
+        *operands, _, ctx.call = inputs
         ctx.dtypes = [t.dtype for t in output]
         _, total, *statistics = output
         ctx.save_for_backward(*operands, total)
@@ -204,13 +206,13 @@ class LinearCrossEntropy(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *operands, total = ctx.saved_tensors
         found = recomputed_gradients(ctx.needs_input_grad[:4], Operands(*operands), ctx.call, upstream_of(grads), total)
-        return *found, None, None
+        return *found, None, None, None
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         input, linear_weight, linear_bias, target, weight, total = saved
-        of_input, of_linear_weight, of_linear_bias, of_target, of_weight, _ = tangents
+        of_input, of_linear_weight, of_linear_bias, of_target, of_weight, *_ = tangents
         if of_weight is not None:
             raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
         logits = logits_of(input, linear_weight, linear_bias)
@@ -242,15 +244,16 @@ def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
 
 
 class EagerLinearCrossEntropy(Function):
-    """(*operands, call) -> loss; forward computes its gradients too."""
+    """(*operands, denominator, call) -> loss; forward computes its gradients too."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *operands, ctx.call = args
+        *operands, denominator, ctx.call = args
         ctx.set_materialize_grads(False)
         options, dtype, stats, chunk_rows = ctx.call
         needs = list(ctx.needs_input_grad[:3])
-        results = linear_ops.forward(*operands, *options, dtype, stats, chunk_rows, needs, ops.VERSION)
+        arguments = (*options, dtype, stats, chunk_rows, needs, denominator, ops.VERSION)
+        results = linear_ops.forward(*operands, *arguments)
         loss, total, *computed = results
         # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
         # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
@@ -267,5 +270,7 @@ class EagerLinearCrossEntropy(Function):
         upstream = Upstream(grad_loss, None, None, None)
         computed = ctx.gradients.pop() if ctx.gradients else None
         if computed is None or not is_plain(upstream):
-            return *recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total), None, None
-        return *handed_on(computed, operands, ctx.call, grad_loss, total, True), None, None, None
+            found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total)
+        else:
+            found = [*handed_on(computed, operands, ctx.call, grad_loss, total, True), None]
+        return *found, None, None, None

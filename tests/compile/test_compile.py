@@ -290,6 +290,77 @@ def test_no_recompilation_for_another_size_of_everything():
     assert len(counts) == 1, counts
 
 
+HEAD = randn(4, 4, seed=5)
+DENOMINATED: dict[str, Callable[..., Tensor]] = {
+    "logits": lambda x, d: cross_entropy(x * 1, Y, denominator=d, z_loss=0.1),
+    "inplace": lambda x, d: cross_entropy(x * 1, Y, denominator=d, inplace=True, precompute_grad=True),
+    "linear": lambda x, d: softmax_ext.linear_cross_entropy(x, HEAD, Y, denominator=d, chunk_rows=2),
+    "module": lambda x, d: CrossEntropyLoss(W)(x, Y, denominator=d),
+}
+each_denominated = pytest.mark.parametrize("function", DENOMINATED.values(), ids=DENOMINATED)
+
+
+def frames_for(function: Callable[..., Tensor], denominators: list[Any], backend: str, **options: Any) -> list[int]:
+    """How often it has been compiled after each of the denominators; compares results and gradients."""
+    counter = CompileCounterWithBackend(backend)
+    f, counts = compiled(function, backend=counter, **options), []
+    for denominator in denominators:
+        results = []
+        for call in (f, function):
+            x = randn(3, 4).requires_grad_()
+            loss = call(x, denominator)
+            results.append((loss.detach(), torch.autograd.grad(loss, x)))
+        assert_close(*results)
+        counts.append(counter.frame_count)
+    return counts
+
+
+NUMBERS = pytest.mark.parametrize("numbers", [[3, 5, 17, 1000], [3.5, 5.25, 17.75, 1000.5]], ids=["int", "float"])
+
+
+@each_denominated
+@NUMBERS
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_a_denominator_that_changes(dynamic, numbers, function):
+    """Torch compiles for a number, and then once more for any."""
+    counts = frames_for(function, numbers, "aot_eager", dynamic=dynamic)
+    assert len(set(counts[1:])) == 1, counts
+
+
+@each_denominated
+@pytest.mark.parametrize("like", [torch.tensor(1), torch.tensor([1.0]), torch.tensor(1.0).double()], ids=repr)
+def test_a_tensor_as_denominator(like, function):
+    counts = frames_for(function, [3 * like, 5 * like, 17 * like], "aot_eager")
+    assert len(set(counts)) == 1, counts
+
+
+@pytest.mark.parametrize("name", ["logits", "linear"])
+def test_denominators_by_inductor(name):
+    for numbers in ([3, 5, 17], [3.5, 5.25, 17.75], [torch.tensor(3), torch.tensor(5), torch.tensor(17)]):
+        counts = frames_for(DENOMINATED[name], numbers, "inductor")
+        assert len(set(counts[1:])) == 1, counts
+
+
+@each_denominated
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+def test_a_denominator_within_a_compiled_transform(transform, function):
+    if function is DENOMINATED["linear"]:
+        function = lambda x, d: softmax_ext.linear_cross_entropy(x, HEAD, Y, denominator=d)  # noqa: E731
+    for denominator in (3, torch.tensor(4.5)):
+        actual = compiled(lambda x, d: transform(function)(x, d))(randn(3, 4), denominator)
+        assert_close(actual, transform(function)(randn(3, 4), denominator))
+
+
+def test_a_batch_of_denominators_in_compiled_code():
+    x = randn(3, 4)
+
+    def function(d: Tensor) -> Tensor:
+        return torch.func.vmap(lambda d: cross_entropy(x, Y, denominator=d))(d)
+
+    d = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    assert_close(compiled(function)(d), cross_entropy(randn(3, 4), Y, reduction="sum") / d)
+
+
 # ---- what compiled code cannot do ----------------------------------------------------------------------------------
 
 CLASSES = randn(5, 4, seed=3)
@@ -467,14 +538,16 @@ def test_bad_class_in_a_compiled_transform():
         (lambda x: cross_entropy(x, Y[:2]), r"target must be int64 or uint8 of shape \[3\]"),
         (lambda x: cross_entropy(x, Y.int()), r"Use target\.long\(\)"),
         (lambda x: cross_entropy(x, Y, label_smoothing=2.0), "label_smoothing must lie in"),
+        (lambda x: cross_entropy(x, Y, denominator=W), "denominator must have one element"),
+        (lambda x: cross_entropy(x, Y, denominator=x.sum()), r"Use denominator\.detach\(\)"),
         (lambda x: softmax_ext.softmax(x, 2), r"dim must lie in \[-2, 1\]"),
     ],
-    ids=["rows", "dtype", "option", "dim"],
+    ids=["rows", "dtype", "option", "denominator", "denominator with a gradient", "dim"],
 )
 def test_misuse_is_found_while_tracing(call, text):
     """The type is Dynamo's; the text must still be there."""
     with pytest.raises(Exception, match=text):
-        compiled(call)(randn(3, 4))
+        compiled(call)(randn(3, 4).requires_grad_())
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -514,6 +587,23 @@ def test_export(options, strict):
     names = [str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"]
     assert any(name.startswith("softmax_ext.cross_entropy") for name in names), names
     assert any(name.startswith("softmax_ext.softmax") for name in names), names
+
+
+class Denominated(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, d: Any) -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(x * 1, y, denominator=d, precompute_grad=True)
+        return loss, softmax_ext.linear_cross_entropy(x, x, y, denominator=d)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+@pytest.mark.parametrize("denominator", [3, torch.tensor(3)], ids=["number", "tensor"])
+def test_export_with_a_denominator(denominator, strict):
+    """A tensor is an argument of the program, a number is a part of it."""
+    x, y, model = randn(4, 4), torch.arange(4), Denominated()
+    program = torch.export.export(model, (x, y, denominator), strict=strict)
+    assert_close(program.module()(x, y, denominator), model(x, y, 3))
+    if isinstance(denominator, Tensor):
+        assert_close(program.module()(x, y, 2 * denominator), model(x, y, 6))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -654,8 +744,45 @@ def test_opcheck_cross_entropy_traced(name, with_grad):
     """It has a derivative, which is checked where an input requires grad."""
     arguments = {**INPUTS, **EXPANDED}[name]()
     check_operator(
-        OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False, 1)
+        OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False, None, 1)
     )
+
+
+DENOMINATOR = torch.tensor(3.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["classes", "none", "image", "probabilities", "bfloat16 to float32"])
+def test_opcheck_with_a_denominator(name):
+    """With the reduction "none" it divides the gradient that is written, and not the losses."""
+    arguments = INPUTS[name]()
+    for precompute_grad in (False, True):
+        check_operator(OPS.cross_entropy.default, (*arguments, precompute_grad, DENOMINATOR))
+        without_data(OPS.cross_entropy.default, (*arguments, precompute_grad, DENOMINATOR))
+    check_operator(OPS.cross_entropy_.default, (*arguments, DENOMINATOR))
+    traced = (*requiring_grad(arguments), False, DENOMINATOR, 1)
+    check_operator(OPS.cross_entropy_traced.default, traced)
+    plain, divided = OPS.cross_entropy(*arguments, True), OPS.cross_entropy(*arguments, True, DENOMINATOR)
+    total = plain[2] if plain[2].dim() == 0 else 1.0
+    assert_close(
+        divided[-1].double() * 3, plain[-1].double() * total, rtol=1e-6 if name[:2] != "bf" else 1e-2, atol=1e-6
+    )
+    assert divided[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("reduction", "denominator", "text"),
+    [
+        (1, DENOMINATOR.float(), "denominator must be a float64 scalar"),
+        (1, DENOMINATOR.view(1), "denominator must be a float64 scalar"),
+        (2, DENOMINATOR, "a sum has no denominator"),
+    ],
+)
+def test_operators_refuse_another_denominator(reduction, denominator, text):
+    arguments = forward_arguments(randn(3, 4), Y, reduction=reduction)
+    with pytest.raises(RuntimeError, match=text):
+        OPS.cross_entropy(*arguments, False, denominator)
+    with pytest.raises(RuntimeError, match=text):
+        OPS.cross_entropy_(*arguments, denominator)
 
 
 @pytest.mark.parametrize("name", ["classes", "weight", "image", "transposed", "probabilities", "bfloat16 to float32"])

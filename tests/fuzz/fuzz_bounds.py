@@ -122,7 +122,10 @@ class Rows:
         self.true_mass = (self.target_weight * self.one_hot).abs()
         each = self.live.double() if target.is_floating_point() else self.one_hot * weights
         self.total = each.sum()
-        self.no_weight = bool(options["reduction"] == "mean" and self.total == 0 and self.live.any())
+        if options["denominator"] is not None:
+            self.options = {**options, "reduction": "mean"}
+            self.total = torch.tensor(options["denominator"], dtype=torch.float64)
+        self.no_weight = bool(self.options["reduction"] == "mean" and self.total == 0 and self.live.any())
         self.massless = self.unflat((z == -torch.inf) & (self.mass == 0) & m.isfinite())
         self.dead = self.unflat((~self.live).expand_as(x))
         self.shape = x.shape[:-1]
@@ -168,7 +171,7 @@ class Rows:
         else:
             allowed = rows.sum()
             if self.options["reduction"] == "mean":
-                allowed = finite(allowed / self.total) if not allowed.isinf() else allowed
+                allowed = finite(allowed / self.total.abs()) if not allowed.isinf() else allowed
             allowed = allowed + 2 * FLOAT64 * finite(exact).abs()
         rounding = (oracle.roundoff(dtype) * finite(exact).abs()) + oracle.underflow(dtype)
         return Bounded(exact, allowed + rounding)
@@ -201,7 +204,7 @@ class Rows:
             return torch.zeros_like(self.m)
         f = upstream.abs().unsqueeze(-1) if upstream.dim() else upstream.abs().expand_as(self.m)
         if self.options["reduction"] == "mean":
-            f = f / self.total
+            f = f / self.total.abs()
         return finite(f) * self.live
 
     def gradient_error(self, exact: Tensor, upstream: list[Tensor | None]) -> Tensor:
@@ -336,4 +339,5 @@ PLAIN: dict[str, Any] = {
     "z_loss": 0.0,
     "softcap": None,
     "logit_scale": 1.0,
+    "denominator": None,
 }

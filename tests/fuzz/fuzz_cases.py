@@ -317,6 +317,7 @@ class LossCase:
     z_loss: float
     softcap: float | None
     logit_scale: float
+    denominator: float | None
     precompute_grad: bool
     inplace: bool
     return_stats: bool
@@ -346,6 +347,7 @@ class LossCase:
             "z_loss": self.z_loss,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
+            "denominator": self.denominator,
         }
 
     def input_shape(self) -> tuple[int, ...]:
@@ -548,6 +550,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake
         z_loss=draw(mostly(0.0, [1e-4, 0.1], 4)),
         softcap=draw(mostly(None, [0.5, 5.0, 30.0], 4)),
         logit_scale=draw(mostly(1.0, [0.5, -1.5, 0.01, 3.0], 4)),
+        denominator=None if reduction == "none" else draw(mostly(None, [1, 3.5, -7, 1000], 4)),
         precompute_grad=precompute,
         inplace=inplace,
         return_stats=stats,

@@ -167,6 +167,7 @@ class Call:
             "z_loss": case.z_loss,
             "softcap": case.softcap,
             "logit_scale": case.logit_scale,
+            "denominator": case.denominator,
             "return_stats": case.return_stats,
         }
         if case.linear is not None:

@@ -115,7 +115,7 @@ def test_against_torch(part, device, record_property):
 def test_every_mistake_is_drawn_and_refused(device):
     refused = set()
 
-    @drawn(500, "mistakes")
+    @drawn(1000, "mistakes")
     @given(fuzz_cases.mistaken_cases())
     def examples(case):
         _, error = fuzz_check.outcome(fuzz_check.Call(case, device).ours)

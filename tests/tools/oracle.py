@@ -86,7 +86,7 @@ def tolerance(
     if work == dtype:
         roundings -= 1  # the table's arithmetic ends with it
     scale = exact if scale is None else scale
-    if work == torch.float32 and quantity in ("loss", "nll", "peaked"):
+    if work == torch.float32 and quantity in ("loss", "nll", "log_softmax", "peaked"):
         scale = scale * _room(scale.abs(), TOLERANCE[quantity][work])
     if work == torch.float64:
         scale = scale.abs() + 1  # the oracle's logits and sums are of this magnitude, however small its result
@@ -177,8 +177,13 @@ def cross_entropy_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    denominator: float | None = None,
 ) -> Tensor:
     """Torch's loss of the transformed logits, and z_loss lse^2 for each row. Differentiable to any order."""
+    if denominator is not None:
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options |= {"softcap": softcap, "logit_scale": logit_scale, "reduction": "sum"}
+        return cross_entropy_loss(input, target, weight, **options) / denominator
     dim = class_dim(input)
     z = transformed(input, softcap, logit_scale).movedim(-1, dim)
     loss = F.cross_entropy(
@@ -288,6 +293,7 @@ def gradient_scale(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    denominator: float | None = None,
     **_: object,
 ) -> Tensor:
     """What errors of a gradient with respect to the logits are relative to.
@@ -304,7 +310,9 @@ def gradient_scale(
         mass = mass + (1 - label_smoothing) * w * y.movedim(dim, -1)
     rows = grad.movedim(dim, -1).shape[:-1]
     factor = torch.as_tensor(upstream, dtype=torch.float64).cpu().abs().expand(rows)
-    if reduction == "mean":
+    if denominator is not None:
+        factor = factor / abs(denominator)
+    elif reduction == "mean":
         factor = factor / total_weight(y, w, dim, ignore_index)
     terms = (factor.unsqueeze(-1) * mass.abs()).movedim(-1, dim)
     of_row = largest(grad, dim)

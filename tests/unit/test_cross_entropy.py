@@ -377,6 +377,7 @@ def test_positional_arguments_are_torchs():
         "z_loss",
         "softcap",
         "logit_scale",
+        "denominator",
         "precompute_grad",
         "inplace",
         "return_stats",

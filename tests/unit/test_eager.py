@@ -16,7 +16,7 @@ import softmax_ext
 from softmax_ext import cross_entropy, functional
 from softmax_ext.autograd.cross_entropy import CrossEntropy, EagerCrossEntropy, eager_cross_entropy
 from softmax_ext.autograd.softmax import Softmax, eager_softmax
-from softmax_ext.options import Options
+from softmax_ext.options import MEAN, Options
 
 SMOOTH = Options(dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.01, softcap=5.0, logit_scale=0.7)
 PLAIN = [
@@ -40,16 +40,21 @@ def _target(kind: str) -> Tensor:
 @pytest.mark.parametrize("options", [*PLAIN, SMOOTH])
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize("stats", [False, True])
-def test_the_short_function_is_the_long_one(options, kind, stats):
+@pytest.mark.parametrize("divisor", [None, 3.0])
+def test_the_short_function_is_the_long_one(options, kind, stats, divisor):
     """Values, first and second derivatives to the last bit."""
+    if divisor is not None:
+        options = options._replace(reduction=MEAN)
+    denominator = None if divisor is None else torch.tensor(divisor, dtype=torch.float64)
     x, target, weight = _logits(8, 10), _target(kind), torch.rand(10)
     target.requires_grad_(kind == "probabilities")
     inputs = (x, target) if target.requires_grad else (x,)
     state_and_total = slice(1, 3)
-    long = list(CrossEntropy.apply(x, target, weight, options, None, stats))
+    long = list(CrossEntropy.apply(x, target, weight, denominator, options, None, stats))
     del long[state_and_total]
-    short = list(eager_cross_entropy(x, target, weight, options, None, stats, False, False))
-    by_torch = EagerCrossEntropy.apply(x, target, weight, (options, None, stats, False, False))
+    call = (options, None, stats, False, False, denominator)
+    short = list(eager_cross_entropy(x, target, weight, *call))
+    by_torch = EagerCrossEntropy.apply(x, target, weight, call)
     by_torch = list(by_torch) if stats else [by_torch]
     first, second = [], []
     for results in (long, short, by_torch):

@@ -280,6 +280,47 @@ OPTIONS = {
     "z_loss NaN": Misuse(loss(X, Y, z_loss=NAN), ValueError, ("z_loss must be finite", "got nan"), OURS),
     "z_loss inf": Misuse(loss(X, Y, z_loss=INF), ValueError, ("z_loss must be finite", "got inf"), OURS),
     "z_loss None": Misuse(loss(X, Y, z_loss=None), TypeError, ("z_loss must be a number", "got None"), OURS),
+    "denominator str": Misuse(
+        loss(X, Y, denominator="3"), TypeError, ("denominator must be a number", "'3' (str)"), OURS
+    ),
+    "denominator bool": Misuse(loss(X, Y, denominator=True), TypeError, ("denominator must be a number", "True"), OURS),
+    "denominator complex": Misuse(loss(X, Y, denominator=3j), TypeError, ("denominator must be a number", "3j"), OURS),
+    "denominator bool tensor": Misuse(
+        loss(X, Y, denominator=torch.tensor(True)), TypeError, ("denominator must be a number or", "got bool []"), OURS
+    ),
+    "denominator complex tensor": Misuse(
+        loss(X, Y, denominator=torch.tensor(3j)), TypeError, ("denominator must be a number", "got complex64 []"), OURS
+    ),
+    "denominator of three": Misuse(
+        loss(X, Y, denominator=torch.ones(3)), ValueError, ("denominator must have one element", "float32 [3]"), OURS
+    ),
+    "denominator of none": Misuse(
+        loss(X, Y, denominator=torch.ones(0)), ValueError, ("denominator must have one element", "float32 [0]"), OURS
+    ),
+    "denominator sparse": Misuse(
+        loss(X, Y, denominator=torch.ones(1).to_sparse()), NotImplementedError, ("denominator must be a dense",), OURS
+    ),
+    "denominator meta": Misuse(
+        loss(X, Y, denominator=torch.ones((), device="meta")),
+        RuntimeError,
+        ("denominator must be on the input's device, cpu", "got meta", "Use denominator.to(input.device)"),
+        OURS,
+    ),
+    "denominator requires grad": Misuse(
+        loss(X, Y, denominator=torch.nn.Parameter(torch.tensor(2.0))),
+        TypeError,
+        ("denominator must have no derivative", "a tensor that is differentiated", "Use denominator.detach()"),
+        OURS,
+    ),
+    "denominator none": Misuse(
+        loss(X, Y, denominator=3, reduction="none"),
+        ValueError,
+        ('denominator must be None with reduction="none"',),
+        OURS,
+    ),
+    "denominator none deprecated": Misuse(
+        loss(X, Y, denominator=3, reduce=False), ValueError, ('denominator must be None with reduction="none"',), OURS
+    ),
     "softcap 0": Misuse(loss(X, Y, softcap=0.0), ValueError, ("softcap must be finite and positive", "got 0.0"), OURS),
     "softcap < 0": Misuse(
         loss(X, Y, softcap=-1.0), ValueError, ("softcap must be finite and positive", "got -1.0"), OURS
@@ -568,6 +609,16 @@ LINEAR = {
     ),
     "z_loss < 0": Misuse(loss(X, M, Y, z_loss=-1.0), ValueError, ("z_loss must be finite", "got -1.0"), OURS),
     "softcap 0": Misuse(loss(X, M, Y, softcap=0.0), ValueError, ("softcap must be finite", "got 0.0"), OURS),
+    "denominator bool": Misuse(loss(X, M, Y, denominator=True), TypeError, ("denominator must be a number",), OURS),
+    "denominator of three": Misuse(
+        loss(X, M, Y, denominator=torch.ones(3)), ValueError, ("denominator must have one element",), OURS
+    ),
+    "denominator none": Misuse(
+        loss(X, M, Y, denominator=3, reduction="none"), ValueError, ("denominator must be None with",), OURS
+    ),
+    "denominator requires grad": Misuse(
+        loss(X, M, Y, denominator=torch.nn.Parameter(torch.tensor(2.0))), TypeError, ("Use denominator.detach()",), OURS
+    ),
     "logit_scale NaN": Misuse(loss(X, M, Y, logit_scale=NAN), ValueError, ("logit_scale must be", "got nan"), OURS),
     "chunk_rows 0": Misuse(loss(X, M, Y, chunk_rows=0), ValueError, ("chunk_rows must be at least 1", "got 0"), OURS),
     "chunk_rows < 0": Misuse(loss(X, M, Y, chunk_rows=-8), ValueError, ("chunk_rows must be", "got -8"), OURS),
@@ -897,6 +948,18 @@ DIFFERENTIATED = {
 def _with_tangent(function: Callable[[Tensor], Any], value: Tensor) -> Any:
     with torch.autograd.forward_ad.dual_level():
         return function(torch.autograd.forward_ad.make_dual(value, torch.ones_like(value)))
+
+
+@pytest.mark.parametrize("how", sorted({*DIFFERENTIATED} - {"vmap"}))
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_denominator_has_no_derivative(how, linear):
+    def function(value: Tensor) -> Tensor:
+        if linear:
+            return softmax_ext.linear_cross_entropy(X, torch.eye(4), Y, denominator=value)
+        return cross_entropy(X, Y, denominator=value)
+
+    with pytest.raises(TypeError, match="denominator must have no derivative"):
+        DIFFERENTIATED[how](function, torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("how", DIFFERENTIATED)

@@ -606,13 +606,14 @@ def test_compile_under_transforms(small, options):
 
 @pytest.mark.parametrize("target", ["classes", "probabilities"])
 @pytest.mark.parametrize("needs", [[False] * 3, [True] * 3, [False, True, False]])
-def test_operator(needs, target):
+@pytest.mark.parametrize("denominator", [None, torch.tensor(3.0, dtype=torch.float64)], ids=["", "denominator"])
+def test_operator(denominator, needs, target):
     inputs = Inputs(9, extra=(2,), target=target).to(torch.bfloat16)
     operands = (inputs.input, inputs.linear_weight, inputs.linear_bias, inputs.target, None)
     numbers = Options(
         dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=None, logit_scale=1.0
     )
-    options = (*numbers, torch.float32, not any(needs), 4, needs, 1)
+    options = (*numbers, torch.float32, not any(needs), 4, needs, denominator, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)

@@ -115,14 +115,13 @@ double run(CrossEntropyParams<T> params, const Weights<T>& weights, const Layout
 template <typename T>
 void forward(const Call& call, const Forward& out) {
   const Weights<T> weights(call);
-  const double total_weight = scan_targets(call, weights);
+  const double weight_of_targets = scan_targets(call, weights);
+  const double total_weight = out.total_is_given ? *values_of<double>(out.total_weight) : weight_of_targets;
   const JointLayout joint = cross_entropy_layout(call, out.grad, std::nullopt, kLayoutRule);
   CrossEntropyParams<T> p = forward_params<T>(call, out);
   p.loss_type = out.loss_type;
   if (call.options.reduction == kNone) p.loss = out.loss.data_ptr();
-  const double* const divisor = out.grad_divisor              ? const_values_of<double>(*out.grad_divisor)
-                                : divides_by_total(call, out) ? &total_weight
-                                                              : nullptr;
+  const double* const divisor = divides_by_total(call, out) ? &total_weight : nullptr;
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
   const double sum = run(p, weights, joint.layout(), out.grad && is_non_temporal(*out.grad, call.input));
   const bool is_mean = call.options.reduction == kMean;

@@ -4,7 +4,6 @@
 // there. A class out of range makes the loss of its row NaN; with SOFTMAX_EXT_CHECK_TARGETS=1 the host asks first,
 // waits for the answer, and raises the CPU's IndexError.
 #include <cstdlib>
-#include <limits>
 #include <string>
 
 #include "../kernel_params.h"
@@ -63,7 +62,8 @@ void check_classes(const Call& call, const CrossEntropyParams<T>& p, cuda::Strea
       call.byte_target ? static_cast<const uint8_t*>(classes)[row] : static_cast<const int64_t*>(classes)[row]);
 }
 
-// The mean's denominator, for a gradient that is to be divided by it; without one it comes with the sum of the losses.
+// The mean's denominator from the targets, for a gradient that is to be divided by it; without one it comes with the sum
+// of the losses.
 template <typename T>
 void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor& total, const Workspace<T>& workspace,
                  cuda::Stream stream) {
@@ -73,11 +73,14 @@ void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor&
     cuda::sum_targets(p, call.classes, values_of<double>(total), workspace.doubles(), stream);
 }
 
-// Of no rows: a mean is 0 / 0.
+// Of no rows: the sum is 0, and a mean 0 / 0 or 0 / denominator.
 void fill_empty(const Call& call, const Forward& out) {
-  if (call.options.reduction == kMean) torch::stable::fill_(out.total_weight, 0);
-  if (call.options.reduction != kNone)
-    torch::stable::fill_(out.loss, call.options.reduction == kMean ? std::numeric_limits<double>::quiet_NaN() : 0);
+  if (call.options.reduction == kNone) return;
+  const OnDevice on(call.input);
+  const bool is_mean = call.options.reduction == kMean;
+  if (is_mean && !out.total_is_given) torch::stable::fill_(out.total_weight, 0);
+  double* total = is_mean ? values_of<double>(out.total_weight) : nullptr;
+  cuda::sum_no_losses({out.loss.data_ptr(), out.loss_type, is_mean, total, true, nullptr}, on.stream());
 }
 
 template <typename T>
@@ -92,17 +95,17 @@ void forward(const Call& call, const Forward& out) {
   check_classes(call, p, stream);
 
   const bool is_mean = call.options.reduction == kMean, divides = divides_by_total(call, out);
-  double* total = is_mean ? values_of<double>(out.total_weight) : nullptr;
-  if (divides) sum_targets(call, p, out.total_weight, workspace, stream);
-  const double* divisor = out.grad_divisor ? const_values_of<double>(*out.grad_divisor) : divides ? total : nullptr;
-  if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
+  double* total = has_total(call, out) ? values_of<double>(out.total_weight) : nullptr;
+  if (divides && !out.total_is_given) sum_targets(call, p, out.total_weight, workspace, stream);
+  if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divides ? total : nullptr, true};
   if (call.options.reduction == kNone) {
     p.loss = out.loss.data_ptr();
     p.loss_type = out.loss_type;
     return cuda::cross_entropy(p, joint.layout(), nullptr, stream);
   }
   const Tensor scratch = empty({cuda::loss_scratch_bytes(p, joint.layout())}, ScalarType::Byte, call.input);
-  const cuda::LossSum sum{out.loss.data_ptr(), out.loss_type, is_mean, total, divides, scratch.data_ptr()};
+  const cuda::LossSum sum{out.loss.data_ptr(),           out.loss_type,     is_mean, total,
+                          divides || out.total_is_given, scratch.data_ptr()};
   cuda::cross_entropy(p, joint.layout(), &sum, stream);
 }
 
