@@ -1,9 +1,12 @@
-// Launches cross entropy: which types, and whether the plain kernels do.
+// Cross entropy: which kind of kernels a call needs, and what it must be given for the sum of the losses.
 #include "cross_entropy.cuh"
-#include "dispatch.cuh"
 
 namespace softmax_ext {
 namespace cuda {
+
+// In cross_entropy_plain.cu, cross_entropy_options.cu and cross_entropy_all.cu.
+template <Kind kKind, typename T>
+void launch_kind(const CrossEntropyParams<T>&, const Layout&, const LossSum*, Stream);
 
 // Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
 inline namespace cross_entropy_cu {
@@ -16,40 +19,16 @@ Kind kind_for(const CrossEntropyParams<T>& p) {
   return smoothing || statistics || !LogitTransform(p.options).is_identity() ? Kind::kOptions : Kind::kPlain;
 }
 
-template <typename S, typename T, Kind kKind>
-void launch_as(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
-  CrossEntropyOp<S, T, kKind> op{};
-  static_cast<CrossEntropyParams<T>&>(op) = params;
-  op.layout = device_layout(layout);
-  op.reduces = params.forward;
-  op.transform = LogitTransform(params.options);
-  op.share = static_cast<T>(params.options.label_smoothing / static_cast<double>(layout.classes));
-  const bool writes = params.grad_logits || params.grad_probabilities;
-  const char* const name = kKind == Kind::kPlain ? "cross_entropy" : "cross_entropy with options";
-  launch_op(name, op, layout, writes, sum, stream);
-}
-
-template <typename S, typename T>
-void launch_typed(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
-  if constexpr (sizeof(S) > sizeof(T)) {
-    throw std::logic_error("cross_entropy: float64 logits need arithmetic in double");
-  } else {
-    const Kind kind = kind_for(params);
-    if constexpr (sizeof(T) == 4) {
-      if (kind == Kind::kPlain) return launch_as<S, T, Kind::kPlain>(params, layout, sum, stream);
-      if (kind == Kind::kOptions) return launch_as<S, T, Kind::kOptions>(params, layout, sum, stream);
-    }
-    launch_as<S, T, Kind::kAll>(params, layout, sum, stream);
-  }
-}
-
 }  // namespace cross_entropy_cu
 
 template <typename T>
 void cross_entropy(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
-  visit_dtype<Halves>(params.logits_type, [&](auto element) {
-    launch_typed<typename decltype(element)::Type>(params, layout, sum, stream);
-  });
+  const Kind kind = kind_for(params);
+  if constexpr (sizeof(T) == 4) {
+    if (kind == Kind::kPlain) return launch_kind<Kind::kPlain>(params, layout, sum, stream);
+    if (kind == Kind::kOptions) return launch_kind<Kind::kOptions>(params, layout, sum, stream);
+  }
+  launch_kind<Kind::kAll>(params, layout, sum, stream);
 }
 template void cross_entropy(const CrossEntropyParams<float>&, const Layout&, const LossSum*, Stream);
 template void cross_entropy(const CrossEntropyParams<double>&, const Layout&, const LossSum*, Stream);
@@ -59,25 +38,13 @@ template <typename T>
 int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& layout) {
   const int64_t most = most_in_thread(kind_for(params));
   const bool blocks = layout.kind == LayoutKind::kColumns && most > 0 && layout.classes <= most;
-  const int64_t units = blocks ? layout.outer * (layout.inner / kWarp + 1) : layout.outer * layout.inner + kWarpBlock;
+  const int64_t units = blocks ? layout.outer * (layout.inner / kWarp + 1) : layout.outer * layout.inner + 4;
   const int64_t groups = units / total_group_size(units) + 2;
   return (units + groups) * static_cast<int64_t>(sizeof(Totals)) +
          (groups + 1) * static_cast<int64_t>(sizeof(unsigned));
 }
 template int64_t loss_scratch_bytes(const CrossEntropyParams<float>&, const Layout&);
 template int64_t loss_scratch_bytes(const CrossEntropyParams<double>&, const Layout&);
-
-std::string kernel_for(int64_t classes, DType type, bool keeps) {
-  const int bytes = static_cast<int>(size_of(type));
-  using Plain = CrossEntropyOp<float, float, Kind::kPlain>;
-  const LayoutKind kind = classes > kSmallClasses ? LayoutKind::kRows : LayoutKind::kColumns;
-  const int chunks = bytes == 8 ? 0 : Plain::kKeptChunks;
-  const Choice choice = choose_for<Plain>(
-      {kind, classes, bytes, chunks, Plain::kKeptThreads, bytes == 8 ? 0 : Plain::kMostInThread, keeps, true},
-      current_device());
-  std::string name = name_of(choice.kernel);
-  return choice.kernel == Kernel::kCluster ? name + " of " + std::to_string(choice.cluster) : name;
-}
 
 }  // namespace cuda
 }  // namespace softmax_ext

@@ -148,8 +148,6 @@ void launch_kept(const char* name, Op op, const Layout& layout, const Choice& ch
       const int each = sum ? rows_each<Op>(choice, rows, device) : 1;
       const Grid grid = kept_grid<Op>(choice, Scope::kWarp, blocks_for(rows, each));
       launch_as(kept_rows<Op, Scope::kWarp>, grid, grid.blocks * (kWarpBlock / kWarp), each);
-    } else if (choice.kernel == Kernel::kBlock) {
-      launch_as(kept_rows<Op, Scope::kBlock>, kept_grid<Op>(choice, Scope::kBlock, rows), rows, 1);
     } else {
       launch_as(kept_rows<Op, Scope::kCluster>, kept_grid<Op>(choice, Scope::kCluster, rows), rows, 1);
     }

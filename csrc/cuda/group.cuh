@@ -9,7 +9,7 @@
 namespace softmax_ext {
 namespace cuda {
 
-// Clusters are there from 9.0 on, and on the host, which only names the kernels.
+// From 9.0 on, and on the host, which only names the kernels. Elsewhere a cluster is one block.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define SOFTMAX_EXT_CLUSTERS 1
 #else
@@ -91,7 +91,8 @@ __device__ __forceinline__ void reduce_block(V& value, V* shared) {
 
 // ---- groups --------------------------------------------------------------------------------------------------------
 
-// kWarp: 8, 16 or 32 lanes of a warp. kLanes: the threads of a block that have the same lane number.
+// kWarp: 8, 16 or 32 lanes of a warp. kCluster: one block or more. kLanes: the threads of a block that have the same lane
+// number.
 enum class Scope { kWarp, kBlock, kCluster, kLanes };
 
 // The reductions of one row have a slot of shared memory each, in the order in which they are called.
@@ -124,13 +125,10 @@ struct Group {
       thread = threadIdx.x / kWarp;
       row = blockIdx.x * kWarp + threadIdx.x % kWarp;
     } else {
-#if SOFTMAX_EXT_CLUSTERS
-      const auto cluster = cooperative_groups::this_cluster();
-      const int rank = static_cast<int>(cluster.block_rank()), blocks = static_cast<int>(cluster.num_blocks());
+      const int blocks = cluster_blocks();
       size = blocks * blockDim.x;
-      thread = rank * blockDim.x + threadIdx.x;
+      thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;
       row = blockIdx.x / blocks;
-#endif
     }
   }
 
@@ -147,7 +145,7 @@ struct Group {
         reduce_columns(value, shared);
       } else {
         reduce_block(value, shared);
-        if constexpr (kScope == Scope::kCluster) reduce_cluster(value, shared);
+        if (kScope == Scope::kCluster && cluster_blocks() > 1) reduce_cluster(value, shared);
       }
     }
   }
@@ -162,11 +160,19 @@ struct Group {
   // The last thing a thread does: a block that has left takes its shared memory, which others may read, with it.
   __device__ __forceinline__ void leave() const {
 #if SOFTMAX_EXT_CLUSTERS
-    if constexpr (kScope == Scope::kCluster) cooperative_groups::this_cluster().sync();
+    if (kScope == Scope::kCluster && cluster_blocks() > 1) cooperative_groups::this_cluster().sync();
 #endif
   }
 
  private:
+  __device__ __forceinline__ static int cluster_blocks() {
+#if SOFTMAX_EXT_CLUSTERS
+    return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+#else
+    return 1;
+#endif
+  }
+
   // Values of the cluster's blocks go through the slot's last place.
   template <typename V>
   __device__ __forceinline__ static void reduce_cluster(V& value, V* shared) {

@@ -24,9 +24,6 @@ template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKeptThreads,
                                   kScope == Scope::kWarp ? (Op::kPredicts ? 4 : 5) : 1)
     kept_rows(const __grid_constant__ Op op, int lanes, unsigned rows, unsigned rows_each) {
-#if !SOFTMAX_EXT_CLUSTERS
-  if constexpr (kScope == Scope::kCluster) return;
-#endif
   using T = typename Op::T;
   using Sums = typename Op::Sums;
   constexpr bool kWarps = kScope == Scope::kWarp;

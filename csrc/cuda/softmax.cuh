@@ -59,6 +59,7 @@ struct SoftmaxBackwardOp : SimpleOp {
   static constexpr int kInputs = 2, kOutputOperand = kSoftmaxInput;
   static constexpr bool kMaximum = false;
   static constexpr int kKeptChunks = sizeof(T) == 8 ? 0 : 4, kStreamedChunks = sizeof(T) == 8 ? 1 : 2;
+  static constexpr int64_t kMostInThread = kSmallClasses / 2;
 
   struct Coefficients {
     T total;

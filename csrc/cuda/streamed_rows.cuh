@@ -22,10 +22,8 @@ namespace cuda {
 constexpr int kStreamThreads = 256;
 
 // That a thread has under way: of single elements, enough for the latency, and few sums to merge.
-template <typename Op>
-constexpr int streamed_chunks(int size) {
-  return size > 1 ? Op::kStreamedChunks : sizeof(typename Op::T) == 8 ? 4 : 8;
-}
+template <typename Op, int kSize>
+constexpr int kStreamedChunks = kSize > 1 ? Op::kStreamedChunks : (sizeof(typename Op::T) == 8 ? 4 : 8) / Op::kInputs;
 
 // Of a part of a row without a reduction.
 template <typename Op>
@@ -37,7 +35,7 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
   using T = typename Op::T;
   using Sums = typename Op::Sums;
   constexpr bool kLanes = kScope == Scope::kLanes;
-  constexpr int kChunks = streamed_chunks<Op>(kSize), kThreads = kLanes ? kStreamThreads / kWarp : kStreamThreads;
+  constexpr int kChunks = kStreamedChunks<Op, kSize>, kThreads = kLanes ? kStreamThreads / kWarp : kStreamThreads;
   if (op.is_done()) return;
   const Group<kScope> group(0);
   const unsigned outer = blockIdx.x / slots, slot = blockIdx.x - outer * slots;

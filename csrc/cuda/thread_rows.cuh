@@ -154,7 +154,8 @@ struct RowAccess {
 
 // `rows` of a block, of which there are `tiles` for each outer index.
 template <typename Op, int kMost, bool kStaged>
-__global__ void __launch_bounds__(kRowThreads) thread_rows(const __grid_constant__ Op op, int rows, unsigned tiles) {
+__global__ void __launch_bounds__(kRowThreads, kMost* kThreadRows<Op, kStaged> > 64 ? 2 : 3)
+    thread_rows(const __grid_constant__ Op op, int rows, unsigned tiles) {
   using In = typename Op::In;
   using Out = typename Op::Out;
   constexpr int kRows = kThreadRows<Op, kStaged>;

@@ -31,12 +31,12 @@ class Limit(NamedTuple):
     inputs: int = 1
 
 
-def streamed(element: str) -> str:
-    return rf"^streamed_rows<CrossEntropyOp<{element}, float, false>"
+def streamed(element: str, size: int) -> str:
+    return rf"^streamed_rows<CrossEntropyOp<{element}, float, \(Kind\)0>, {size}, \(Scope\)1"
 
 
-def kept(element: str) -> str:
-    return rf"^kept_rows<CrossEntropyOp<{element}, float, false>, \(Scope\)1"
+def kept(element: str, scope: int) -> str:
+    return rf"^kept_rows<CrossEntropyOp<{element}, float, \(Kind\)0>, \(Scope\){scope}"
 
 
 # forward: the loop that loads and stores nothing. backward: the loop that does both. fused: the whole kernel.
