@@ -2,6 +2,7 @@
 
 python benchmarks/studies/accuracy.py             writes the tables between their comments, in minutes (make accuracy)
 python benchmarks/studies/accuracy.py --print     prints them and writes nothing
+python benchmarks/studies/accuracy.py --emulated  prints those of the CUDA kernels, run by tests/emulator/
 
 mpmath computes every result from the logits as they are stored in their dtype. The unit in the last place (ULP) of an
 exact value is the distance of the dtype's numbers around it; below the smallest normal number it is that number's.
@@ -285,6 +286,14 @@ def table(dtype: torch.dtype, found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
+def _emulate_cuda() -> None:
+    """Puts the emulator's kernels in the place of the CPU's."""
+    sys.path.append(str(_ROOT / "tests" / "emulator"))
+    import emulator
+
+    torch.ops.load_library(emulator.build("libemulated.so"))
+
+
 def _environment() -> str:
     isa = ops.library.selected_isa()
     return f"softmax_ext {softmax_ext.__version__} with {isa} kernels, torch {torch.__version__}."
@@ -294,10 +303,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--print", action="store_true", help="write nothing")
+    parser.add_argument("--emulated", action="store_true", help="the CUDA kernels, on the CPU; writes nothing")
     options = parser.parse_args(arguments)
+    if options.emulated:
+        _emulate_cuda()
     found = {dtype: cells(pose(dtype, INPUTS)) for dtype in DTYPES}
     text = "\n\n".join([_environment(), *(table(dtype, of_dtype) for dtype, of_dtype in found.items())])
-    if options.print:
+    if options.print or options.emulated:
         print(text)
     else:
         _DOCUMENT.write_text(between(_DOCUMENT.read_text(), BEGIN, END, text))

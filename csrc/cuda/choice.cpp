@@ -8,8 +8,6 @@ namespace cuda {
 
 namespace {
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int whole_warps(int64_t threads) { return static_cast<int>(divide_up(threads, 32) * 32); }
 
 // Those that hold a row in registers, shortest rows first. `threads`: the most that take one row, each with as many
@@ -32,8 +30,6 @@ constexpr Line kKept[] = {
     {Kernel::kBlock, 1024, 1, false},
     // 128256 classes of bfloat16: 8 blocks of 256 82 %, 4 of 512 78 %, 2 of 1024 74 %; two passes 73 %.
     {Kernel::kCluster, 512, 8, false},
-    // 262144 classes of float32, where the device has such clusters. Not measured.
-    {Kernel::kCluster, 512, 16, false},
 };
 
 }  // namespace
@@ -48,7 +44,7 @@ Choice choose(const RowShape& shape, const Device& device) {
   for (const Line& line : kKept) {
     // Long rows that are read once anyway: 256 threads with four chunks under way reach the card's limit (98 to 106 %).
     if (line.kernel != Kernel::kWarp && !shape.keeps) break;
-    if (line.cluster > 1 && (device.capability < 90 || line.cluster > device.cluster_blocks)) continue;
+    if (line.cluster > 1 && device.capability < 90) continue;
     if (line.threads < 16 && shape.element_bytes == 2) continue;
     const int held = line.half ? shape.kept_chunks / 2 : shape.kept_chunks;
     const int64_t threads = divide_up(std::max<int64_t>(chunks, 1), held);
@@ -60,15 +56,8 @@ Choice choose(const RowShape& shape, const Device& device) {
 }
 
 const char* name_of(Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kThread: return "thread";
-    case Kernel::kWarp: return "warp";
-    case Kernel::kBlock: return "block";
-    case Kernel::kCluster: return "cluster";
-    case Kernel::kStream: return "stream";
-    case Kernel::kLanes: return "lanes";
-  }
-  return "";
+  constexpr const char* kNames[] = {"thread", "warp", "block", "cluster", "stream", "lanes"};
+  return kNames[static_cast<int>(kernel)];
 }
 
 }  // namespace cuda

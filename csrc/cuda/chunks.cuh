@@ -7,37 +7,11 @@
 namespace softmax_ext {
 namespace cuda {
 
-// ---- words ---------------------------------------------------------------------------------------------------------
-
-// What one load or store moves, and the registers that it fills.
+// What one load or store of so many bytes moves.
 template <int kBytes>
-struct Move;
-template <>
-struct Move<16> {
-  using Type = uint4;
-  __device__ __forceinline__ static void unpack(const uint4& v, unsigned* w) {
-    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-  }
-  __device__ __forceinline__ static uint4 pack(const unsigned* w) { return make_uint4(w[0], w[1], w[2], w[3]); }
-};
-template <>
-struct Move<8> {
-  using Type = uint2;
-  __device__ __forceinline__ static void unpack(const uint2& v, unsigned* w) { w[0] = v.x, w[1] = v.y; }
-  __device__ __forceinline__ static uint2 pack(const unsigned* w) { return make_uint2(w[0], w[1]); }
-};
-template <>
-struct Move<4> {
-  using Type = unsigned;
-  __device__ __forceinline__ static void unpack(unsigned v, unsigned* w) { w[0] = v; }
-  __device__ __forceinline__ static unsigned pack(const unsigned* w) { return w[0]; }
-};
-template <>
-struct Move<2> {
-  using Type = unsigned short;
-  __device__ __forceinline__ static void unpack(unsigned short v, unsigned* w) { w[0] = v; }
-  __device__ __forceinline__ static unsigned short pack(const unsigned* w) { return static_cast<unsigned short>(w[0]); }
-};
+using Moved = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
 // ---- chunks --------------------------------------------------------------------------------------------------------
 
@@ -45,8 +19,9 @@ struct Move<2> {
 // as many.
 template <typename E, int kSize>
 struct Chunk {
-  static constexpr int kBytes = kSize * sizeof(E), kWords = (kBytes + 3) / 4, kMoved = kBytes < 16 ? kBytes : 16;
-  unsigned word[kWords];
+  static constexpr int kBytes = kSize * sizeof(E);
+  using M = Moved<(kBytes < 16 ? kBytes : 16)>;
+  unsigned word[(kBytes + 3) / 4];
 
   __device__ __forceinline__ auto operator[](int i) const {
     if constexpr (sizeof(E) == 8)
@@ -72,24 +47,26 @@ struct Chunk {
 // kLast: nobody will read it again soon.
 template <bool kLast, int kSize, typename E>
 __device__ __forceinline__ Chunk<E, kSize> load_chunk(const E* from) {
-  using C = Chunk<E, kSize>;
-  using M = Move<C::kMoved>;
-  C chunk;
+  Chunk<E, kSize> chunk{};
+  using M = typename Chunk<E, kSize>::M;
 #pragma unroll
-  for (int i = 0; i < C::kBytes / C::kMoved; i++) {
-    const auto* const place = reinterpret_cast<const typename M::Type*>(from) + i;
-    M::unpack(kLast ? __ldcs(place) : *place, chunk.word + i * 4);
+  for (unsigned i = 0; i < kSize * sizeof(E) / sizeof(M); i++) {
+    const M* const place = reinterpret_cast<const M*>(from) + i;
+    const M moved = kLast ? __ldcs(place) : *place;
+    memcpy(chunk.word + i * 4, &moved, sizeof(M));
   }
   return chunk;
 }
 
 template <int kSize, typename E>
 __device__ __forceinline__ void store_chunk(E* to, const Chunk<E, kSize>& chunk) {
-  using C = Chunk<E, kSize>;
-  using M = Move<C::kMoved>;
+  using M = typename Chunk<E, kSize>::M;
 #pragma unroll
-  for (int i = 0; i < C::kBytes / C::kMoved; i++)
-    __stcs(reinterpret_cast<typename M::Type*>(to) + i, M::pack(chunk.word + i * 4));
+  for (unsigned i = 0; i < kSize * sizeof(E) / sizeof(M); i++) {
+    M moved;
+    memcpy(&moved, chunk.word + i * 4, sizeof(M));
+    __stcs(reinterpret_cast<M*>(to) + i, moved);
+  }
 }
 
 // Of values for an output of type E. Rounds pairs where the type has an instruction for that.
@@ -113,7 +90,7 @@ __device__ __forceinline__ void load_values(const void* data, DType type, int64_
   visit_dtype<Halves>(type, [&](auto element) {
     using E = typename decltype(element)::Type;
     const E* const from = static_cast<const E*>(data) + first;
-    if (stride == 1 && count == n && reinterpret_cast<uintptr_t>(from) % Chunk<E, n>::kMoved == 0) {
+    if (stride == 1 && count == n && reinterpret_cast<uintptr_t>(from) % sizeof(typename Chunk<E, n>::M) == 0) {
       const Chunk<E, n> chunk = load_chunk<false, n>(from);
 #pragma unroll
       for (int i = 0; i < n; i++) values[i] = static_cast<T>(chunk[i]);

@@ -39,7 +39,7 @@ int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& la
   const int64_t most = most_in_thread(kind_for(params));
   const bool blocks = layout.kind == LayoutKind::kColumns && most > 0 && layout.classes <= most;
   const int64_t units = blocks ? layout.outer * (layout.inner / kWarp + 1) : layout.outer * layout.inner + 4;
-  const int64_t groups = units / total_group_size(units) + 2;
+  const int64_t groups = total_group_size(units);  // of fewer units too: a group's size is no less than their number
   return (units + groups) * static_cast<int64_t>(sizeof(Totals)) +
          (groups + 1) * static_cast<int64_t>(sizeof(unsigned));
 }

@@ -35,7 +35,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   using Math = ScalarMath<T>;
   using Sums = std::conditional_t<kGeneral, RowSums<T>, ExpSum<T>>;
   static constexpr int kInputs = 1, kOutputOperand = kGradLogits;
-  static constexpr bool kMaximum = true, kPredicts = kGeneral;
+  static constexpr bool kMaximum = true, kPredicts = kGeneral, kHasTotal = true;
   // What 64 registers hold; and loads under way at once.
   static constexpr int kKeptChunks = kKind == Kind::kAll ? 0 : 8, kKeptThreads = kGeneral ? 512 : 1024;
   static constexpr int64_t kMostInThread = most_in_thread(kKind);
@@ -65,7 +65,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   __device__ __forceinline__ T sign() const { return kGeneral && transform.scale < 0 ? T(-1) : T(1); }
   __device__ __forceinline__ T logit(T x) const {
     if (!kGeneral) return x;
-    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap) : x * transform.scale;
+    // Rounded before anything is subtracted: the largest logit less the maximum is to be 0.
+    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap)
+                                 : rounded_product(x, transform.scale);
   }
 
   // ---- what is known of a row beforehand
@@ -153,7 +155,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         load_weights(c, count, w);
         load_probabilities(row, c, count, q);
         each([&](int i) {
-          const T b = w[i] * multiply_add(q[i], 1 - this->options.label_smoothing, share);
+          const T b = w[i] * fma(q[i], 1 - this->options.label_smoothing, share);
           sums.dot += product_or_zero(b, d[i]);
           sums.b_sum += b;
           sums.q_dot += product_or_zero(q[i], d[i]);
@@ -188,54 +190,24 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     return rules;
   }
 
-  // The row's sums as backward needs them.
-  struct State {
-    T max, rest, b_sum, q_sum;
-  };
-
-  __device__ __forceinline__ Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z,
-                                                 bool leader, Totals& total_share) const {
-    State s{outcome.max, outcome.rest, 1, 1};
-    if (!reduces) s = {row.max, row.rest, 1, 1};
-    if (is_skipped(row)) s = {0, 0, 1, 1};
-    if constexpr (kGeneral)
-      if (!has_classes()) {
-        s.b_sum = reduces ? sums.b_sum : this->state[2 * this->rows + row.number];
-        s.q_sum = reduces ? sums.q_sum : this->state[3 * this->rows + row.number];
-      }
-    // The leader asks for it, and some options.
-    const T log_sum = kGeneral || leader || this->options.z_loss != 0 ? log1p_of(s.rest) : T(0);
-    const StateRow state{*this, row, s, log_sum, z, this->weight && target(row) >= 0 ? this->weight[row.y] : T(1)};
-    if (reduces && leader) total_share = write_row(state, sums, outcome.prediction);
-    if (!writes_anything()) return {};
-    Coefficients k{gradient_coefficients<Math>(rules(), GradientRow{state, leader}), s.max};
-    if (is_out_of_range(row)) k.alpha = not_a_number<T>();
-    return k;
-  }
-
   // One row as row_math.h asks for it.
   struct StateRow {
     const CrossEntropyOp& op;
     const Row& row;
-    const State s;
-    const T log_of_sum, target_logit, target_weight;
+    const Sums& sums;
+    bool leader;
+    T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_logit, target_weight;
 
-    __device__ __forceinline__ T max() const { return s.max; }
-    __device__ __forceinline__ T rest() const { return s.rest; }
+    __device__ __forceinline__ T max() const { return state_max; }
+    __device__ __forceinline__ T rest() const { return state_rest; }
     __device__ __forceinline__ T log_sum() const { return log_of_sum; }
     __device__ __forceinline__ T z() const { return target_logit; }
     __device__ __forceinline__ T weight() const { return target_weight; }
     __device__ __forceinline__ T weight_sum() const {
       return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.layout.classes);
     }
-    __device__ __forceinline__ T b_sum() const { return s.b_sum; }
-    __device__ __forceinline__ T q_sum() const { return s.q_sum; }
-  };
-
-  // With the sums that are wanted in forward alone.
-  struct SummedRow : StateRow {
-    const Sums& sums;
-
+    __device__ __forceinline__ T b_sum() const { return state_b_sum; }
+    __device__ __forceinline__ T q_sum() const { return state_q_sum; }
     __device__ __forceinline__ T dot() const {
       if constexpr (kGeneral) return sums.dot;
       return 0;
@@ -244,54 +216,66 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       if constexpr (kGeneral) return sums.q_dot;
       return 0;
     }
+    __device__ __forceinline__ T upstream(const RowValues& values) const {
+      return kGeneral ? row_value<T>(values, row.number) : T(0);
+    }
+    __device__ __forceinline__ T g_loss() const { return op.is_live(row) ? row.g : T(0); }
+    __device__ __forceinline__ T g_lse() const { return upstream(op.grad_lse); }
+    __device__ __forceinline__ T g_nll() const { return op.is_live(row) ? upstream(op.grad_nll) : T(0); }
+    __device__ __forceinline__ T g_entropy() const { return upstream(op.grad_entropy); }
+    __device__ __forceinline__ T entropy() const { return op.entropy[row.number]; }
+    __device__ __forceinline__ bool has_target() const { return leader && op.target(row) >= 0; }
+    __device__ __forceinline__ T exp_at_target(T d) const { return exp(d); }
+    __device__ __forceinline__ T tanh_at_target(T z) const { return z * op.transform.inverse_cap; }
   };
 
-  struct GradientRow : StateRow {
-    bool leader;
-
-    __device__ __forceinline__ T g_loss() const { return this->op.is_live(this->row) ? this->row.g : T(0); }
-    __device__ __forceinline__ T g_lse() const {
-      return kGeneral ? row_value<T>(this->op.grad_lse, this->row.number) : T(0);
-    }
-    __device__ __forceinline__ T g_nll() const {
-      return kGeneral && this->op.is_live(this->row) ? row_value<T>(this->op.grad_nll, this->row.number) : T(0);
-    }
-    __device__ __forceinline__ T g_entropy() const {
-      return kGeneral ? row_value<T>(this->op.grad_entropy, this->row.number) : T(0);
-    }
-    __device__ __forceinline__ T entropy() const { return this->op.entropy[this->row.number]; }
-    __device__ __forceinline__ bool has_target() const { return leader && this->op.target(this->row) >= 0; }
-    __device__ __forceinline__ T exp_at_target(T d) const { return exact_exp(d); }
-    __device__ __forceinline__ T tanh_at_target(T z) const { return z * this->op.transform.inverse_cap; }
-  };
+  __device__ __forceinline__ Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z,
+                                                 bool leader, Totals& total_share) const {
+    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1};
+    if (!reduces) s.state_max = row.max, s.state_rest = row.rest;
+    if (is_skipped(row)) s.state_max = s.state_rest = 0;
+    if constexpr (kHasProbabilities)
+      if (!has_classes()) {
+        s.state_b_sum = reduces ? sums.b_sum : this->state[2 * this->rows + row.number];
+        s.state_q_sum = reduces ? sums.q_sum : this->state[3 * this->rows + row.number];
+      }
+    // The leader asks for it, and some options.
+    if (kGeneral || leader || this->options.z_loss != 0) s.log_of_sum = log1p(s.state_rest);
+    if (this->weight && target(row) >= 0) s.target_weight = this->weight[row.y];
+    if (reduces && leader) total_share = write_row(s, outcome.prediction);
+    if (!writes_anything()) return {};
+    Coefficients k{gradient_coefficients<Math>(rules(), s), s.state_max};
+    if (is_out_of_range(row)) k.alpha = not_a_number<T>();
+    return k;
+  }
 
   // What forward writes of a row; returns its share of the total.
-  __device__ __forceinline__ Totals write_row(const StateRow& state, const Sums& sums, int prediction) const {
-    const int64_t row = state.row.number, rows = this->rows;
+  __device__ __forceinline__ Totals write_row(const StateRow& s, int prediction) const {
+    const int64_t row = s.row.number, rows = this->rows;
     RowRules<T> forward_rules = rules();
     if (!kGeneral) forward_rules.eps = 0;
-    const RowLoss<T> of = row_loss<Math>(forward_rules, SummedRow{state, sums});
+    const RowLoss<T> of = row_loss<Math>(forward_rules, s);
     T loss = of.loss, nll = of.nll;
-    const bool out_of_range = is_out_of_range(state.row), live = is_live(state.row);
+    const bool out_of_range = is_out_of_range(s.row), live = is_live(s.row);
     if (out_of_range) loss = nll = not_a_number<T>();
     if (!live) loss = nll = 0;
     if (this->loss) store_value(loss, this->loss, this->loss_type, row);
     if (this->state) {
-      this->state[row] = state.s.max;
-      this->state[rows + row] = state.s.rest;
+      this->state[row] = s.state_max;
+      this->state[rows + row] = s.state_rest;
       if (!has_classes()) {
-        this->state[2 * rows + row] = state.s.b_sum;
-        this->state[3 * rows + row] = state.s.q_sum;
+        this->state[2 * rows + row] = s.state_b_sum;
+        this->state[3 * rows + row] = s.state_q_sum;
       }
     }
     if constexpr (kGeneral)
       if (this->stats) {
         this->lse[row] = of.lse;
         this->nll[row] = nll;
-        this->entropy[row] = row_entropy<Math>(of.log_sum, sums.weighted, state.s.rest);
+        this->entropy[row] = row_entropy<Math>(of.log_sum, s.sums.weighted, s.state_rest);
         this->prediction[row] = prediction;
       }
-    return {static_cast<double>(loss), live && !out_of_range ? static_cast<double>(state.target_weight) : 0};
+    return {static_cast<double>(loss), live && !out_of_range ? static_cast<double>(s.target_weight) : 0};
   }
   __device__ __forceinline__ void add_to_total(const Totals& totals, unsigned unit, bool has) const {
     total.add(totals, unit, has);

@@ -14,20 +14,17 @@ namespace cuda {
 template <typename Op>
 constexpr int64_t kMostInThread = sizeof(typename Op::T) == 4 ? Op::kMostInThread : 0;
 
-inline int64_t blocks_for(int64_t n, int64_t each) { return (n + each - 1) / each; }
-
 // Tells the Op where its total is summed, and by how many units; the counters begin at 0.
 template <typename Op>
 void prepare_total(Op& op, const LossSum* sum, int64_t units, cudaStream_t stream) {
-  if constexpr (std::is_base_of<SimpleOp, Op>::value)
-    return;
-  else if (sum) {
-    if (units > UINT32_MAX) throw std::runtime_error("softmax_ext: the losses of 2^32 rows or more cannot be summed.");
+  if constexpr (Op::kHasTotal) {
+    if (!sum) return;
+    if (units > INT32_MAX) throw std::runtime_error("softmax_ext: on CUDA the losses of 2^31 rows cannot be summed.");
     LossTotal& total = op.total;
     total.to = *sum;
     total.units = static_cast<unsigned>(units);
     total.group_size = total_group_size(units);
-    total.groups = static_cast<unsigned>(blocks_for(units, total.group_size));
+    total.groups = static_cast<unsigned>(divide_up(units, total.group_size));
     total.shares = static_cast<Totals*>(sum->scratch);
     total.counters = reinterpret_cast<unsigned*>(total.shares + units + total.groups);
     check(cudaMemsetAsync(total.counters, 0, (total.groups + 1) * sizeof(unsigned), stream), "cudaMemsetAsync");
@@ -78,7 +75,7 @@ void launch_threads_as(const char* name, Op op, const Layout& layout, const Loss
     while (rows > kWarp && bytes() > kMostBytes) rows /= 2;
     shared = bytes();
   }
-  const int64_t tiles = blocks_for(layout.inner, rows), blocks = tiles * layout.outer;
+  const int64_t tiles = divide_up(layout.inner, rows), blocks = tiles * layout.outer;
   prepare_total(op, sum, blocks, stream);
   shared = std::max(shared, static_cast<int>(sizeof(Totals)) * kWarp);
   launch(name, thread_rows<Op, kMost, kStaged>, {blocks, kRowThreads, 1, shared}, stream, op, rows,
@@ -104,10 +101,9 @@ void launch_streamed(const char* name, Op op, const Layout& layout, bool lanes, 
   constexpr int kSize = 16 / sizeof(typename Op::In);
   prepare_total(op, sum, layout.outer * layout.inner, stream);
   const Scope scope = lanes ? Scope::kLanes : Scope::kBlock;
-  const int64_t chunks = blocks_for(layout.classes, congruent ? kSize : 1);
-  const int64_t slots = lanes        ? blocks_for(layout.inner, kWarp)
-                        : op.reduces ? 1
-                                     : std::max<int64_t>(1, blocks_for(chunks, kPartChunks<Op>));
+  const int64_t part = congruent ? kSize * kPartChunks<Op, kSize> : kPartChunks<Op, 1>;
+  const int64_t parts = op.reduces ? 1 : std::max<int64_t>(1, divide_up(layout.classes, part));
+  const int64_t slots = lanes ? divide_up(layout.inner, kWarp) : parts;
   const Grid grid{layout.outer * slots, kStreamThreads, 1,
                   op.reduces ? kSlots * slot_bytes<typename Op::Sums>(scope, kStreamThreads) : 0};
   const auto launch_as = [&](auto kernel) { launch(name, kernel, grid, stream, op, static_cast<unsigned>(slots)); };
@@ -123,7 +119,7 @@ template <typename Op>
 Grid kept_grid(const Choice& choice, Scope scope, int64_t rows) {
   const int64_t rows_of_block = scope == Scope::kWarp ? kWarpBlock / choice.threads : 1;
   const int threads = scope == Scope::kWarp ? kWarpBlock : choice.threads;
-  return {blocks_for(rows, rows_of_block) * choice.cluster, threads, choice.cluster,
+  return {divide_up(rows, rows_of_block) * choice.cluster, threads, choice.cluster,
           kSlots * slot_bytes<typename Op::Sums>(scope, threads)};
 }
 
@@ -146,7 +142,7 @@ void launch_kept(const char* name, Op op, const Layout& layout, const Choice& ch
     };
     if (choice.kernel == Kernel::kWarp) {
       const int each = sum ? rows_each<Op>(choice, rows, device) : 1;
-      const Grid grid = kept_grid<Op>(choice, Scope::kWarp, blocks_for(rows, each));
+      const Grid grid = kept_grid<Op>(choice, Scope::kWarp, divide_up(rows, each));
       launch_as(kept_rows<Op, Scope::kWarp>, grid, grid.blocks * (kWarpBlock / kWarp), each);
     } else {
       launch_as(kept_rows<Op, Scope::kCluster>, kept_grid<Op>(choice, Scope::kCluster, rows), rows, 1);
@@ -164,10 +160,6 @@ Choice choose_for(const RowShape& shape, Device device) {
     const auto kernel = kept_rows<Op, Scope::kCluster>;
     if (choice.kernel == Kernel::kCluster) {
       device.capability = capability_of_code(kernel);
-      choice = choose(shape, device);
-    }
-    if (choice.cluster > kPortableCluster && !fits(kernel, kept_grid<Op>(choice, Scope::kCluster, 1))) {
-      device.cluster_blocks = kPortableCluster;
       choice = choose(shape, device);
     }
   }

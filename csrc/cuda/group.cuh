@@ -95,7 +95,7 @@ __device__ __forceinline__ void reduce_block(V& value, V* shared) {
 // number.
 enum class Scope { kWarp, kBlock, kCluster, kLanes };
 
-// The reductions of one row have a slot of shared memory each, in the order in which they are called.
+// The reductions of one row have a slot of shared memory each: none has to wait until all threads have read another's.
 enum Slot { kMaxSlot, kSumSlot, kRestSlot, kPredictionSlot, kSlots };
 
 // Bytes of a slot, for values of at most sizeof(V): one of each warp and one of the block, or one of each thread.
@@ -113,9 +113,9 @@ struct Group {
 
   __device__ __forceinline__ explicit Group(int lanes) {
     if constexpr (kScope == Scope::kWarp) {
-      size = lanes;
-      thread = threadIdx.x % lanes;
-      row = blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+      size = lanes;  // a power of two
+      thread = threadIdx.x & (lanes - 1);
+      row = (blockIdx.x * blockDim.x + threadIdx.x) >> (__ffs(lanes) - 1);
     } else if constexpr (kScope == Scope::kBlock) {
       size = blockDim.x;
       thread = threadIdx.x;
@@ -125,10 +125,10 @@ struct Group {
       thread = threadIdx.x / kWarp;
       row = blockIdx.x * kWarp + threadIdx.x % kWarp;
     } else {
-      const int blocks = cluster_blocks();
+      const int blocks = cluster_blocks();  // a power of two
       size = blocks * blockDim.x;
-      thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;
-      row = blockIdx.x / blocks;
+      thread = (blockIdx.x & (blocks - 1)) * blockDim.x + threadIdx.x;
+      row = blockIdx.x >> (__ffs(blocks) - 1);
     }
   }
 

@@ -1,14 +1,20 @@
 // The kernel that keeps a row in registers between its reduction and its output: it reads and writes a row once. Rows
-// have adjacent classes. Part of a warp takes a row, a block, or a cluster of blocks.
+// have adjacent classes. A row is taken by 8, 16 or 32 lanes of a warp, by a block, or by a cluster of blocks; each of
+// their threads holds up to Op::kKeptChunks chunks of 16 bytes of each input (with 8: 256 chunks in a warp, 8192 in a
+// block of 1024 threads, 32768 in a cluster of 8 blocks of 512).
 //
-//   1. Each thread loads its chunks of 16 bytes: thread, thread + size, ... The first half is under way before the target
-//      is known; the second half, and all use of them, is left out where the row is ignored.
-//   2. The group finds the largest logit, and sums exponentials relative to it.
-//   3. Each thread computes the output of its chunks from what it kept. The thread that holds the target class, the
-//      leader, also writes what the row has besides (loss, state) and overwrites that class, whose gradient takes more
-//      care.
+//   1. Each thread loads its chunks: thread, thread + size, ... The first half is under way before the target is known;
+//      the second half, and all use of them, is left out where the row is skipped (ignored, and nothing wanted of it).
+//      Up to 14 elements are in no chunk; each of the first threads, which are no fewer, takes one of these.
+//   2. The group finds the largest logit, and sums exponentials relative to it, that of the largest too. Where that makes
+//      up most of the sum, `rest`, the sum without it, is added up anew (sums.cuh): one warp reads one thread's chunks
+//      once more.
+//   3. Each thread computes the output of its chunks from what it kept. One thread, the leader, also writes what the row
+//      has besides (loss, state), and overwrites the target class, whose gradient takes more care. It is the thread that
+//      holds that class: so it needs no barrier, in place neither. Without a target it is the first.
 //
-// Without a reduction (backward) step 2 is left out; short rows come here for that too. What an Op is: op.cuh.
+// hide() keeps the compiler from holding a half type's values twice, as they are and widened. Without a reduction
+// (backward) step 2 is left out; short rows come here for that too. What an Op is: op.cuh.
 #pragma once
 
 #include "op.cuh"
@@ -18,8 +24,8 @@ namespace cuda {
 
 constexpr int kWarpBlock = 128;  // threads of a block whose warps have rows of their own
 
-// A warp's rows leave space for five blocks on a multiprocessor. Others may have as many registers as 1024 threads can.
-// rows_each: that a part of a warp takes one after the other, so that it adds to the total of the losses once for all.
+// In warps five blocks are to fit on a multiprocessor, with options four; there rows_each rows are taken one after the
+// other, so that a warp adds to the total of the losses once for all its rows.
 template <typename Op, Scope kScope>
 __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKeptThreads,
                                   kScope == Scope::kWarp ? (Op::kPredicts ? 4 : 5) : 1)
@@ -34,7 +40,6 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
     const unsigned number = kWarps ? group.row * rows_each + i : group.row;
     const bool exists = number < rows;
     const Position at = locate(op.layout, exists ? number : 0, 0);
-    const auto row = op.row(at);
     const RowPointers<Op> data(op, at);
     const Cut<kSize> cut(data.input[0], exists ? op.layout.classes : 0);
 
@@ -44,6 +49,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
     for (int k = 0; k < kFirst; k++)
       if (group.thread + k * group.size < cut.chunks)
         held[k] = data.template load<true, kSize>(cut.of_chunk(group.thread + k * group.size));
+    const auto row = op.row(at);
     const int target = op.target(row);
     const bool leader = exists && group.thread == (target < 0 ? 0 : owner(cut, target, group.size));
     const bool skipped = op.is_skipped(row);
@@ -88,14 +94,9 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
       const auto own_sums = sums;
       group.template reduce<Sums>(sums, kSumSlot);
       if constexpr (Op::kMaximum) {
-        outcome = {all.value, rest_of(sums.sum), 0};
-        const bool peaked = is_peaked(sums.sum);
-        if (__any_sync(kAllLanes, peaked)) {
-          Sum<T> rest{rest_in_warp(op, data, cut, chunks, group, peaked && own.value == all.value,
-                                   has_loose ? loose_class : -1, all.value, own_sums.sum)};
-          group.template reduce<Sums>(rest, kRestSlot);
-          if (peaked) outcome.rest = rest.value;
-        }
+        const int loose_or_none = has_loose ? loose_class : -1;
+        outcome.max = all.value;
+        outcome.rest = rest_of_row(op, data, cut, chunks, loose_or_none, group, own, all, own_sums, sums);
       }
       if constexpr (Op::kPredicts) {
         if (op.wants_prediction()) {

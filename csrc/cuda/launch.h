@@ -9,21 +9,19 @@
 namespace softmax_ext {
 namespace cuda {
 
-// The shape of a launch; blocks is a multiple of cluster.
+// The shape of a launch; blocks is a multiple of cluster, which is 8 at most, as every device with clusters can run.
 struct Grid {
   int64_t blocks;
   int threads;
   int cluster = 1;       // blocks of a cluster
-  int shared_bytes = 0;  // of each block
+  int shared_bytes = 0;  // of each block, 48 KiB at most, which every kernel may have
 };
 
-constexpr int kPortableCluster = 8;  // blocks of a cluster that every device with clusters can run
-constexpr int kLargeCluster = 16;    // that some can
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Device {
   int capability;  // 90 for 9.0
   int multiprocessors;
-  int cluster_blocks;  // most of a cluster
 };
 
 [[noreturn]] inline void throw_launch_error(const char* kernel, const Grid& grid, cudaError_t error) {
@@ -41,7 +39,6 @@ inline void check(cudaError_t error, const char* what) {
 inline Device current_device() {
   int device, major, minor;
   Device answer;
-  answer.cluster_blocks = kLargeCluster;  // unless fits() says otherwise of a kernel
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
@@ -52,7 +49,7 @@ inline Device current_device() {
 }
 
 // The compute capability that the code of a kernel was written for, which is less than the device's where the driver
-// made it from older PTX: kernels for clusters are empty there.
+// made it from older PTX: a cluster is one block there.
 template <typename... Parameters>
 int capability_of_code(void (*kernel)(Parameters...)) {
   cudaFuncAttributes attributes;
@@ -60,64 +57,23 @@ int capability_of_code(void (*kernel)(Parameters...)) {
   return attributes.ptxVersion;
 }
 
-// A launch as the runtime takes it. Not to be copied: it points into itself.
-class LaunchConfig {
- public:
-  LaunchConfig(const Grid& grid, cudaStream_t stream) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim.x = grid.cluster;
-    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
-    config_.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-    config_.blockDim = dim3(grid.threads);
-    config_.dynamicSmemBytes = grid.shared_bytes;
-    config_.stream = stream;
-    config_.attrs = &cluster_;
-    config_.numAttrs = grid.cluster > 1 ? 1 : 0;
-  }
-  LaunchConfig(const LaunchConfig&) = delete;
-  LaunchConfig& operator=(const LaunchConfig&) = delete;
-
-  const cudaLaunchConfig_t* get() const { return &config_; }
-
- private:
-  cudaLaunchAttribute cluster_{};
-  cudaLaunchConfig_t config_{};
-};
-
-// Allows a kernel what a launch needs beyond what every kernel may have.
-template <typename... Parameters>
-cudaError_t allow(void (*kernel)(Parameters...), const Grid& grid) {
-  constexpr int kDefaultSharedBytes = 48 << 10;
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
-  return grid.cluster > kPortableCluster
-             ? cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)
-             : cudaSuccess;
-}
-
-// Whether the current device can run such clusters of the kernel.
-template <typename... Parameters>
-bool fits(void (*kernel)(Parameters...), const Grid& grid) {
-  int clusters = 0;
-  const LaunchConfig config(grid, nullptr);
-  const bool answered = allow(kernel, grid) == cudaSuccess &&
-                        cudaOccupancyMaxActiveClusters(&clusters, kernel, config.get()) == cudaSuccess;
-  if (!answered) cudaGetLastError();  // a no, which nobody else is to take for an error
-  return answered && clusters > 0;
-}
-
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
             const Arguments&... arguments) {
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
   if (grid.blocks > kMostBlocks) throw_launch_error(name, grid, cudaErrorInvalidConfiguration);
-  cudaError_t error = allow(kernel, grid);
-  const LaunchConfig config(grid, stream);
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(config.get(), kernel, static_cast<Parameters>(arguments)...);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (error != cudaSuccess) throw_launch_error(name, grid, error);
 }
 

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace softmax_ext {
@@ -24,19 +26,13 @@ struct DeviceLayout {
 };
 
 inline DeviceLayout device_layout(const Layout& layout) {
-  DeviceLayout copy{};
-  copy.classes = static_cast<int>(layout.classes);
-  copy.inner = layout.inner;
-  copy.outer = layout.outer;
-  copy.outer_dims = layout.outer_dims;
+  DeviceLayout copy{static_cast<int>(layout.classes), layout.outer_dims, layout.inner, layout.outer, {}, {}, {}};
   for (int d = 0; d < layout.outer_dims; d++) {
     copy.dims[d].size = static_cast<unsigned>(layout.dims[d].size);
-    for (int i = 0; i < kOperands; i++) copy.dims[d].stride[i] = layout.dims[d].stride[i];
+    std::copy_n(layout.dims[d].stride, kOperands, copy.dims[d].stride);
   }
-  for (int i = 0; i < kOperands; i++) {
-    copy.class_stride[i] = layout.class_stride[i];
-    copy.inner_stride[i] = layout.inner_stride[i];
-  }
+  std::copy_n(layout.class_stride, kOperands, copy.class_stride);
+  std::copy_n(layout.inner_stride, kOperands, copy.inner_stride);
   return copy;
 }
 

@@ -23,14 +23,18 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
-__device__ __forceinline__ void narrow(double x, double& y) { y = x; }
-__device__ __forceinline__ void narrow(double x, float& y) { y = static_cast<float>(x); }
-__device__ __forceinline__ void narrow(float x, float& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, double& y) { y = x; }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
-__device__ __forceinline__ void narrow(float x, __half& y) { y = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(double x, __nv_bfloat16& y) { y = __float2bfloat16(static_cast<float>(x)); }
-__device__ __forceinline__ void narrow(double x, __half& y) { y = __float2half_rn(static_cast<float>(x)); }
+template <typename T, typename E>
+__device__ __forceinline__ void narrow(T x, E& y) {
+  y = static_cast<E>(x);
+}
+template <typename T>
+__device__ __forceinline__ void narrow(T x, __nv_bfloat16& y) {
+  y = __float2bfloat16(static_cast<float>(x));
+}
+template <typename T>
+__device__ __forceinline__ void narrow(T x, __half& y) {
+  y = __float2half_rn(static_cast<float>(x));
+}
 
 // ---- two elements of a half type in a register ---------------------------------------------------------------------
 
@@ -133,24 +137,19 @@ __device__ __forceinline__ float power_of_two(float x) {
 __device__ __forceinline__ double exp_nonpositive(double d) { return exp(d); }
 __device__ __forceinline__ float exp_nonpositive(float d) { return power_of_two(d * kLog2OfE); }
 
-// To the last bit or so: for what is computed once a row.
-__device__ __forceinline__ double exact_exp(double d) { return exp(d); }
-__device__ __forceinline__ float exact_exp(float d) { return expf(d); }
-
-__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
-__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
-__device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
-__device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// Rounded, whatever is done with it: not contracted to a multiply-add.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // Within 2 ULP for a divisor between 2^-126 and 2^126.
 __device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double divide(double a, double b) { return a / b; }
 
 // Ignores a NaN.
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+template <typename T>
+__device__ __forceinline__ T larger(T a, T b) {
+  return fmax(a, b);
+}
 
 // 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.
 template <typename T>
@@ -171,11 +170,11 @@ struct ScalarMath {
 
   __device__ __forceinline__ static T select(bool condition, T yes, T no) { return condition ? yes : no; }
   __device__ __forceinline__ static T multiply_or_zero(T b, T d) { return cuda::multiply_or_zero(b, d); }
-  __device__ __forceinline__ static T multiply_add(T a, T b, T c) { return cuda::multiply_add(a, b, c); }
-  __device__ __forceinline__ static T multiply_subtract(T a, T b, T c) { return cuda::multiply_add(a, b, -c); }
+  __device__ __forceinline__ static T multiply_add(T a, T b, T c) { return fma(a, b, c); }
+  __device__ __forceinline__ static T multiply_subtract(T a, T b, T c) { return fma(a, b, -c); }
   __device__ __forceinline__ static T divide(T a, T b) { return cuda::divide(a, b); }
-  __device__ __forceinline__ static T log1p(T x) { return log1p_of(x); }
-  __device__ __forceinline__ static T tanh(T x) { return tanh_of(x); }
+  __device__ __forceinline__ static T log1p(T x) { return ::log1p(x); }
+  __device__ __forceinline__ static T tanh(T x) { return ::tanh(x); }
 };
 
 template <typename T>

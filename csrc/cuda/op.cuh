@@ -1,18 +1,20 @@
-// What the kernels of rows are told to compute: an Op. There are three such kernels (kept_rows, streamed_rows,
-// thread_rows); each runs every Op.
+// What the kernels of rows are told to compute: an Op. There are three such kernels: kept_rows, streamed_rows, which runs
+// every Op, and thread_rows.
 //
 //   In, Out, T             type of the inputs' elements, of the output's, and of the arithmetic
 //   kInputs                how many inputs of the row's length there are
 //   kMaximum               whether the sums are relative to a maximum
+//   kHasTotal              whether the losses may be summed: LossTotal total
 //   kPredicts              whether the class of the largest logit may be asked for; the logits may be transformed then
 //   kKeptChunks            16-byte chunks of each input that a thread of kept_rows holds; 0: no such kernel
 //   kKeptThreads           the most threads of its block
 //   kMostInThread          the most classes of thread_rows; 0: no such kernel. There is none in double
 //   kStreamedChunks        16-byte chunks of each input that a thread of streamed_rows has under way
 //   Sums                   what is collected (sums.cuh)
+//   Row, Coefficients      what is known of a row beforehand; what its output is computed from
 //   layout                 DeviceLayout
 //   reduces                whether anything is collected
-//   is_done()              whether the output is there already
+//   is_done()              whether the output is there already; kept_rows does not ask
 //   has_total()            whether the losses of all rows are summed (totals.cuh)
 //   input(j), output()     the pointers, and input_operand(j), kOutputOperand: their places in the layout
 //
@@ -21,7 +23,7 @@
 //   row(at)                                what is known of it beforehand: target, saved state
 //   target(row)                            a class whose logit is wanted and whose output is overwritten, or -1
 //   is_skipped(row)                        nothing of the row is read, and its output is 0
-//   logit(x), sign()                       of an element; -1 where it is the larger, the smaller the element
+//   logit(x), sign()                       of an element; -1 where a larger element has a smaller logit
 //   add(sums, max, row, held, c, count)    adds classes c, c + 1, ...: the first `count` elements of a chunk
 //   wants_prediction()                     whether Outcome::prediction is to be found; asked where kPredicts
 //   finish(row, sums, outcome, z, leader, share) -> Coefficients
@@ -125,6 +127,19 @@ __device__ __forceinline__ T rest_in_warp(const Op& op, const Data& data, const 
   return rest;
 }
 
+// The state's rest: in all threads of the group, of the threads' own largest logits and sums and those of the row.
+template <int kSize, typename Op, typename Data, typename T, typename Sums, Scope kScope>
+__device__ __forceinline__ T rest_of_row(const Op& op, const Data& data, const Cut<kSize>& cut, int end,
+                                         int loose_class, const Group<kScope>& group, const Largest<T>& own,
+                                         const Largest<T>& all, const Sums& own_sums, const Sums& sums) {
+  const bool peaked = is_peaked(sums.sum);
+  if (!__any_sync(kAllLanes, peaked)) return rest_of(sums.sum);
+  const bool holds = peaked && own.value == all.value;
+  Sum<T> rest{rest_in_warp(op, data, cut, end, group, holds, loose_class, all.value, own_sums.sum)};
+  group.template reduce<Sums>(rest, kRestSlot);
+  return peaked ? rest.value : rest_of(sums.sum);
+}
+
 // The class that a prediction names: the first whose logit is NaN, or the first of largest logit. As numbers, those that
 // are NaN come before all others.
 template <typename T>
@@ -161,37 +176,30 @@ __device__ __forceinline__ void write(const Op& op, const Row& row, const typena
 // ---- simple Ops ----------------------------------------------------------------------------------------------------
 
 // What an Op without targets and losses need not define: its rows are all read and written.
+template <typename R>
 struct SimpleOp {
-  struct Row {};
-  static constexpr bool reduces = true, kPredicts = false;
+  using Row = R;
+  static constexpr bool reduces = true, kPredicts = false, kHasTotal = false;
   static constexpr int kKeptThreads = 1024;
   static constexpr int64_t kMostInThread = kSmallClasses;
 
   __device__ __forceinline__ bool is_done() const { return false; }
   __device__ __forceinline__ bool has_total() const { return false; }
   __device__ __forceinline__ void add_to_total(const Totals&, unsigned, bool) const {}
-  __device__ __forceinline__ Row row(const Position&) const { return {}; }
-  template <typename R>
-  __device__ __forceinline__ int target(const R&) const {
-    return -1;
-  }
-  template <typename R>
-  __device__ __forceinline__ bool is_skipped(const R&) const {
-    return false;
-  }
-  template <typename R>
-  __device__ __forceinline__ bool is_zero(const R&) const {
-    return false;
-  }
+  __device__ __forceinline__ R row(const Position&) const { return {}; }
+  __device__ __forceinline__ int target(const R&) const { return -1; }
+  __device__ __forceinline__ bool is_skipped(const R&) const { return false; }
+  __device__ __forceinline__ bool is_zero(const R&) const { return false; }
+  __device__ __forceinline__ bool writes_anything() const { return true; }
+  __device__ __forceinline__ float sign() const { return 1; }
   template <typename T>
   __device__ __forceinline__ T logit(T x) const {
     return x;
   }
-  __device__ __forceinline__ float sign() const { return 1; }
-  __device__ __forceinline__ bool writes_anything() const { return true; }
-  template <typename R, typename K, typename Out>
+  template <typename K, typename Out>
   __device__ __forceinline__ void write_target(const R&, const K&, Out*) const {}
 };
+struct NoRow {};
 
 }  // namespace cuda
 }  // namespace softmax_ext

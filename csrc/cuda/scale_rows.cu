@@ -4,21 +4,21 @@
 namespace softmax_ext {
 namespace cuda {
 
-// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
-inline namespace scale_rows_cu {
+template <typename T>
+struct Factor {
+  T factor;
+};
 
-template <typename S>
-struct ScaleOp : SimpleOp {
+template <typename S, typename Arithmetic = std::conditional_t<sizeof(S) == 8, double, float>>
+struct ScaleOp : SimpleOp<Factor<Arithmetic>> {
   using In = S;
   using Out = S;
-  using T = std::conditional_t<sizeof(S) == 8, double, float>;
+  using T = Arithmetic;
+  using Row = Factor<T>;
   using Sums = Sum<T>;
   static constexpr int kInputs = 1, kOutputOperand = 0, kKeptChunks = 0, kStreamedChunks = 4;
   static constexpr bool kMaximum = false, reduces = false;
 
-  struct Row {
-    T factor;
-  };
   struct Coefficients {};
 
   DeviceLayout layout;
@@ -55,8 +55,6 @@ void launch_typed(const ScaleRowsParams& params, const Layout& layout, Stream st
   op.params = params;
   launch_op("scale_rows", op, layout, true, nullptr, stream);
 }
-
-}  // namespace scale_rows_cu
 
 void scale_rows(const ScaleRowsParams& params, const Layout& layout, Stream stream) {
   visit_dtype<Halves>(params.dtype,

@@ -1,6 +1,6 @@
 // The kernel that reads a row as often as it needs it: once for its sums, once more for its output. The second time
-// most of a row comes from the cache. It takes what kept_rows cannot hold, what is computed in double, and each of
-// forward and backward by itself.
+// most of a row comes from the cache. It takes what kept_rows cannot hold, what is computed in double, and, of rows longer
+// than a warp can hold, each of forward and backward by itself.
 //
 // A block takes a row (Scope::kBlock), or a part of it where there is nothing to reduce; or it takes 32 rows whose
 // classes are apart in memory, one for each lane, of which its eight warps have every eighth class (Scope::kLanes).
@@ -26,8 +26,8 @@ template <typename Op, int kSize>
 constexpr int kStreamedChunks = kSize > 1 ? Op::kStreamedChunks : (sizeof(typename Op::T) == 8 ? 4 : 8) / Op::kInputs;
 
 // Of a part of a row without a reduction.
-template <typename Op>
-constexpr int kPartChunks = Op::kStreamedChunks * kStreamThreads;
+template <typename Op, int kSize>
+constexpr int kPartChunks = kStreamedChunks<Op, kSize> * kStreamThreads;
 
 template <typename Op, int kSize, Scope kScope>
 __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typename Op::T) == 8 ? 2 : 4)
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
 
   // The thread's chunks: first, first + kThreads, ..., below end; and one loose element at most.
   const bool whole = kLanes || slots == 1;
-  const int begin = whole ? 0 : min(cut.chunks, static_cast<int>(slot) * kPartChunks<Op>);
-  const int end = whole ? cut.chunks : min(cut.chunks, begin + kPartChunks<Op>), first = begin + group.thread;
+  const int begin = whole ? 0 : min(cut.chunks, static_cast<int>(slot) * kPartChunks<Op, kSize>);
+  const int end = whole ? cut.chunks : min(cut.chunks, begin + kPartChunks<Op, kSize>), first = begin + group.thread;
   const int loose_class = cut.of_loose(group.thread);
   const bool has_loose = group.thread < cut.loose && (whole || slot == (group.thread < cut.head ? 0 : slots - 1));
   const int target = op.target(row), target_chunk = cut.chunk_of(target);
@@ -117,28 +117,20 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
     const Sums own_sums = sums;
     group.template reduce<Sums>(sums, kSumSlot);
     if constexpr (Op::kMaximum) {
-      outcome = {all.value, rest_of(sums.sum), 0};
-      const auto held_at = [&](int c, auto size) { return data.template load<false, decltype(size)::value>(c); };
-      const std::integral_constant<int, kSize> of_chunk;
-      const std::integral_constant<int, 1> of_one;
-      const bool peaked = is_peaked(sums.sum);
-      if (__any_sync(kAllLanes, peaked)) {
-        Sum<T> rest{rest_in_warp(op, data, cut, end, group, peaked && own.value == all.value,
-                                 has_loose ? loose_class : -1, all.value, own_sums.sum)};
-        group.template reduce<Sums>(rest, kRestSlot);
-        if (peaked) outcome.rest = rest.value;
-      }
+      const int loose_or_none = has_loose ? loose_class : -1;
+      outcome.max = all.value;
+      outcome.rest = rest_of_row(op, data, cut, end, loose_or_none, group, own, all, own_sums, sums);
       if constexpr (Op::kPredicts) {
         if (op.wants_prediction()) {
           const Prediction<T> prediction{all.value};
-          const bool is_nan = sums.sum != sums.sum;
+          // A NaN may be anywhere, and so may the largest logit where that is what a maximum begins with.
+          const bool anywhere = sums.sum != sums.sum || all.value == lowest<T>();
           First found;
-          if (is_nan || own.value == all.value) {
-            const int from = is_nan ? first : seen;
-            const int to = is_nan ? end : min(end, seen + kChunks * kThreads);
-            for (int i = from; i < to; i += kThreads)
-              found.merge(prediction.in(op, held_at(cut.of_chunk(i), of_chunk), cut.of_chunk(i), kSize));
-            if (has_loose) found.merge(prediction.in(op, held_at(loose_class, of_one), loose_class, 1));
+          if (anywhere || own.value == all.value) {
+            const int to = anywhere ? end : min(end, seen + kChunks * kThreads);
+            for (int i = anywhere ? first : seen; i < to; i += kThreads)
+              found.merge(prediction.in(op, data.template load<false, kSize>(cut.of_chunk(i)), cut.of_chunk(i), kSize));
+            if (has_loose) found.merge(prediction.in(op, data.template load<false, 1>(loose_class), loose_class, 1));
           }
           group.template reduce<Sums>(found, kPredictionSlot);
           outcome.prediction = prediction.of(found);

@@ -25,7 +25,7 @@ struct Weights {
   __device__ double operator()(int64_t c) const { return static_cast<double>(weight[c]); }
 };
 
-// weight[target], 1 without weights or with probabilities; 0 of a class out of range, whose row is NaN anyway.
+// weight[target], 1 without weights; 0 of a class out of range, whose row is NaN anyway.
 template <typename T>
 struct TargetWeights {
   const int64_t* index;
@@ -41,16 +41,10 @@ struct TargetWeights {
         ignore_index(params.options.ignore_index) {}
 
   __device__ double operator()(int64_t row) const {
-    if (!index && !index_u8) return classes > 0 ? 1 : 0;
     const int64_t y = index ? index[row] : index_u8[row];
     if (y == ignore_index || static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes)) return 0;
     return weight ? static_cast<double>(weight[y]) : 1;
   }
-};
-
-struct Shares {
-  const double* shares;
-  __device__ double operator()(int64_t i) const { return shares[i]; }
 };
 
 // to[block] = the sum over the block's share. The elements are loaded a few at a time, and past the end the last one
@@ -76,7 +70,8 @@ void sum(const char* name, const Value& value, int64_t n, double* to, double* sc
   constexpr int kShared = sizeof(Sum<double>) * kWarp;
   const int64_t blocks = std::clamp<int64_t>(n / (kThreads * kElementsEach), 1, kMostShares);
   launch(name, sum_shares<Value>, {blocks, kThreads, 1, kShared}, stream, value, n, blocks == 1 ? to : scratch);
-  if (blocks > 1) launch(name, sum_shares<Shares>, {1, kThreads, 1, kShared}, stream, Shares{scratch}, blocks, to);
+  if (blocks > 1)
+    launch(name, sum_shares<Weights<double>>, {1, kThreads, 1, kShared}, stream, Weights<double>{scratch}, blocks, to);
 }
 
 __global__ void write_empty_sum(const LossSum to) {

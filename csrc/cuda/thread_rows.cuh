@@ -47,7 +47,8 @@ __device__ __forceinline__ void each_word(const Tile& tile, E* data, int element
   const int row_words = row_bytes / 16;
   const auto place = [&](int word) {
     const int at = tile.skip + cut.head * static_cast<int>(sizeof(E)) + 16 * word;
-    return reinterpret_cast<int4*>(tile.bytes + (padded ? at + word / row_words * 16 : at));
+    return reinterpret_cast<int4*>(tile.bytes +
+                                   (padded ? at + static_cast<int>(__fdividef(word + 0.5f, row_words)) * 16 : at));
   };
 #pragma unroll 4
   for (int i = threadIdx.x; i < cut.chunks; i += kRowThreads)

@@ -68,6 +68,7 @@ struct LossTotal {
 
   // Of shares [begin, end), in all lanes.
   __device__ __forceinline__ Totals summed(unsigned begin, unsigned end) const {
+    __syncwarp();
     __threadfence();
     Totals total;
 #pragma unroll 1

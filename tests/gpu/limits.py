@@ -39,14 +39,15 @@ def kept(element: str, scope: int) -> str:
     return rf"^kept_rows<CrossEntropyOp<{element}, float, \(Kind\)0>, \(Scope\){scope}"
 
 
-# forward: the loop that loads and stores nothing. backward: the loop that does both. fused: the whole kernel.
+# forward: the loop that loads and stores nothing. backward: the loop that does both. fused: the whole kernel, with what
+# only some threads or some rows run.
 LIMITS = [
-    Limit(streamed("__nv_bfloat16"), "forward", 6.5, 40, 512, elements=8),
-    Limit(streamed("__nv_bfloat16"), "backward", 9, 40, 512, elements=8),
-    Limit(streamed("float"), "forward", 7.5, 40, 512, elements=4),
-    Limit(streamed("float"), "backward", 10, 40, 512, elements=4),
-    Limit(kept("__nv_bfloat16"), "fused", 24, 64, 512, elements=8, chunks=8),
-    Limit(kept("float"), "fused", 30, 64, 1024, elements=4, chunks=8),
+    Limit(streamed("__nv_bfloat16", 8), "forward", 6.5, 64, 256, elements=8),
+    Limit(streamed("__nv_bfloat16", 8), "backward", 9, 64, 256, elements=8),
+    Limit(streamed("float", 4), "forward", 7.5, 64, 256, elements=4),
+    Limit(streamed("float", 4), "backward", 10, 64, 256, elements=4),
+    Limit(kept("__nv_bfloat16", 2), "fused", 36, 64, 512, elements=8, chunks=8),
+    Limit(kept("float", 2), "fused", 54, 64, 1024, elements=4, chunks=8),
 ]
 
 

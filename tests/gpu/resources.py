@@ -12,7 +12,7 @@ from typing import NamedTuple
 # and the reason.
 ALLOWED = [
     (
-        r"^two_pass_rows<CrossEntropyOp<\w+, double,",
+        r"^streamed_rows<CrossEntropyOp<\w+, double,",
         100,
         "arithmetic in double has long subroutines, and is not there for its speed",
     ),
