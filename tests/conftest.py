@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-import pytest
 import oracle
+import pytest
 import torch
 
 from softmax_ext import cuda, ops

@@ -23,7 +23,7 @@ struct Chunk {
   using M = Moved<(kBytes < 16 ? kBytes : 16)>;
   unsigned word[(kBytes + 3) / 4];
 
-  __device__ __forceinline__ auto operator[](int i) const {
+  DEVICE auto operator[](int i) const {
     if constexpr (sizeof(E) == 8)
       return __hiloint2double(static_cast<int>(word[2 * i + 1]), static_cast<int>(word[2 * i]));
     else if constexpr (sizeof(E) == 4)
@@ -32,13 +32,12 @@ struct Chunk {
       return widen_half<E>(word[i / 2], i % 2);
   }
   template <typename T>
-  __device__ __forceinline__ void set(int i, T value) {
-    E rounded;
-    narrow(value, rounded);
+  DEVICE void set(int i, T value) {
     if constexpr (sizeof(E) == 2) {
-      const unsigned bits = bits_of(rounded);
-      word[i / 2] = i % 2 ? (word[i / 2] & 0xffff) | bits << 16 : kSize == 1 ? bits : (word[i / 2] & 0xffff0000) | bits;
+      const unsigned bits = narrow_pair<E>(static_cast<float>(value), 0) & 0xffff;
+      word[i / 2] = i % 2 ? (word[i / 2] & 0xffff) | bits << 16 : (word[i / 2] & 0xffff0000) | bits;
     } else {
+      const E rounded = static_cast<E>(value);
       memcpy(word + i * (sizeof(E) / 4), &rounded, sizeof(E));
     }
   }
@@ -46,7 +45,7 @@ struct Chunk {
 
 // kLast: nobody will read it again soon.
 template <bool kLast, int kSize, typename E>
-__device__ __forceinline__ Chunk<E, kSize> load_chunk(const E* from) {
+DEVICE Chunk<E, kSize> load_chunk(const E* from) {
   Chunk<E, kSize> chunk{};
   using M = typename Chunk<E, kSize>::M;
 #pragma unroll
@@ -59,7 +58,7 @@ __device__ __forceinline__ Chunk<E, kSize> load_chunk(const E* from) {
 }
 
 template <int kSize, typename E>
-__device__ __forceinline__ void store_chunk(E* to, const Chunk<E, kSize>& chunk) {
+DEVICE void store_chunk(E* to, const Chunk<E, kSize>& chunk) {
   using M = typename Chunk<E, kSize>::M;
 #pragma unroll
   for (unsigned i = 0; i < kSize * sizeof(E) / sizeof(M); i++) {
@@ -71,7 +70,7 @@ __device__ __forceinline__ void store_chunk(E* to, const Chunk<E, kSize>& chunk)
 
 // Of values for an output of type E. Rounds pairs where the type has an instruction for that.
 template <typename E, typename T, int kSize>
-__device__ __forceinline__ Chunk<E, kSize> rounded(const T (&values)[kSize]) {
+DEVICE Chunk<E, kSize> rounded(const T (&values)[kSize]) {
   Chunk<E, kSize> chunk{};
   if constexpr (sizeof(E) == 2 && kSize % 2 == 0 && sizeof(T) == 4) {
 #pragma unroll
@@ -85,8 +84,7 @@ __device__ __forceinline__ Chunk<E, kSize> rounded(const T (&values)[kSize]) {
 
 // The first `count` of n values, `stride` apart, of an array whose type is known at run time; adjacent ones at once.
 template <typename T, int n>
-__device__ __forceinline__ void load_values(const void* data, DType type, int64_t first, int64_t stride, int count,
-                                            T (&values)[n]) {
+DEVICE void load_values(const void* data, DType type, int64_t first, int64_t stride, int count, T (&values)[n]) {
   visit_dtype<Halves>(type, [&](auto element) {
     using E = typename decltype(element)::Type;
     const E* const from = static_cast<const E*>(data) + first;
@@ -112,19 +110,17 @@ struct Cut {
   int head, chunks, loose;
 
   template <typename E>
-  __device__ __forceinline__ Cut(const E* row, int n)
+  DEVICE Cut(const E* row, int n)
       : head(min(n, static_cast<int>(-(reinterpret_cast<uintptr_t>(row) / sizeof(E)) % kSize))) {
     chunks = (n - head) / kSize;
     loose = n - chunks * kSize;
   }
   // The number of a chunk's first element, and that of a loose element.
-  __device__ __forceinline__ int of_chunk(int chunk) const { return head + chunk * kSize; }
-  __device__ __forceinline__ int of_loose(int i) const { return i < head ? i : chunks * kSize + i; }
+  DEVICE int of_chunk(int chunk) const { return head + chunk * kSize; }
+  DEVICE int of_loose(int i) const { return i < head ? i : chunks * kSize + i; }
   // The chunk that holds an element; out of [0, chunks) if it is loose.
-  __device__ __forceinline__ int chunk_of(int element) const { return element < head ? -1 : (element - head) / kSize; }
-  __device__ __forceinline__ int loose_of(int element) const {
-    return element < head ? element : element - chunks * kSize;
-  }
+  DEVICE int chunk_of(int element) const { return element < head ? -1 : (element - head) / kSize; }
+  DEVICE int loose_of(int element) const { return element < head ? element : element - chunks * kSize; }
 };
 
 // ---- what the kernels hold of a row --------------------------------------------------------------------------------
@@ -142,7 +138,7 @@ struct InputChunk {
   static constexpr int kElements = kSize;
   Chunk<In, kSize> input[Op::kInputs];
 
-  __device__ __forceinline__ Elements<Op> at(int i) const {
+  DEVICE Elements<Op> at(int i) const {
     Elements<Op> x;
 #pragma unroll
     for (int j = 0; j < Op::kInputs; j++) x.of[j] = input[j][i];
@@ -150,7 +146,7 @@ struct InputChunk {
   }
   // Makes the compiler forget what it knows of the values, so that it widens them where they are used rather than keep
   // them in registers twice.
-  __device__ __forceinline__ void hide() {
+  DEVICE void hide() {
     if constexpr (sizeof(In) == 2)
 #pragma unroll
       for (int j = 0; j < Op::kInputs; j++)
@@ -165,7 +161,7 @@ struct WideChunk {
   static constexpr int kElements = kSize;
   typename Op::T value[Op::kInputs][kSize];
 
-  __device__ __forceinline__ Elements<Op> at(int i) const {
+  DEVICE Elements<Op> at(int i) const {
     Elements<Op> x;
 #pragma unroll
     for (int j = 0; j < Op::kInputs; j++) x.of[j] = value[j][i];
@@ -175,7 +171,7 @@ struct WideChunk {
 
 // The largest logit in n chunks; a NaN is passed over. It is that of the largest element, or of the smallest.
 template <int n, typename Op, int kSize>
-__device__ __forceinline__ typename Op::T largest_logit(const Op& op, const InputChunk<Op, kSize>* chunks) {
+DEVICE typename Op::T largest_logit(const Op& op, const InputChunk<Op, kSize>* chunks) {
   using In = typename Op::In;
   if constexpr (sizeof(In) == 2 && kSize % 2 == 0 && !Op::kPredicts) {
     unsigned pair = chunks[0].input[0].word[0];

@@ -4,12 +4,11 @@
 namespace softmax_ext {
 namespace cuda {
 
-// In cross_entropy_plain.cu, cross_entropy_options.cu and cross_entropy_all.cu.
-template <Kind kKind, typename T>
-void launch_kind(const CrossEntropyParams<T>&, const Layout&, const LossSum*, Stream);
-
-// Not without a name: nvcc would name it after the folder, and the library would have other bytes in another.
-inline namespace cross_entropy_cu {
+// In cross_entropy_options.cu, which is compiled beside this unit.
+extern template void launch_kind<Kind::kOptions>(const CrossEntropyParams<float>&, const Layout&, const LossSum*,
+                                                 Stream);
+extern template void launch_kind<Kind::kAll>(const CrossEntropyParams<float>&, const Layout&, const LossSum*, Stream);
+extern template void launch_kind<Kind::kAll>(const CrossEntropyParams<double>&, const Layout&, const LossSum*, Stream);
 
 template <typename T>
 Kind kind_for(const CrossEntropyParams<T>& p) {
@@ -18,8 +17,6 @@ Kind kind_for(const CrossEntropyParams<T>& p) {
   const bool statistics = p.stats || p.grad_lse.given || p.grad_nll.given || p.grad_entropy.given;
   return smoothing || statistics || !LogitTransform(p.options).is_identity() ? Kind::kOptions : Kind::kPlain;
 }
-
-}  // namespace cross_entropy_cu
 
 template <typename T>
 void cross_entropy(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
@@ -45,6 +42,19 @@ int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& la
 }
 template int64_t loss_scratch_bytes(const CrossEntropyParams<float>&, const Layout&);
 template int64_t loss_scratch_bytes(const CrossEntropyParams<double>&, const Layout&);
+
+std::string kernel_for(int64_t classes, DType type, bool keeps) {
+  const int bytes = static_cast<int>(size_of(type));
+  using Plain = CrossEntropyOp<float, float, Kind::kPlain>;
+  const LayoutKind kind = classes > kSmallClasses ? LayoutKind::kRows : LayoutKind::kColumns;
+  const int chunks = bytes == 8 ? 0 : Plain::kKeptChunks;
+  const Choice choice = choose_for<Plain>(
+      {kind, classes, bytes, chunks, Plain::kKeptThreads, bytes == 8 ? 0 : Plain::kMostInThread, keeps, true},
+      current_device());
+  constexpr const char* kNames[] = {"thread", "warp", "block", "cluster", "stream", "lanes"};  // in Kernel's order
+  const std::string name = kNames[static_cast<int>(choice.kernel)];
+  return choice.kernel == Kernel::kCluster ? name + " of " + std::to_string(choice.cluster) : name;
+}
 
 }  // namespace cuda
 }  // namespace softmax_ext

@@ -1,8 +1,8 @@
 // Softmax cross entropy as an Op of the row kernels: the loss from the sums over a row's classes, and its gradient
-// (formulas: docs/math.md; Op: op.cuh).
+// (formulas: docs/math.md; Op: op.cuh); and its launch.
 #pragma once
 
-#include "op.cuh"
+#include "dispatch.cuh"
 
 namespace softmax_ext {
 namespace cuda {
@@ -56,23 +56,23 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   T share;  // label_smoothing / classes
   LossTotal total;
 
-  __device__ __forceinline__ bool is_done() const { return false; }
-  __device__ __forceinline__ bool has_total() const { return total.shares; }
+  DEVICE bool is_done() const { return false; }
+  DEVICE bool has_total() const { return total.shares; }
   SOFTMAX_EXT_INLINE static int input_operand(int) { return kLogits; }
   SOFTMAX_EXT_INLINE const S* input(int) const { return static_cast<const S*>(this->logits); }
   SOFTMAX_EXT_INLINE S* output() const { return static_cast<S*>(this->grad_logits); }
 
-  __device__ __forceinline__ T sign() const { return kGeneral && transform.scale < 0 ? T(-1) : T(1); }
-  __device__ __forceinline__ T logit(T x) const {
+  DEVICE T sign() const { return kGeneral && transform.scale < 0 ? T(-1) : T(1); }
+  DEVICE T logit(T x) const {
     if (!kGeneral) return x;
     // Rounded before anything is subtracted: the largest logit less the maximum is to be 0.
-    return transform.is_capped() ? capped_logit<Math>(x, transform.inner_scale, transform.cap)
+    return transform.is_capped() ? rounded_product(transform.cap, Math::tanh(x * transform.inner_scale))
                                  : rounded_product(x, transform.scale);
   }
 
   // ---- what is known of a row beforehand
 
-  __device__ __forceinline__ Row row(const Position& at) const {
+  DEVICE Row row(const Position& at) const {
     Row row{};
     row.number = at.offset[kRow];
     if (kHasProbabilities && this->has_probabilities) {
@@ -88,43 +88,35 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     if (writes_anything()) row.g = row_value<T>(this->grad_loss, row.number);
     return row;
   }
-  __device__ __forceinline__ bool has_classes() const { return !(kHasProbabilities && this->has_probabilities); }
-  __device__ __forceinline__ bool is_live(const Row& row) const {
-    return !has_classes() || row.y != this->options.ignore_index;
-  }
-  __device__ __forceinline__ bool is_in_range(const Row& row) const {
+  DEVICE bool has_classes() const { return !(kHasProbabilities && this->has_probabilities); }
+  DEVICE bool is_live(const Row& row) const { return !has_classes() || row.y != this->options.ignore_index; }
+  DEVICE bool is_in_range(const Row& row) const {
     return static_cast<uint64_t>(row.y) < static_cast<uint64_t>(layout.classes);
   }
-  __device__ __forceinline__ int target(const Row& row) const {
+  DEVICE int target(const Row& row) const {
     return has_classes() && is_live(row) && is_in_range(row) ? static_cast<int>(row.y) : -1;
   }
-  __device__ __forceinline__ bool is_out_of_range(const Row& row) const {
-    return has_classes() && is_live(row) && !is_in_range(row);
-  }
+  DEVICE bool is_out_of_range(const Row& row) const { return has_classes() && is_live(row) && !is_in_range(row); }
 
   // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
-  __device__ __forceinline__ bool is_zero(const Row& row) const {
+  DEVICE bool is_zero(const Row& row) const {
     return !is_live(row) && !(kGeneral && (this->grad_lse.given || this->grad_entropy.given));
   }
-  __device__ __forceinline__ bool is_skipped(const Row& row) const {
-    return is_zero(row) && !(kGeneral && this->stats);
-  }
-  __device__ __forceinline__ bool wants_prediction() const { return kGeneral && this->stats; }
-  __device__ __forceinline__ bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
-  __device__ __forceinline__ bool writes_anything() const {
-    return this->grad_logits || (kHasProbabilities && this->grad_probabilities);
-  }
+  DEVICE bool is_skipped(const Row& row) const { return is_zero(row) && !(kGeneral && this->stats); }
+  DEVICE bool wants_prediction() const { return kGeneral && this->stats; }
+  DEVICE bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
+  DEVICE bool writes_anything() const { return this->grad_logits || (kHasProbabilities && this->grad_probabilities); }
 
   // Of classes c, c + 1, ...; ones without weights.
   template <int n>
-  __device__ __forceinline__ void load_weights(int c, int count, T (&w)[n]) const {
+  DEVICE void load_weights(int c, int count, T (&w)[n]) const {
     if (this->weight)
       load_values(this->weight, kArithmeticType<T>, c, 1, count, w);
     else
       for (T& one : w) one = 1;
   }
   template <int n>
-  __device__ __forceinline__ void load_probabilities(const Row& row, int c, int count, T (&q)[n]) const {
+  DEVICE void load_probabilities(const Row& row, int c, int count, T (&q)[n]) const {
     const int64_t stride = layout.class_stride[kProbabilities];
     load_values(this->probabilities, this->probabilities_type, row.probabilities + c * stride, stride, count, q);
   }
@@ -132,7 +124,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   // ---- the sums of a row
 
   template <typename Chunk>
-  __device__ __forceinline__ void add(Sums& sums, T max, const Row& row, const Chunk& held, int c, int count) const {
+  DEVICE void add(Sums& sums, T max, const Row& row, const Chunk& held, int c, int count) const {
     constexpr int n = Chunk::kElements;
     T d[n], e[n];
 #pragma unroll
@@ -176,7 +168,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
   // ---- from the sums to the loss and the gradient (row_math.h)
 
-  __device__ __forceinline__ RowRules<T> rules() const {
+  DEVICE RowRules<T> rules() const {
     RowRules<T> rules;
     rules.has_probabilities = kHasProbabilities && this->has_probabilities;
     rules.has_weight = this->weight;
@@ -198,39 +190,37 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     bool leader;
     T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_logit, target_weight;
 
-    __device__ __forceinline__ T max() const { return state_max; }
-    __device__ __forceinline__ T rest() const { return state_rest; }
-    __device__ __forceinline__ T log_sum() const { return log_of_sum; }
-    __device__ __forceinline__ T z() const { return target_logit; }
-    __device__ __forceinline__ T weight() const { return target_weight; }
-    __device__ __forceinline__ T weight_sum() const {
+    DEVICE T max() const { return state_max; }
+    DEVICE T rest() const { return state_rest; }
+    DEVICE T log_sum() const { return log_of_sum; }
+    DEVICE T z() const { return target_logit; }
+    DEVICE T weight() const { return target_weight; }
+    DEVICE T weight_sum() const {
       return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.layout.classes);
     }
-    __device__ __forceinline__ T b_sum() const { return state_b_sum; }
-    __device__ __forceinline__ T q_sum() const { return state_q_sum; }
-    __device__ __forceinline__ T dot() const {
+    DEVICE T b_sum() const { return state_b_sum; }
+    DEVICE T q_sum() const { return state_q_sum; }
+    DEVICE T dot() const {
       if constexpr (kGeneral) return sums.dot;
       return 0;
     }
-    __device__ __forceinline__ T q_dot() const {
+    DEVICE T q_dot() const {
       if constexpr (kGeneral) return sums.q_dot;
       return 0;
     }
-    __device__ __forceinline__ T upstream(const RowValues& values) const {
-      return kGeneral ? row_value<T>(values, row.number) : T(0);
-    }
-    __device__ __forceinline__ T g_loss() const { return op.is_live(row) ? row.g : T(0); }
-    __device__ __forceinline__ T g_lse() const { return upstream(op.grad_lse); }
-    __device__ __forceinline__ T g_nll() const { return op.is_live(row) ? upstream(op.grad_nll) : T(0); }
-    __device__ __forceinline__ T g_entropy() const { return upstream(op.grad_entropy); }
-    __device__ __forceinline__ T entropy() const { return op.entropy[row.number]; }
-    __device__ __forceinline__ bool has_target() const { return leader && op.target(row) >= 0; }
-    __device__ __forceinline__ T exp_at_target(T d) const { return exp(d); }
-    __device__ __forceinline__ T tanh_at_target(T z) const { return z * op.transform.inverse_cap; }
+    DEVICE T upstream(const RowValues& values) const { return kGeneral ? row_value<T>(values, row.number) : T(0); }
+    DEVICE T g_loss() const { return op.is_live(row) ? row.g : T(0); }
+    DEVICE T g_lse() const { return upstream(op.grad_lse); }
+    DEVICE T g_nll() const { return op.is_live(row) ? upstream(op.grad_nll) : T(0); }
+    DEVICE T g_entropy() const { return upstream(op.grad_entropy); }
+    DEVICE T entropy() const { return op.entropy[row.number]; }
+    DEVICE bool has_target() const { return leader && op.target(row) >= 0; }
+    DEVICE T exp_at_target(T d) const { return exp(d); }
+    DEVICE T tanh_at_target(T z) const { return z * op.transform.inverse_cap; }
   };
 
-  __device__ __forceinline__ Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z,
-                                                 bool leader, Totals& total_share) const {
+  DEVICE Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z, bool leader,
+                             Totals& total_share) const {
     StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1};
     if (!reduces) s.state_max = row.max, s.state_rest = row.rest;
     if (is_skipped(row)) s.state_max = s.state_rest = 0;
@@ -250,7 +240,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   }
 
   // What forward writes of a row; returns its share of the total.
-  __device__ __forceinline__ Totals write_row(const StateRow& s, int prediction) const {
+  DEVICE Totals write_row(const StateRow& s, int prediction) const {
     const int64_t row = s.row.number, rows = this->rows;
     RowRules<T> forward_rules = rules();
     if (!kGeneral) forward_rules.eps = 0;
@@ -275,17 +265,16 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         this->entropy[row] = row_entropy<Math>(of.log_sum, s.sums.weighted, s.state_rest);
         this->prediction[row] = prediction;
       }
-    return {static_cast<double>(loss), live && !out_of_range ? static_cast<double>(s.target_weight) : 0};
+    const bool counts = live && !out_of_range && layout.classes > 0;
+    return {static_cast<double>(loss), counts ? static_cast<double>(s.target_weight) : 0};
   }
-  __device__ __forceinline__ void add_to_total(const Totals& totals, unsigned unit, bool has) const {
-    total.add(totals, unit, has);
-  }
+  DEVICE void add_to_total(const Totals& totals, unsigned unit, bool has) const { total.add(totals, unit, has); }
 
   // ---- the gradient of a class
 
   template <typename Chunk, int n>
-  __device__ __forceinline__ void compute(const Row& row, const Coefficients& k, const Chunk& held, int c, int count,
-                                          T (&values)[n]) const {
+  DEVICE void compute(const Row& row, const Coefficients& k, const Chunk& held, int c, int count,
+                      T (&values)[n]) const {
     if constexpr (!kGeneral) {
 #pragma unroll
       for (int i = 0; i < n; i++) values[i] = plain_gradient<Math>(k, exp_nonpositive(held.at(i).of[0] - k.max));
@@ -304,15 +293,36 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       }
     }
   }
-  __device__ __forceinline__ void write_probability_gradient(const Row& row, const Coefficients& k, T d, T w,
-                                                             int c) const {
+  DEVICE void write_probability_gradient(const Row& row, const Coefficients& k, T d, T w, int c) const {
     store_value(probability_gradient<Math>(k, d, w), this->grad_probabilities, this->probabilities_type,
                 row.grad_probabilities + c * layout.class_stride[kGradProbabilities]);
   }
-  __device__ __forceinline__ void write_target(const Row&, const Coefficients& k, S* to) const {
+  DEVICE void write_target(const Row&, const Coefficients& k, S* to) const {
     if (this->grad_logits) narrow(k.at_target, *to);
   }
 };
+
+// ---- the launch of one kind, which is compiled in a unit of its own, beside the others ------------------------------
+
+template <Kind kKind, typename T>
+void launch_kind(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
+  visit_dtype<Halves>(params.logits_type, [&](auto element) {
+    using S = typename decltype(element)::Type;
+    if constexpr (sizeof(S) > sizeof(T)) {
+      throw std::logic_error("cross_entropy: float64 logits need arithmetic in double");
+    } else {
+      CrossEntropyOp<S, T, kKind> op{};
+      static_cast<CrossEntropyParams<T>&>(op) = params;
+      op.layout = device_layout(layout);
+      op.reduces = params.forward;
+      op.transform = LogitTransform(params.options);
+      op.share = static_cast<T>(params.options.label_smoothing / static_cast<double>(layout.classes));
+      const bool writes = params.grad_logits || params.grad_probabilities;
+      launch_op(kKind == Kind::kPlain ? "cross_entropy" : "cross_entropy with options", op, layout, writes, sum,
+                stream);
+    }
+  });
+}
 
 }  // namespace cuda
 }  // namespace softmax_ext

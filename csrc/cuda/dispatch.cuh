@@ -172,7 +172,8 @@ void launch_op(const char* name, const Op& op, const Layout& layout, bool writes
                cudaStream_t stream) {
   if (op.layout.outer == 0 || op.layout.inner == 0) return;
   constexpr int64_t kMostClasses = INT32_MAX - (1 << 16);  // so that a step beyond the last one is an int
-  if (layout.classes > kMostClasses || layout.outer > UINT32_MAX)
+  constexpr int64_t kMostRows = UINT32_MAX - (1 << 17);    // so that the last block's rows have numbers too
+  if (layout.classes > kMostClasses || layout.outer > kMostRows)
     throw std::runtime_error(std::string(name) + ": on CUDA a row may have " + std::to_string(kMostClasses) +
                              " classes, and a tensor 2^32 rows.");
   const Device device = current_device();

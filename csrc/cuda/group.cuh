@@ -22,7 +22,7 @@ constexpr int kWarp = 32;
 // The dynamic shared memory of the block; there is no other.
 #ifdef __CUDACC__
 template <typename V>
-__device__ __forceinline__ V* shared_memory() {
+DEVICE V* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<V*>(bytes);
 }
@@ -35,25 +35,25 @@ __device__ __forceinline__ V* shared_memory() {
 template <typename T>
 struct Largest {
   T value = lowest<T>();
-  __device__ __forceinline__ void merge(const Largest& other) { value = larger(value, other.value); }
+  DEVICE void merge(const Largest& other) { value = larger(value, other.value); }
 };
 
 template <typename T>
 struct Sum {
   T value = 0;
-  __device__ __forceinline__ void merge(const Sum& other) { value += other.value; }
+  DEVICE void merge(const Sum& other) { value += other.value; }
 };
 
 struct First {
   int64_t value = INT64_MAX;
-  __device__ __forceinline__ void merge(const First& other) { value = min(value, other.value); }
+  DEVICE void merge(const First& other) { value = min(value, other.value); }
 };
 
 // ---- reductions ----------------------------------------------------------------------------------------------------
 
 // Of any trivially copyable type of whole words.
 template <typename V>
-__device__ __forceinline__ V shuffle_xor(const V& value, int lane_mask) {
+DEVICE V shuffle_xor(const V& value, int lane_mask) {
   static_assert(sizeof(V) % 4 == 0, "whole words");
   unsigned words[sizeof(V) / 4];
   memcpy(words, &value, sizeof(V));
@@ -66,13 +66,13 @@ __device__ __forceinline__ V shuffle_xor(const V& value, int lane_mask) {
 
 // Merges the values of each `width` adjacent lanes.
 template <typename V>
-__device__ __forceinline__ void reduce_lanes(V& value, int width) {
+DEVICE void reduce_lanes(V& value, int width) {
 #pragma unroll 1
   for (int lane_mask = width / 2; lane_mask > 0; lane_mask /= 2) value.merge(shuffle_xor(value, lane_mask));
 }
 // The same of a whole warp, unrolled.
 template <typename V>
-__device__ __forceinline__ void reduce_warp(V& value) {
+DEVICE void reduce_warp(V& value) {
 #pragma unroll
   for (int lane_mask = kWarp / 2; lane_mask > 0; lane_mask /= 2) value.merge(shuffle_xor(value, lane_mask));
 }
@@ -80,7 +80,7 @@ __device__ __forceinline__ void reduce_warp(V& value) {
 // Merges the values of a block, through `shared` of one value for each warp, which is not to be used again before all
 // threads have passed another barrier.
 template <typename V>
-__device__ __forceinline__ void reduce_block(V& value, V* shared) {
+DEVICE void reduce_block(V& value, V* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   reduce_warp(value);
   if (lane == 0) shared[warp] = value;
@@ -111,7 +111,7 @@ struct Group {
   int size, thread;
   unsigned row;
 
-  __device__ __forceinline__ explicit Group(int lanes) {
+  DEVICE explicit Group(int lanes) {
     if constexpr (kScope == Scope::kWarp) {
       size = lanes;  // a power of two
       thread = threadIdx.x & (lanes - 1);
@@ -134,7 +134,7 @@ struct Group {
 
   // Merges the values of the group. Biggest: of all values that the kernel reduces, the largest type.
   template <typename Biggest, typename V>
-  __device__ __forceinline__ void reduce(V& value, Slot slot) const {
+  DEVICE void reduce(V& value, Slot slot) const {
     static_assert(sizeof(V) <= sizeof(Biggest) || sizeof(V) <= 8, "the slot is of Biggest");
     if constexpr (kScope == Scope::kWarp) {
       reduce_lanes(value, size);
@@ -151,21 +151,21 @@ struct Group {
   }
 
   // The lanes of this warp that are in this thread's group.
-  __device__ __forceinline__ unsigned lanes() const {
+  DEVICE unsigned lanes() const {
     const int lane = threadIdx.x % kWarp;
     if constexpr (kScope == Scope::kWarp) return kAllLanes >> (kWarp - size) << (lane - thread);
     return kScope == Scope::kLanes ? 1u << lane : kAllLanes;
   }
 
   // The last thing a thread does: a block that has left takes its shared memory, which others may read, with it.
-  __device__ __forceinline__ void leave() const {
+  DEVICE void leave() const {
 #if SOFTMAX_EXT_CLUSTERS
     if (kScope == Scope::kCluster && cluster_blocks() > 1) cooperative_groups::this_cluster().sync();
 #endif
   }
 
  private:
-  __device__ __forceinline__ static int cluster_blocks() {
+  DEVICE static int cluster_blocks() {
 #if SOFTMAX_EXT_CLUSTERS
     return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
 #else
@@ -175,7 +175,7 @@ struct Group {
 
   // Values of the cluster's blocks go through the slot's last place.
   template <typename V>
-  __device__ __forceinline__ static void reduce_cluster(V& value, V* shared) {
+  DEVICE static void reduce_cluster(V& value, V* shared) {
 #if SOFTMAX_EXT_CLUSTERS
     const auto cluster = cooperative_groups::this_cluster();
     if (threadIdx.x == 0) shared[kWarp] = value;
@@ -188,7 +188,7 @@ struct Group {
 
   // Merges the values of the warps lane by lane; these are a power of two.
   template <typename V>
-  __device__ __forceinline__ static void reduce_columns(V& value, V* shared) {
+  DEVICE static void reduce_columns(V& value, V* shared) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     shared[warp * kWarp + lane] = value;
     __syncthreads();

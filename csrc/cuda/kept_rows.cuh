@@ -45,19 +45,19 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
 
     // ---- 1. load
     InputChunk<Op, kSize> held[kChunks];
+    const auto load = [&](int k, int chunks) {
+      const int chunk = group.thread + k * group.size;
+      if (chunk < chunks) held[k] = data.template load<true, kSize>(cut.of_chunk(chunk));
+    };
 #pragma unroll
-    for (int k = 0; k < kFirst; k++)
-      if (group.thread + k * group.size < cut.chunks)
-        held[k] = data.template load<true, kSize>(cut.of_chunk(group.thread + k * group.size));
+    for (int k = 0; k < kFirst; k++) load(k, cut.chunks);
     const auto row = op.row(at);
     const int target = op.target(row);
     const bool leader = exists && group.thread == (target < 0 ? 0 : owner(cut, target, group.size));
     const bool skipped = op.is_skipped(row);
     const int chunks = skipped ? 0 : cut.chunks, loose = skipped ? 0 : cut.loose;
 #pragma unroll
-    for (int k = kFirst; k < kChunks; k++)
-      if (group.thread + k * group.size < chunks)
-        held[k] = data.template load<true, kSize>(cut.of_chunk(group.thread + k * group.size));
+    for (int k = kFirst; k < kChunks; k++) load(k, chunks);
     InputChunk<Op, 1> held_loose;
     const int loose_class = cut.of_loose(group.thread);
     const bool has_loose = group.thread < loose;

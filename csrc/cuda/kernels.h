@@ -67,7 +67,7 @@ void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* s
 // *to.loss = 0, or 0 / *to.denominator: of no rows.
 void sum_no_losses(const LossSum& to, Stream stream);
 
-// *first = the first row whose class is neither in [0, classes) nor ignore_index, or `rows`.
+// *first = the first row whose class is neither in [0, classes) nor ignore_index, or more than any row.
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream);
 

@@ -1,36 +1,26 @@
 // Where rows lie: a Layout as it travels with a kernel's arguments, and the place of one row in it.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 
-#include "kernels.h"
+#include "numbers.cuh"
 
 namespace softmax_ext {
 namespace cuda {
 
 // A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31
 // blocks of one outer index each, so that indices are divided in 32 bits.
-struct DeviceDim {
-  unsigned size;
-  int64_t stride[kOperands];
-};
-
 struct DeviceLayout {
   int classes, outer_dims;
   int64_t inner, outer;
-  DeviceDim dims[kMaxOuterDims];
+  OuterDim dims[kMaxOuterDims];
   int64_t class_stride[kOperands];
   int64_t inner_stride[kOperands];
 };
 
 inline DeviceLayout device_layout(const Layout& layout) {
   DeviceLayout copy{static_cast<int>(layout.classes), layout.outer_dims, layout.inner, layout.outer, {}, {}, {}};
-  for (int d = 0; d < layout.outer_dims; d++) {
-    copy.dims[d].size = static_cast<unsigned>(layout.dims[d].size);
-    std::copy_n(layout.dims[d].stride, kOperands, copy.dims[d].stride);
-  }
+  std::copy_n(layout.dims, layout.outer_dims, copy.dims);
   std::copy_n(layout.class_stride, kOperands, copy.class_stride);
   std::copy_n(layout.inner_stride, kOperands, copy.inner_stride);
   return copy;
@@ -41,14 +31,14 @@ struct Position {
   int64_t offset[kOperands];
 };
 
-__device__ __forceinline__ Position locate(const DeviceLayout& layout, unsigned outer, int64_t inner) {
+DEVICE Position locate(const DeviceLayout& layout, unsigned outer, int64_t inner) {
   Position at;
 #pragma unroll
   for (int i = 0; i < kOperands; i++) at.offset[i] = inner * layout.inner_stride[i];
 #pragma unroll 1
   for (int d = layout.outer_dims - 1; d >= 0; d--) {
-    const unsigned rest = d == 0 ? 0 : outer / layout.dims[d].size;
-    const int64_t index = outer - rest * layout.dims[d].size;
+    const unsigned size = static_cast<unsigned>(layout.dims[d].size), rest = d == 0 ? 0 : outer / size;
+    const int64_t index = outer - rest * size;
     outer = rest;
 #pragma unroll
     for (int i = 0; i < kOperands; i++) at.offset[i] += index * layout.dims[d].stride[i];
@@ -57,7 +47,7 @@ __device__ __forceinline__ Position locate(const DeviceLayout& layout, unsigned 
 }
 
 // n rows further along the inner dimension.
-__device__ __forceinline__ Position advanced(const DeviceLayout& layout, Position at, int n) {
+DEVICE Position advanced(const DeviceLayout& layout, Position at, int n) {
 #pragma unroll
   for (int i = 0; i < kOperands; i++) at.offset[i] += n * layout.inner_stride[i];
   return at;

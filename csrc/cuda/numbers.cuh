@@ -13,68 +13,59 @@
 #include "../row_math.h"
 #include "kernels.h"
 
+// Nearly every function of the kernels is so.
+#define DEVICE __device__ __forceinline__
+
 namespace softmax_ext {
 namespace cuda {
 
 // ---- element types -----------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+DEVICE double widen(double x) { return x; }
+DEVICE float widen(float x) { return x; }
+DEVICE float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+DEVICE float widen(__half x) { return __half2float(x); }
 
 template <typename T, typename E>
-__device__ __forceinline__ void narrow(T x, E& y) {
+DEVICE void narrow(T x, E& y) {
   y = static_cast<E>(x);
 }
 template <typename T>
-__device__ __forceinline__ void narrow(T x, __nv_bfloat16& y) {
+DEVICE void narrow(T x, __nv_bfloat16& y) {
   y = __float2bfloat16(static_cast<float>(x));
 }
 template <typename T>
-__device__ __forceinline__ void narrow(T x, __half& y) {
+DEVICE void narrow(T x, __half& y) {
   y = __float2half_rn(static_cast<float>(x));
 }
 
 // ---- two elements of a half type in a register ---------------------------------------------------------------------
 
-__device__ __forceinline__ unsigned bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
-__device__ __forceinline__ unsigned bits_of(__half x) { return __half_as_ushort(x); }
-
 template <typename E>
-struct Pair;
-template <>
-struct Pair<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-  __device__ __forceinline__ static float widen(unsigned pair, int i) {
-    return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000);
-  }
-  __device__ __forceinline__ static Type rounded(float x, float y) { return __floats2bfloat162_rn(x, y); }
-};
-template <>
-struct Pair<__half> {
-  using Type = __half2;
-  __device__ __forceinline__ static float widen(unsigned pair, int i) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(i == 0 ? pair : pair >> 16)));
-  }
-  __device__ __forceinline__ static Type rounded(float x, float y) { return __floats2half2_rn(x, y); }
-};
+constexpr bool kIsBFloat16 = std::is_same<E, __nv_bfloat16>::value;
 
+// Element i of a pair.
 template <typename E>
-__device__ __forceinline__ float widen_half(unsigned pair, int i) {
-  return Pair<E>::widen(pair, i);
+DEVICE float widen_half(unsigned pair, int i) {
+  if constexpr (kIsBFloat16<E>) return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(i == 0 ? pair : pair >> 16)));
 }
 template <typename E>
-__device__ __forceinline__ unsigned narrow_pair(float x, float y) {
-  const auto pair = Pair<E>::rounded(x, y);
+DEVICE unsigned narrow_pair(float x, float y) {
   unsigned bits;
-  memcpy(&bits, &pair, sizeof bits);
+  if constexpr (kIsBFloat16<E>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    const __half2 pair = __floats2half2_rn(x, y);
+    memcpy(&bits, &pair, sizeof bits);
+  }
   return bits;
 }
 // Of each two the larger one; a NaN gives way to a number.
 template <typename E>
-__device__ __forceinline__ unsigned larger_pair(unsigned x, unsigned y) {
-  typename Pair<E>::Type a, b;
+DEVICE unsigned larger_pair(unsigned x, unsigned y) {
+  std::conditional_t<kIsBFloat16<E>, __nv_bfloat162, __half2> a, b;
   memcpy(&a, &x, sizeof a);
   memcpy(&b, &y, sizeof b);
   a = __hmax2(a, b);
@@ -90,7 +81,7 @@ struct Halves {
 
 // One element of an array whose type is known at run time.
 template <typename T>
-__device__ __forceinline__ T load_value(const void* data, DType type, int64_t i) {
+DEVICE T load_value(const void* data, DType type, int64_t i) {
   return visit_dtype<Halves>(type, [=](auto element) {
     using E = typename decltype(element)::Type;
     return static_cast<T>(widen(static_cast<const E*>(data)[i]));
@@ -98,7 +89,7 @@ __device__ __forceinline__ T load_value(const void* data, DType type, int64_t i)
 }
 
 template <typename T>
-__device__ __forceinline__ void store_value(T value, void* data, DType type, int64_t i) {
+DEVICE void store_value(T value, void* data, DType type, int64_t i) {
   visit_dtype<Halves>(type, [=](auto element) {
     using E = typename decltype(element)::Type;
     narrow(value, static_cast<E*>(data)[i]);
@@ -108,20 +99,20 @@ __device__ __forceinline__ void store_value(T value, void* data, DType type, int
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 template <typename T>
-__device__ __forceinline__ T not_a_number() {
+DEVICE T not_a_number() {
   return static_cast<T>(CUDART_NAN_F);
 }
 
 // The smallest finite number. A maximum begins with it, so that -inf less a maximum is -inf, and its exp 0.
 template <typename T>
-__device__ __forceinline__ T lowest() {
+DEVICE T lowest() {
   return sizeof(T) == 8 ? static_cast<T>(-DBL_MAX) : static_cast<T>(-FLT_MAX);
 }
 
 constexpr float kLog2OfE = 1.44269504f;
 
 // 2^x, of one instruction.
-__device__ __forceinline__ float power_of_two(float x) {
+DEVICE float power_of_two(float x) {
 #ifdef __CUDA_ARCH__
   float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
@@ -134,32 +125,32 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 // exp(d) for d <= 0; exp(0) is 1. In float it is two instructions, whose relative error is at most 2 + |d| times 2^-23;
 // below 2^-126 it is 0.
-__device__ __forceinline__ double exp_nonpositive(double d) { return exp(d); }
-__device__ __forceinline__ float exp_nonpositive(float d) { return power_of_two(d * kLog2OfE); }
+DEVICE double exp_nonpositive(double d) { return exp(d); }
+DEVICE float exp_nonpositive(float d) { return power_of_two(d * kLog2OfE); }
 
 // Rounded, whatever is done with it: not contracted to a multiply-add.
-__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // Within 2 ULP for a divisor between 2^-126 and 2^126.
-__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
-__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+DEVICE double divide(double a, double b) { return a / b; }
 
 // Ignores a NaN.
 template <typename T>
-__device__ __forceinline__ T larger(T a, T b) {
+DEVICE T larger(T a, T b) {
   return fmax(a, b);
 }
 
 // 0 where b is 0, b * d elsewhere: a class without target mass contributes nothing even where its logit is -inf.
 template <typename T>
-__device__ __forceinline__ T multiply_or_zero(T b, T d) {
+DEVICE T multiply_or_zero(T b, T d) {
   return b == 0 ? T(0) : b * d;
 }
 
 // The same where d too may be 0 beside an infinite b: d is relative to a maximum that may still grow.
 template <typename T>
-__device__ __forceinline__ T product_or_zero(T b, T d) {
+DEVICE T product_or_zero(T b, T d) {
   return b == 0 || d == 0 ? T(0) : b * d;
 }
 
@@ -168,17 +159,17 @@ template <typename T>
 struct ScalarMath {
   using Value = T;
 
-  __device__ __forceinline__ static T select(bool condition, T yes, T no) { return condition ? yes : no; }
-  __device__ __forceinline__ static T multiply_or_zero(T b, T d) { return cuda::multiply_or_zero(b, d); }
-  __device__ __forceinline__ static T multiply_add(T a, T b, T c) { return fma(a, b, c); }
-  __device__ __forceinline__ static T multiply_subtract(T a, T b, T c) { return fma(a, b, -c); }
-  __device__ __forceinline__ static T divide(T a, T b) { return cuda::divide(a, b); }
-  __device__ __forceinline__ static T log1p(T x) { return ::log1p(x); }
-  __device__ __forceinline__ static T tanh(T x) { return ::tanh(x); }
+  DEVICE static T select(bool condition, T yes, T no) { return condition ? yes : no; }
+  DEVICE static T multiply_or_zero(T b, T d) { return cuda::multiply_or_zero(b, d); }
+  DEVICE static T multiply_add(T a, T b, T c) { return fma(a, b, c); }
+  DEVICE static T multiply_subtract(T a, T b, T c) { return fma(a, b, -c); }
+  DEVICE static T divide(T a, T b) { return cuda::divide(a, b); }
+  DEVICE static T log1p(T x) { return ::log1p(x); }
+  DEVICE static T tanh(T x) { return ::tanh(x); }
 };
 
 template <typename T>
-__device__ __forceinline__ T row_value(const RowValues& values, int64_t row) {
+DEVICE T row_value(const RowValues& values, int64_t row) {
   if (!values.given) return 0;
   const T value = values.data ? load_value<T>(values.data, values.dtype, row * values.stride) : T(1);
   return values.divisor ? divide(value, static_cast<T>(*values.divisor)) : value;

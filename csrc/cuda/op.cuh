@@ -57,8 +57,7 @@ struct RowPointers {
   Out* output;
   int64_t stride[kStrided ? Op::kInputs : 1], output_stride;
 
-  __device__ __forceinline__ RowPointers(const Op& op, const Position& at)
-      : output(op.output() + at.offset[Op::kOutputOperand]) {
+  DEVICE RowPointers(const Op& op, const Position& at) : output(op.output() + at.offset[Op::kOutputOperand]) {
 #pragma unroll
     for (int j = 0; j < Op::kInputs; j++) {
       input[j] = op.input(j) + at.offset[Op::input_operand(j)];
@@ -67,20 +66,18 @@ struct RowPointers {
     if (kStrided) output_stride = op.layout.class_stride[Op::kOutputOperand];
   }
 
-  __device__ __forceinline__ const In* input_at(int j, int c) const {
-    return input[j] + (kStrided ? c * stride[j] : c);
-  }
-  __device__ __forceinline__ Out* output_at(int c) const { return output + (kStrided ? c * output_stride : c); }
+  DEVICE const In* input_at(int j, int c) const { return input[j] + (kStrided ? c * stride[j] : c); }
+  DEVICE Out* output_at(int c) const { return output + (kStrided ? c * output_stride : c); }
 
   template <bool kLast, int kSize>
-  __device__ __forceinline__ InputChunk<Op, kSize> load(int c) const {
+  DEVICE InputChunk<Op, kSize> load(int c) const {
     InputChunk<Op, kSize> chunk;
 #pragma unroll
     for (int j = 0; j < Op::kInputs; j++) chunk.input[j] = load_chunk<kLast, kSize>(input_at(j, c));
     return chunk;
   }
   template <int kSize>
-  __device__ __forceinline__ void zero(int c) const {
+  DEVICE void zero(int c) const {
     const typename Op::T zeros[kSize] = {};
     store_chunk(output_at(c), rounded<typename Op::Out>(zeros));
   }
@@ -88,7 +85,7 @@ struct RowPointers {
 
 // Of the threads of a row, the one whose chunk, or loose element, holds a class.
 template <int kSize>
-__device__ __forceinline__ int owner(const Cut<kSize>& cut, int c, int threads) {
+DEVICE int owner(const Cut<kSize>& cut, int c, int threads) {
   const int chunk = cut.chunk_of(c);
   if (chunk < 0 || chunk >= cut.chunks) return cut.loose_of(c);
   // chunk % threads. The quotient is small and no closer to a whole number than 1 / (2 threads).
@@ -98,8 +95,7 @@ __device__ __forceinline__ int owner(const Cut<kSize>& cut, int c, int threads) 
 // ---- work on a chunk -----------------------------------------------------------------------------------------------
 
 template <typename Op, typename Chunk>
-__device__ __forceinline__ typename Op::T sum_without_max(const Op& op, const Chunk& held, typename Op::T max,
-                                                          int count) {
+DEVICE typename Op::T sum_without_max(const Op& op, const Chunk& held, typename Op::T max, int count) {
   typename Op::T sum = 0;
 #pragma unroll
   for (int i = 0; i < Chunk::kElements; i++) {
@@ -113,8 +109,8 @@ __device__ __forceinline__ typename Op::T sum_without_max(const Op& op, const Ch
 // and the elements of the thread that holds it once more, from memory, shared out among the warp's lanes of the group.
 // That thread has the chunks `thread`, thread + threads, ..., below `end`, and perhaps a loose element.
 template <int kSize, typename Op, typename Data, typename T, Scope kScope>
-__device__ __forceinline__ T rest_in_warp(const Op& op, const Data& data, const Cut<kSize>& cut, int end,
-                                          const Group<kScope>& group, bool holds, int loose_class, T max, T own) {
+DEVICE T rest_in_warp(const Op& op, const Data& data, const Cut<kSize>& cut, int end, const Group<kScope>& group,
+                      bool holds, int loose_class, T max, T own) {
   const unsigned holders = __ballot_sync(kAllLanes, holds) & group.lanes();
   const int lane = threadIdx.x % kWarp, holder = __ffs(static_cast<int>(holders)) - 1;
   T rest = holds ? T(0) : own;
@@ -129,9 +125,9 @@ __device__ __forceinline__ T rest_in_warp(const Op& op, const Data& data, const 
 
 // The state's rest: in all threads of the group, of the threads' own largest logits and sums and those of the row.
 template <int kSize, typename Op, typename Data, typename T, typename Sums, Scope kScope>
-__device__ __forceinline__ T rest_of_row(const Op& op, const Data& data, const Cut<kSize>& cut, int end,
-                                         int loose_class, const Group<kScope>& group, const Largest<T>& own,
-                                         const Largest<T>& all, const Sums& own_sums, const Sums& sums) {
+DEVICE T rest_of_row(const Op& op, const Data& data, const Cut<kSize>& cut, int end, int loose_class,
+                     const Group<kScope>& group, const Largest<T>& own, const Largest<T>& all, const Sums& own_sums,
+                     const Sums& sums) {
   const bool peaked = is_peaked(sums.sum);
   if (!__any_sync(kAllLanes, peaked)) return rest_of(sums.sum);
   const bool holds = peaked && own.value == all.value;
@@ -149,25 +145,25 @@ struct Prediction {
 
   // Of the first `count` elements of a chunk from class c on.
   template <typename Op, typename Chunk>
-  __device__ __forceinline__ First in(const Op& op, const Chunk& held, int c, int count) const {
+  DEVICE First in(const Op& op, const Chunk& held, int c, int count) const {
     First first;
 #pragma unroll
     for (int i = 0; i < Chunk::kElements; i++) {
       const T z = op.logit(held.at(i).of[0]);
-      if (i < count && !(z < max)) first.merge({z == max ? kBehindNaN + c + i : c + i});
+      if (i < count && !(z < max)) first.merge({z != z ? c + i : kBehindNaN + c + i});
     }
     return first;
   }
   // 0 where there is no class.
-  __device__ __forceinline__ static int of(const First& first) {
+  DEVICE static int of(const First& first) {
     return first.value == INT64_MAX ? 0 : static_cast<int>(first.value & (kBehindNaN - 1));
   }
 };
 
 // The output of a chunk from class c on.
 template <typename Op, typename Row, typename Data, int kSize, template <typename, int> class Chunk>
-__device__ __forceinline__ void write(const Op& op, const Row& row, const typename Op::Coefficients& coefficients,
-                                      const Data& data, const Chunk<Op, kSize>& held, int c) {
+DEVICE void write(const Op& op, const Row& row, const typename Op::Coefficients& coefficients, const Data& data,
+                  const Chunk<Op, kSize>& held, int c) {
   typename Op::T values[kSize];
   op.compute(row, coefficients, held, c, kSize, values);
   if (op.output()) store_chunk(data.output_at(c), rounded<typename Op::Out>(values));
@@ -183,21 +179,21 @@ struct SimpleOp {
   static constexpr int kKeptThreads = 1024;
   static constexpr int64_t kMostInThread = kSmallClasses;
 
-  __device__ __forceinline__ bool is_done() const { return false; }
-  __device__ __forceinline__ bool has_total() const { return false; }
-  __device__ __forceinline__ void add_to_total(const Totals&, unsigned, bool) const {}
-  __device__ __forceinline__ R row(const Position&) const { return {}; }
-  __device__ __forceinline__ int target(const R&) const { return -1; }
-  __device__ __forceinline__ bool is_skipped(const R&) const { return false; }
-  __device__ __forceinline__ bool is_zero(const R&) const { return false; }
-  __device__ __forceinline__ bool writes_anything() const { return true; }
-  __device__ __forceinline__ float sign() const { return 1; }
+  DEVICE bool is_done() const { return false; }
+  DEVICE bool has_total() const { return false; }
+  DEVICE void add_to_total(const Totals&, unsigned, bool) const {}
+  DEVICE R row(const Position&) const { return {}; }
+  DEVICE int target(const R&) const { return -1; }
+  DEVICE bool is_skipped(const R&) const { return false; }
+  DEVICE bool is_zero(const R&) const { return false; }
+  DEVICE bool writes_anything() const { return true; }
+  DEVICE float sign() const { return 1; }
   template <typename T>
-  __device__ __forceinline__ T logit(T x) const {
+  DEVICE T logit(T x) const {
     return x;
   }
   template <typename K, typename Out>
-  __device__ __forceinline__ void write_target(const R&, const K&, Out*) const {}
+  DEVICE void write_target(const R&, const K&, Out*) const {}
 };
 struct NoRow {};
 

@@ -25,24 +25,21 @@ struct ScaleOp : SimpleOp<Factor<Arithmetic>> {
   ScaleRowsParams params;
 
   // One factor for all rows, and that is 1.
-  __device__ __forceinline__ bool is_done() const { return params.factor.stride == 0 && factor_of(0) == 1; }
-  __device__ __forceinline__ T factor_of(int64_t row) const {
+  DEVICE bool is_done() const { return params.factor.stride == 0 && factor_of(0) == 1; }
+  DEVICE T factor_of(int64_t row) const {
     return load_value<T>(params.factor.data, params.factor.dtype, row * params.factor.stride);
   }
 
   SOFTMAX_EXT_INLINE static int input_operand(int) { return 0; }
   SOFTMAX_EXT_INLINE S* output() const { return static_cast<S*>(params.data); }
   SOFTMAX_EXT_INLINE const S* input(int) const { return output(); }
-  __device__ __forceinline__ Row row(const Position& at) const { return {factor_of(at.offset[kRow])}; }
+  DEVICE Row row(const Position& at) const { return {factor_of(at.offset[kRow])}; }
   template <typename Chunk>
-  __device__ __forceinline__ void add(Sums&, T, const Row&, const Chunk&, int, int) const {}
-  __device__ __forceinline__ Coefficients finish(const Row&, const Sums&, const Outcome<T>&, T, bool, Totals&) const {
-    return {};
-  }
+  DEVICE void add(Sums&, T, const Row&, const Chunk&, int, int) const {}
+  DEVICE Coefficients finish(const Row&, const Sums&, const Outcome<T>&, T, bool, Totals&) const { return {}; }
   // A gradient of 0 stays 0, whatever the factor: that of an ignored row has no part in the loss.
   template <typename Chunk, int n>
-  __device__ __forceinline__ void compute(const Row& row, const Coefficients&, const Chunk& held, int, int,
-                                          T (&values)[n]) const {
+  DEVICE void compute(const Row& row, const Coefficients&, const Chunk& held, int, int, T (&values)[n]) const {
 #pragma unroll
     for (int i = 0; i < n; i++) values[i] = multiply_or_zero(held.at(i).of[0], row.factor);
   }

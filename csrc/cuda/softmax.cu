@@ -26,19 +26,17 @@ struct SoftmaxOp : SimpleOp<NoRow> {
   SOFTMAX_EXT_INLINE O* output() const { return static_cast<O*>(params.output); }
 
   template <typename Chunk>
-  __device__ __forceinline__ void add(Sums& sums, T max, const NoRow&, const Chunk& held, int, int count) const {
+  DEVICE void add(Sums& sums, T max, const NoRow&, const Chunk& held, int, int count) const {
 #pragma unroll
     for (int i = 0; i < Chunk::kElements; i++)
       if (i < count) sums.sum += exp_nonpositive(held.at(i).of[0] - max);
   }
-  __device__ __forceinline__ Coefficients finish(const NoRow&, const Sums&, const Outcome<T>& outcome, T, bool,
-                                                 Totals&) const {
+  DEVICE Coefficients finish(const NoRow&, const Sums&, const Outcome<T>& outcome, T, bool, Totals&) const {
     const T rest = outcome.rest;
     return {outcome.max, params.log ? log1p(rest) : rest, divide(T(1), 1 + rest)};
   }
   template <typename Chunk, int n>
-  __device__ __forceinline__ void compute(const NoRow&, const Coefficients& k, const Chunk& held, int, int,
-                                          T (&values)[n]) const {
+  DEVICE void compute(const NoRow&, const Coefficients& k, const Chunk& held, int, int, T (&values)[n]) const {
 #pragma unroll
     for (int i = 0; i < n; i++) {
       const T d = held.at(i).of[0] - k.max;
@@ -73,18 +71,16 @@ struct SoftmaxBackwardOp : SimpleOp<NoRow> {
   SOFTMAX_EXT_INLINE O* output() const { return static_cast<O*>(params.grad_input); }
 
   template <typename Chunk>
-  __device__ __forceinline__ void add(Sums& sums, T, const NoRow&, const Chunk& held, int, int count) const {
+  DEVICE void add(Sums& sums, T, const NoRow&, const Chunk& held, int, int count) const {
 #pragma unroll
     for (int i = 0; i < Chunk::kElements; i++)
       if (i < count) sums.value += params.log ? held.at(i).of[1] : held.at(i).of[1] * held.at(i).of[0];
   }
-  __device__ __forceinline__ Coefficients finish(const NoRow&, const Sums& sums, const Outcome<T>&, T, bool,
-                                                 Totals&) const {
+  DEVICE Coefficients finish(const NoRow&, const Sums& sums, const Outcome<T>&, T, bool, Totals&) const {
     return {sums.value};
   }
   template <typename Chunk, int n>
-  __device__ __forceinline__ void compute(const NoRow&, const Coefficients& k, const Chunk& held, int, int,
-                                          T (&values)[n]) const {
+  DEVICE void compute(const NoRow&, const Coefficients& k, const Chunk& held, int, int, T (&values)[n]) const {
 #pragma unroll
     for (int i = 0; i < n; i++) {
       const auto x = held.at(i);

@@ -33,13 +33,6 @@ struct TargetWeights {
   const T* weight;
   int64_t classes, ignore_index;
 
-  explicit TargetWeights(const CrossEntropyParams<T>& params, int64_t classes)
-      : index(params.index),
-        index_u8(params.index_u8),
-        weight(params.weight),
-        classes(classes),
-        ignore_index(params.options.ignore_index) {}
-
   __device__ double operator()(int64_t row) const {
     const int64_t y = index ? index[row] : index_u8[row];
     if (y == ignore_index || static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes)) return 0;
@@ -80,8 +73,6 @@ __global__ void write_empty_sum(const LossSum to) {
 
 // ---- classes out of range ------------------------------------------------------------------------------------------
 
-__global__ void set_first(int64_t* first, int64_t rows) { *first = rows; }
-
 __global__ void __launch_bounds__(kThreads) find_first(const int64_t* index, const uint8_t* index_u8, int64_t rows,
                                                        int64_t classes, int64_t ignore_index, int64_t* first) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -100,14 +91,15 @@ void sum_weights(const T* weight, int64_t n, double* total, double* scratch, Str
 
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* total, double* scratch, Stream stream) {
-  sum("sum_targets", TargetWeights<T>(params, classes), params.rows, total, scratch, stream);
+  const TargetWeights<T> weights{params.index, params.index_u8, params.weight, classes, params.options.ignore_index};
+  sum("sum_targets", weights, params.rows, total, scratch, stream);
 }
 
 void sum_no_losses(const LossSum& to, Stream stream) { launch("write_empty_sum", write_empty_sum, {1, 1}, stream, to); }
 
 template <typename T>
 void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_t* first, Stream stream) {
-  launch("set_first", set_first, {1, 1}, stream, first, params.rows);
+  check(cudaMemsetAsync(first, 0x7f, sizeof *first, stream), "cudaMemsetAsync");
   if (params.rows == 0) return;
   launch("find_first", find_first, {(params.rows + kThreads - 1) / kThreads, kThreads}, stream, params.index,
          params.index_u8, params.rows, classes, params.options.ignore_index, first);

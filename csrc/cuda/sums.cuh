@@ -16,19 +16,19 @@ struct ExpSum {
   T sum = 0;  // of exp(z_c - max); NaN if any logit is NaN or +inf, 0 if all are -inf
 
   // To a maximum that is larger by -step.
-  __device__ __forceinline__ void lower(T step) { sum *= exp_nonpositive(step); }
-  __device__ __forceinline__ void merge(const ExpSum& other) { sum += other.sum; }
+  DEVICE void lower(T step) { sum *= exp_nonpositive(step); }
+  DEVICE void merge(const ExpSum& other) { sum += other.sum; }
 };
 
 // Whether rest is to be summed without the largest logit. No other class can be as large then.
 template <typename T>
-__device__ __forceinline__ bool is_peaked(T sum) {
+DEVICE bool is_peaked(T sum) {
   return sum >= 1 && sum < T(1.5);
 }
 
 // NaN for a row without a finite maximum, which has no distribution.
 template <typename T>
-__device__ __forceinline__ T rest_of(T sum) {
+DEVICE T rest_of(T sum) {
   return sum == 0 ? not_a_number<T>() : sum - 1;
 }
 
@@ -41,7 +41,7 @@ struct RowSums : ExpSum<T> {
   T q_dot = 0;  // sum of q_c d
   T q_sum = 0;
 
-  __device__ __forceinline__ void lower(T step) {
+  DEVICE void lower(T step) {
     if (step == 0) return;
     const T finite_step = larger(step, lowest<T>()), scale = exp_nonpositive(step);
     weighted = multiply_or_zero(scale, weighted + finite_step * this->sum);
@@ -49,7 +49,7 @@ struct RowSums : ExpSum<T> {
     dot += b_sum * finite_step;
     q_dot += q_sum * finite_step;
   }
-  __device__ __forceinline__ void merge(const RowSums& other) {
+  DEVICE void merge(const RowSums& other) {
     ExpSum<T>::merge(other);
     weighted += other.weighted;
     dot += other.dot;

@@ -24,39 +24,34 @@ struct Tile {
   char* bytes;
   int skip, pitch;
 
-  __device__ __forceinline__ Tile(char* memory, const void* data, int row_bytes)
+  DEVICE Tile(char* memory, const void* data, int row_bytes)
       : bytes(memory), skip(static_cast<int>(reinterpret_cast<uintptr_t>(data) % 16)), pitch(row_bytes) {
     if (row_bytes % 32 == 0 && skip == 0) pitch += 16;
   }
   // Of so many rows, at most.
   __host__ __device__ static int size(int rows, int row_bytes) { return rows * (row_bytes + 16) + 32; }
   template <typename E>
-  __device__ __forceinline__ E* row(int r) const {
+  DEVICE E* row(int r) const {
     return reinterpret_cast<E*>(bytes + skip + r * pitch);
   }
 };
 
-// visit(to or from in the tile, in memory) for each 16 bytes, then for each element that is in no 16 bytes.
-template <typename E, typename Words, typename Rest>
-__device__ __forceinline__ void each_word(const Tile& tile, E* data, int elements, int row_bytes, const Words& words,
-                                          const Rest& rest) {
+// Copies so many elements of memory to the tile or back: 16 bytes at a time, and those one by one that are in no chunk.
+// copy(in the tile, in memory).
+template <typename E, typename Copy>
+DEVICE void each_word(const Tile& tile, E* data, int elements, int row_bytes, const Copy& copy) {
   using Word = std::conditional_t<std::is_const<E>::value, const int4, int4>;
-  constexpr int kSize = 16 / sizeof(E);
-  const Cut<kSize> cut(data, elements);
+  const Cut<16 / sizeof(E)> cut(data, elements);
   const bool padded = tile.pitch != row_bytes;
-  const int row_words = row_bytes / 16;
-  const auto place = [&](int word) {
-    const int at = tile.skip + cut.head * static_cast<int>(sizeof(E)) + 16 * word;
-    return reinterpret_cast<int4*>(tile.bytes +
-                                   (padded ? at + static_cast<int>(__fdividef(word + 0.5f, row_words)) * 16 : at));
-  };
+  const float words_of_row = static_cast<float>(row_bytes / 16);
 #pragma unroll 4
-  for (int i = threadIdx.x; i < cut.chunks; i += kRowThreads)
-    words(place(i), reinterpret_cast<Word*>(data + cut.of_chunk(i)));
-  if (static_cast<int>(threadIdx.x) < cut.loose) {
-    const int i = cut.of_loose(threadIdx.x);
-    rest(tile.row<std::remove_const_t<E>>(0) + i, data + i);
+  for (int i = threadIdx.x; i < cut.chunks; i += kRowThreads) {
+    const int padding = padded ? 16 * static_cast<int>(__fdividef(i + 0.5f, words_of_row)) : 0;
+    const int at = tile.skip + cut.head * static_cast<int>(sizeof(E)) + 16 * i + padding;
+    copy(reinterpret_cast<int4*>(tile.bytes + at), reinterpret_cast<Word*>(data + cut.of_chunk(i)));
   }
+  const int i = cut.of_loose(threadIdx.x);
+  if (static_cast<int>(threadIdx.x) < cut.loose) copy(tile.row<std::remove_const_t<E>>(0) + i, data + i);
 }
 
 // ---- one row -------------------------------------------------------------------------------------------------------
@@ -69,15 +64,15 @@ struct ThreadRow {
 
   // visit(quad, class, how many) for those that there are.
   template <typename Visit>
-  __device__ __forceinline__ void each(int classes, const Visit& visit) {
+  DEVICE void each(int classes, const Visit& visit) {
 #pragma unroll
     for (int k = 0; k < kQuads; k++)
       if (k * kQuad < classes) visit(quad[k], k * kQuad, min(kQuad, classes - k * kQuad));
   }
 
   // Reduces the row; returns its coefficients.
-  __device__ __forceinline__ typename Op::Coefficients finish(const Op& op, const typename Op::Row& row,
-                                                              typename Op::T target_logit, bool exists, Totals& total) {
+  DEVICE typename Op::Coefficients finish(const Op& op, const typename Op::Row& row, typename Op::T target_logit,
+                                          bool exists, Totals& total) {
     using T = typename Op::T;
     typename Op::Sums sums;
     Outcome<T> outcome;
@@ -129,21 +124,20 @@ struct RowAccess {
   int count;
   bool paired;  // both rows exist and are adjacent: one load or store takes both
 
-  __device__ __forceinline__ RowAccess(E* first, int64_t row_stride, int64_t stride, int count)
-      : stride(stride), count(count) {
+  DEVICE RowAccess(E* first, int64_t row_stride, int64_t stride, int count) : stride(stride), count(count) {
 #pragma unroll
     for (int m = 0; m < kRows; m++) row[m] = first + (m < count ? m * row_stride : 0);
     paired = kRows > 1 && count == kRows && row_stride == 1 && stride % kRows == 0 &&
              reinterpret_cast<uintptr_t>(first) % (kRows * sizeof(E)) == 0;
   }
-  __device__ __forceinline__ Chunk<std::remove_const_t<E>, kRows> load(int c) const {
+  DEVICE Chunk<std::remove_const_t<E>, kRows> load(int c) const {
     if (paired) return load_chunk<true, kRows>(row[0] + c * stride);
     Chunk<std::remove_const_t<E>, kRows> x{};
 #pragma unroll
     for (int m = 0; m < kRows; m++) x.set(m, widen(row[m][c * stride]));
     return x;
   }
-  __device__ __forceinline__ void store(int c, const Chunk<E, kRows>& x) const {
+  DEVICE void store(int c, const Chunk<E, kRows>& x) const {
     if (paired) return store_chunk(row[0] + c * stride, x);
 #pragma unroll
     for (int m = 0; m < kRows; m++)
@@ -155,7 +149,7 @@ struct RowAccess {
 
 // `rows` of a block, of which there are `tiles` for each outer index.
 template <typename Op, int kMost, bool kStaged>
-__global__ void __launch_bounds__(kRowThreads, kMost* kThreadRows<Op, kStaged> > 64 ? 2 : 3)
+__global__ void __launch_bounds__(kRowThreads, (kMost * kThreadRows<Op, kStaged> * Op::kInputs > 32 ? 2 : 3))
     thread_rows(const __grid_constant__ Op op, int rows, unsigned tiles) {
   using In = typename Op::In;
   using Out = typename Op::Out;
@@ -177,10 +171,7 @@ __global__ void __launch_bounds__(kRowThreads, kMost* kThreadRows<Op, kStaged> >
   if constexpr (kStaged) {
 #pragma unroll
     for (int j = 0; j < Op::kInputs; j++)
-      each_word(
-          input_tile(j), input(j), here * classes, input_bytes,
-          [](int4* tile, const int4* memory) { *tile = __ldcs(memory); },
-          [](In* tile, const In* memory) { *tile = *memory; });
+      each_word(input_tile(j), input(j), here * classes, input_bytes, [](auto* to, const auto* from) { *to = *from; });
     __syncthreads();
   }
 
@@ -251,10 +242,7 @@ __global__ void __launch_bounds__(kRowThreads, kMost* kThreadRows<Op, kStaged> >
   if constexpr (kStaged) {
     __syncthreads();
     if (op.output())
-      each_word(
-          output_tile, output, here * classes, output_bytes,
-          [](const int4* tile, int4* memory) { __stcs(memory, *tile); },
-          [](const Out* tile, Out* memory) { *memory = *tile; });
+      each_word(output_tile, output, here * classes, output_bytes, [](const auto* from, auto* to) { *to = *from; });
   }
   if (op.has_total()) {
     __syncthreads();

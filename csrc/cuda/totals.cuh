@@ -1,5 +1,5 @@
 // The sum of the losses of all rows, and of their weights, by the kernel that computes the losses: whoever comes last
-// adds up. In double, and in an order that depends on the sizes alone.
+// adds up. In double, and in an order that depends on nothing but the input: not on who comes first.
 //
 // Every unit (a row, or the rows of a block) writes its share. Units are taken in groups. A counter of each group says
 // who was its last unit: that warp adds up the group's shares. The last of the groups adds up the groups.
@@ -12,7 +12,7 @@ namespace cuda {
 
 struct Totals {
   double loss = 0, weight = 0;
-  __device__ __forceinline__ void merge(const Totals& other) {
+  DEVICE void merge(const Totals& other) {
     loss += other.loss;
     weight += other.weight;
   }
@@ -33,7 +33,7 @@ struct LossTotal {
   LossSum to;
 
   // By whole warps; `has` says which of their threads bring the share of a unit.
-  __device__ __forceinline__ void add(const Totals& share, unsigned unit, bool has) const {
+  DEVICE void add(const Totals& share, unsigned unit, bool has) const {
     if (shares) publish_and_sum(share.loss, share.weight, unit, has);
   }
 
@@ -59,15 +59,14 @@ struct LossTotal {
   }
 
   // Whether this was the last of `expected`.
-  __device__ __forceinline__ static bool publish(Totals* to, const Totals& share, unsigned* counter,
-                                                 unsigned expected) {
+  DEVICE static bool publish(Totals* to, const Totals& share, unsigned* counter, unsigned expected) {
     *to = share;
     __threadfence();  // whoever sees the counter sees the share
     return atomicAdd(counter, 1u) + 1 == expected;
   }
 
   // Of shares [begin, end), in all lanes.
-  __device__ __forceinline__ Totals summed(unsigned begin, unsigned end) const {
+  DEVICE Totals summed(unsigned begin, unsigned end) const {
     __syncwarp();
     __threadfence();
     Totals total;
@@ -78,7 +77,7 @@ struct LossTotal {
     return total;
   }
 
-  __device__ __forceinline__ void finish(const Totals& total) const {
+  DEVICE void finish(const Totals& total) const {
     if (to.mean && !to.has_denominator) *to.denominator = total.weight;
     const double divisor = !to.mean ? 1 : to.has_denominator ? *to.denominator : total.weight;
     store_value(total.loss / divisor, to.loss, to.loss_type, 0);

@@ -33,8 +33,9 @@ FLAGS = [
     "-Wno-maybe-uninitialized",  # of a thread's chunks that its row lacks, which are neither loaded nor used
     *("-fPIC", "-fvisibility=hidden", f"-I{HERE.relative_to(ROOT) / 'include'}"),
 ]
-# Fused multiply-adds only where the source says so: what is rounded does not depend on the compiler.
-PLAIN = ["-O2", "-ffp-contract=off"]
+# Fused multiply-adds only where the source says so: what is rounded does not depend on the compiler. GCC 12 makes one
+# aligned load of four single ones (load_values in chunks.cuh) that are no multiple of 16 bytes.
+PLAIN = ["-O2", "-ffp-contract=off", "-fno-tree-slp-vectorize"]
 SANITIZED = [
     *("-O1", "-ffp-contract=off", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"),
     # Without float-divide-by-zero, which is no error in IEEE arithmetic.

@@ -46,8 +46,8 @@ LIMITS = [
     Limit(streamed("__nv_bfloat16", 8), "backward", 9, 64, 256, elements=8),
     Limit(streamed("float", 4), "forward", 7.5, 64, 256, elements=4),
     Limit(streamed("float", 4), "backward", 10, 64, 256, elements=4),
-    Limit(kept("__nv_bfloat16", 2), "fused", 36, 64, 512, elements=8, chunks=8),
-    Limit(kept("float", 2), "fused", 54, 64, 1024, elements=4, chunks=8),
+    Limit(kept("__nv_bfloat16", 2), "fused", 37, 64, 512, elements=8, chunks=8),
+    Limit(kept("float", 2), "fused", 58, 64, 1024, elements=4, chunks=8),
 ]
 
 

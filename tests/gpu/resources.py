@@ -16,6 +16,11 @@ ALLOWED = [
         100,
         "arithmetic in double has long subroutines, and is not there for its speed",
     ),
+    (
+        r"^thread_rows<SoftmaxOp<float, float>, 64, false>",
+        144,
+        "the compiler for 10.0 computes the places of all 64 classes beforehand; what is stored and loaded counts",
+    ),
 ]
 
 

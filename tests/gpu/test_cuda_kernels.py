@@ -153,9 +153,9 @@ def test_a_class_beside_the_border_of_two_parts(skip, device, monkeypatch):
 
 # ---- launches --------------------------------------------------------------------------------------------------------
 
-# Kernels of (forward, backward) by rows, reduction and whether the gradient is written in forward. The losses are summed
+# Kernels of (forward, backward) by rows, reduction and whether the gradient is written in forward. Losses are summed
 # by the kernel that computes them. The mean's denominator, for a gradient that is to be divided by it, takes one kernel
-# more, and two for more than 8192 rows.
+# more, and two for more than 16384 rows.
 LAUNCHES = {
     (20, "none", False): (1, 1),
     (20, "sum", False): (1, 1),
@@ -195,6 +195,31 @@ def test_a_call_launches_no_more_kernels_than_it_needs(rows, reduction, precompu
         assert between - before == forward + weight_sum
         loss.sum().backward()
         assert launches() - between == backward + (weight_sum if not precompute else 0)
+
+
+@pytest.mark.parametrize("classes", [60, 1000, 40000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_prediction_among_the_lowest_logits(dtype, classes, device):
+    """The lowest finite number is what a maximum begins with."""
+    x = torch.full((2, classes), -math.inf, dtype=dtype, device=device)
+    x[:, classes // 2 + 3] = torch.finfo(dtype).min
+    stats = cross_entropy(x, torch.zeros(2, dtype=torch.int64, device=device), return_stats=True)[1]
+    assert stats.prediction.tolist() == x.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_mean_without_classes_is_nan(precompute, device):
+    x = torch.randn(2, 0, device=device, requires_grad=True)
+    assert cross_entropy(x, torch.rand(2, 0, device=device), precompute_grad=precompute).isnan()
+
+
+@pytest.mark.parametrize("skip", range(4))
+def test_weights_at_any_address(skip, device):
+    x, q = torch.randn(7, 200, device=device), torch.rand(7, 200, device=device)
+    weight = torch.rand(204, device=device)[skip : skip + 200]
+    loss = cross_entropy(x, q, weight, label_smoothing=0.1)
+    exact = oracle.cross_entropy(x, q, weight, label_smoothing=0.1).loss
+    oracle.assert_within(loss, exact, oracle.tolerance("loss", exact, torch.float32), skip)
 
 
 @pytest.mark.parametrize("shape", [(1024, 1028), (4096, 70), (1, 65, 1024), (1022, 129)], ids=str)

@@ -197,7 +197,8 @@ inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
 inline double __hiloint2double(int high, int low) {
-  return ::emulator::bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
+  return ::emulator::bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 |
+                                  static_cast<unsigned>(low));
 }
 inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fdividef(float x, float y) { return x / y; }
