@@ -13,8 +13,6 @@ using Moved = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, unsigned, unsigned short>>>;
 
-// ---- chunks --------------------------------------------------------------------------------------------------------
-
 // kSize adjacent elements, as the registers that hold them: an array of half types would be taken apart, and take twice
 // as many.
 template <typename E, int kSize>

@@ -8,8 +8,7 @@
 namespace softmax_ext {
 namespace cuda {
 
-// A Layout as it travels with a kernel's arguments. Rows have less than 2^31 classes, and a kernel less than 2^31
-// blocks of one outer index each, so that indices are divided in 32 bits.
+// Rows have less than 2^31 classes, and a kernel less than 2^32 outer indices, so that these are divided in 32 bits.
 struct DeviceLayout {
   int classes, outer_dims;
   int64_t inner, outer;

@@ -15,10 +15,6 @@ constexpr int kThreads = 512;
 constexpr int64_t kElementsEach = 16;  // that a thread adds before more blocks, and a second kernel, pay
 constexpr int kAtOnce = 8;             // elements that are loaded before the first is added
 
-// ---- sums ----------------------------------------------------------------------------------------------------------
-
-// What is summed, as functions of the element's number.
-
 template <typename T>
 struct Weights {
   const T* weight;
