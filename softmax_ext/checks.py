@@ -219,6 +219,10 @@ def check_options(
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 
+# Numbers that are not known while a program is traced, like a size.
+_SYMBOLIC: tuple[type, ...] = (torch.SymInt, torch.SymFloat)
+
+
 def check_denominator(op: str, input: Tensor, denominator: float | Tensor, options: Options) -> tuple[Tensor, Options]:
     """The denominator as the operators take it, [] float64 on the input's device, and the options to be used with it.
 
@@ -227,28 +231,39 @@ def check_denominator(op: str, input: Tensor, denominator: float | Tensor, optio
     if options.reduction == NONE:
         refuse(ValueError, op, "denominator", 'be None with reduction="none"', describe(denominator))
     options = options._replace(reduction=MEAN)
+    need = "be a number or a tensor of one real number"
+    if isinstance(denominator, _SYMBOLIC):
+        return _scalar(torch.sym_float(denominator), input), options
     if not isinstance(denominator, Tensor):
-        return _scalar(float(number(op, "denominator", denominator)), input), options
+        try:
+            value = float(number(op, "denominator", denominator))
+        except OverflowError:
+            refuse(ValueError, op, "denominator", "be finite as a float", "an int of more than 300 digits")
+        return _scalar(value, input), options
     check_dense(op, "denominator", denominator)
     if denominator.dtype == torch.bool or denominator.is_complex():
-        refuse(TypeError, op, "denominator", "be a number or a tensor of one real number", describe(denominator))
+        refuse(TypeError, op, "denominator", need, describe(denominator))
     if denominator.numel() != 1:
-        refuse(ValueError, op, "denominator", "have one element", describe(denominator))
+        way_out = "Of values that are to be added: denominator.sum()."
+        refuse(ValueError, op, "denominator", "have one element", describe(denominator), way_out)
     if internals.requires_grad(denominator) or has_tangent(denominator):
         way_out = "It gets no gradient. Use denominator.detach(), or divide the sum of the losses by it yourself."
         refuse(TypeError, op, "denominator", "have no derivative", "a tensor that is differentiated", way_out)
     if denominator.device != input.device and denominator.device.type == "cpu" and denominator.dim() == 0:
         return _scalar(denominator, input), options
     check_device(op, "denominator", denominator, input)
-    return denominator.reshape(()).to(torch.float64), options
+    scalar = denominator if denominator.dim() == 0 else denominator.reshape(())
+    return scalar.to(torch.float64), options
 
 
 def _scalar(value: float | Tensor, input: Tensor) -> Tensor:
     """The value, a number or a 0-dim tensor on the host, as [] float64 on the input's device.
 
-    A product, because torch takes such a factor to any device with the kernel, without a copy that the host waits for,
-    and because it is where torch.compile need not compile again for another number.
+    Of a tensor, and in traced code, it is a product: torch takes such a factor to any device with the kernel, without a
+    copy that the host waits for, and torch.compile need not compile again for another number.
     """
+    if type(value) is float and not torch.compiler.is_compiling():
+        return torch.full((), value, dtype=torch.float64, device=input.device)
     return torch.ones((), dtype=torch.float64, device=input.device) * value
 
 

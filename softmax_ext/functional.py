@@ -222,9 +222,10 @@ def cross_entropy(
         softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no cap.
         logit_scale: factor of the logits, an inverse temperature.
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike: the number of tokens of
-            all micro-batches or of all ranks (per rank, where their gradients are averaged). A number, or a tensor of
-            one element, on the input's device or a 0-dimensional one on the CPU. It gets no gradient. The host does not
-            wait for its value.
+            all micro-batches, or of all ranks (divided by the number of ranks, where their gradients are averaged);
+            with ``weight`` the sum of weight[target] over these. A number, or a tensor of one element, on the input's
+            device or a 0-dimensional one on the CPU. It gets no gradient. The host does not wait for its value. 0 gives
+            inf, or NaN where every row is ignored; ignored rows have a gradient of 0 even so.
         precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
             multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
@@ -240,8 +241,7 @@ def cross_entropy(
         TypeError: an argument is not a Tensor, a number or an int where one is needed; a number or ``denominator`` is a
             tensor that requires grad.
         ValueError: the batch sizes differ; an unknown reduction; an option out of range; a ``denominator`` of several
-            elements or with reduction "none"; ``inplace`` with a leaf that
-            requires grad or with overlapping elements.
+            elements or with reduction "none"; ``inplace`` with a leaf that requires grad or with overlapping elements.
         IndexError: a class out of range; the text names the position and the value. On CUDA only where
             SOFTMAX_EXT_CHECK_TARGETS is set in the environment (to anything but 0), since the host must wait for the
             answer; the loss is NaN otherwise.

@@ -211,12 +211,13 @@ def linear_cross_entropy(
     if weight is not None:
         checks.check_weight(_OP, input, weight, linear_weight.shape[0], not target.dtype.is_floating_point)
 
-    x, matrix = autocast(input), autocast(linear_weight)
-    bias = None if linear_bias is None else autocast(linear_bias)
-    _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
     divisor = None
     if denominator is not None:
         divisor, options_of_loss = checks.check_denominator(_OP, input, denominator, options_of_loss)
+
+    x, matrix = autocast(input), autocast(linear_weight)
+    bias = None if linear_bias is None else autocast(linear_bias)
+    _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
     call = Call(options_of_loss, dtype, return_stats, chunk_rows)

@@ -308,7 +308,8 @@ def cross_entropy(
     if dtype == torch.float64:
         input = input.double()
     rows = Rows(input, target, weight, options)
-    total = denominator
+    # A copy, because backward divides by what it was.
+    total = None if denominator is None else denominator.clone()
     if total is None:
         total = total_weight(target, weight, options.dim, options.ignore_index)
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)

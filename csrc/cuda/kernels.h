@@ -60,7 +60,7 @@ template <typename T>
 void sum_weights(const T* weight, int64_t n, double* sum, double* scratch, Stream stream);
 
 // *sum = the sum of weight[target] (1 each without weights) over the rows that are not ignored, the mean's denominator.
-// Not of probabilities.
+// With probabilities, the number of rows.
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* sum, double* scratch, Stream stream);
 

@@ -21,7 +21,7 @@ struct Weights {
   __device__ double operator()(int64_t c) const { return static_cast<double>(weight[c]); }
 };
 
-// weight[target], 1 without weights; 0 of a class out of range, whose row is NaN anyway.
+// weight[target], 1 without weights or with probabilities; 0 of a class out of range, whose row is NaN anyway.
 template <typename T>
 struct TargetWeights {
   const int64_t* index;
@@ -30,6 +30,7 @@ struct TargetWeights {
   int64_t classes, ignore_index;
 
   __device__ double operator()(int64_t row) const {
+    if (!index && !index_u8) return classes > 0 ? 1 : 0;
     const int64_t y = index ? index[row] : index_u8[row];
     if (y == ignore_index || static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes)) return 0;
     return weight ? static_cast<double>(weight[y]) : 1;

@@ -606,6 +606,24 @@ def test_export_with_a_denominator(denominator, strict):
         assert_close(program.module()(x, y, 2 * denominator), model(x, y, 6))
 
 
+class DenominatedBySize(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(x, y, reduction="sum", denominator=y.numel() * 2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_a_size_as_denominator(strict):
+    """It is that of the call, not of the example."""
+    rows = torch.export.Dim("rows", min=2)
+    shapes = {"x": {0: rows}, "y": {0: rows}}
+    program = torch.export.export(
+        DenominatedBySize(), (randn(5, 4), torch.zeros(5, dtype=torch.int64)), dynamic_shapes=shapes, strict=strict
+    )
+    x, y = randn(8, 4), torch.arange(8) % 4
+    assert_close(program.module()(x, y), F.cross_entropy(x, y) / 2)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 @pytest.mark.parametrize("options", [{}, ALL, *STRATEGIES], ids=str)

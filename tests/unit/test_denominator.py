@@ -1,6 +1,7 @@
 """The option ``denominator``: what the sum of the losses is divided by, in place of the mean's own denominator."""
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -387,3 +388,17 @@ def test_autocast(device):
         loss = softmax_ext.cross_entropy(z, y, denominator=torch.tensor(3, device=device))
     assert loss.dtype == torch.float32
     assert_close(loss, F.cross_entropy(z.float(), y, reduction="sum") / 3)
+
+
+@pytest.mark.parametrize(
+    ("denominator", "error", "words"),
+    [
+        (10**400, ValueError, "finite as a float"),
+        ([7], TypeError, "must be a number"),
+        (torch.ones(3), ValueError, "denominator.sum()"),
+    ],
+    ids=["too large", "a list", "several"],
+)
+def test_what_is_no_denominator(denominator, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        cross_entropy(torch.randn(3, 4), torch.arange(3), denominator=denominator)
