@@ -211,7 +211,7 @@ def cuda_library(version: str, toolkit: Toolkit, command: list[str]) -> Library:
     )
     paths = shlex.split(re.search(r"LIBRARIES=(.*)", answer.stderr)[1])
     runtime = [*paths, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; about eight minutes of one processor")
+    print(f"  CUDA       {toolkit.version}, {toolkit.nvcc}, {jobs} at once; about ten minutes of one processor")
     print(f"  GPUs       {toolkit.architectures.replace(';', ' ')} (TORCH_CUDA_ARCH_LIST chooses others)")
     # One source takes longer than all others together.
     threads = max(min(2, jobs), jobs // max(1, len(kernels)))
