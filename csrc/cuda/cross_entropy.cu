@@ -43,13 +43,13 @@ int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& la
 template int64_t loss_scratch_bytes(const CrossEntropyParams<float>&, const Layout&);
 template int64_t loss_scratch_bytes(const CrossEntropyParams<double>&, const Layout&);
 
-std::string kernel_for(int64_t classes, DType type, bool keeps) {
+std::string kernel_for(int64_t classes, DType type) {
   const int bytes = static_cast<int>(size_of(type));
   using Plain = CrossEntropyOp<float, float, Kind::kPlain>;
   const LayoutKind kind = classes > kSmallClasses ? LayoutKind::kRows : LayoutKind::kColumns;
   const int chunks = bytes == 8 ? 0 : Plain::kKeptChunks;
   const Choice choice = choose_for<Plain>(
-      {kind, classes, bytes, chunks, Plain::kKeptThreads, bytes == 8 ? 0 : Plain::kMostInThread, keeps, true},
+      {kind, classes, bytes, chunks, Plain::kKeptThreads, bytes == 8 ? 0 : Plain::kMostInThread, true, true},
       current_device());
   constexpr const char* kNames[] = {"thread", "warp", "block", "cluster", "stream", "lanes"};  // in Kernel's order
   const std::string name = kNames[static_cast<int>(choice.kernel)];

@@ -66,8 +66,8 @@ bool rows_are_adjacent(const Op& op, const Layout& layout) {
 template <typename Op, int kMost, bool kStaged>
 void launch_threads_as(const char* name, Op op, const Layout& layout, const LossSum* sum, cudaStream_t stream) {
   constexpr int64_t kMostBytes = 48 << 10;
-  int rows = 2 * kRowThreads,
-      shared = 0;  // two for each thread, so that the copies of one row run beside another's work
+  int shared = 0;
+  int rows = 2 * kRowThreads;  // two for each thread, so that the copies of one row run beside another's work
   if (kStaged) {
     const int in = static_cast<int>(layout.classes * sizeof(typename Op::In));
     const int out = op.output() ? static_cast<int>(layout.classes * sizeof(typename Op::Out)) : 0;
@@ -175,7 +175,7 @@ void launch_op(const char* name, const Op& op, const Layout& layout, bool writes
   constexpr int64_t kMostRows = UINT32_MAX - (1 << 17);    // so that the last block's rows have numbers too
   if (layout.classes > kMostClasses || layout.outer > kMostRows)
     throw std::runtime_error(std::string(name) + ": on CUDA a row may have " + std::to_string(kMostClasses) +
-                             " classes, and a tensor 2^32 rows.");
+                             " classes, and a tensor " + std::to_string(kMostRows) + " rows.");
   const Device device = current_device();
   constexpr int kBytes = sizeof(typename Op::In);
   const bool congruent = are_congruent(op, layout, 16 / kBytes);

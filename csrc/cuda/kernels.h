@@ -74,8 +74,8 @@ void find_bad_class(const CrossEntropyParams<T>& params, int64_t classes, int64_
 // ---- what was chosen, for reports and tests -------------------------------------------------------------------------
 
 // The kernel that cross_entropy would launch for rows of unit class stride on the current device: "thread", "warp",
-// "block", "cluster of 8" or "stream". keeps: the gradient is written in forward.
-std::string kernel_for(int64_t classes, DType type, bool keeps);
+// "block", "cluster of 8" or "stream", where the gradient is written in forward.
+std::string kernel_for(int64_t classes, DType type);
 
 // The architectures compiled into the library, as nvcc names them: "75;80;86".
 const char* compiled_architectures();

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
         if (op.wants_prediction()) {
           const Prediction<T> prediction{all.value};
           // A NaN may be anywhere, and so may the largest logit where that is what a maximum begins with.
-          const bool anywhere = sums.sum != sums.sum || all.value == lowest<T>();
+          const bool anywhere =
+              sums.sum != sums.sum || all.value <= larger(lowest<T>(), op.logit(op.sign() * lowest<T>()));
           First found;
           if (anywhere || own.value == all.value) {
             const int to = anywhere ? end : min(end, seen + kChunks * kThreads);

@@ -199,11 +199,13 @@ def test_a_call_launches_no_more_kernels_than_it_needs(rows, reduction, precompu
 
 @pytest.mark.parametrize("classes", [60, 1000, 40000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_prediction_among_the_lowest_logits(dtype, classes, device):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_prediction_among_the_lowest_logits(scale, dtype, classes, device):
     """The lowest finite number is what a maximum begins with."""
     x = torch.full((2, classes), -math.inf, dtype=dtype, device=device)
     x[:, classes // 2 + 3] = torch.finfo(dtype).min
-    stats = cross_entropy(x, torch.zeros(2, dtype=torch.int64, device=device), return_stats=True)[1]
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    stats = cross_entropy(x, target, logit_scale=scale, return_stats=True)[1]
     assert stats.prediction.tolist() == x.argmax(1).tolist()
 
 

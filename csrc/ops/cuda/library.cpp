@@ -24,7 +24,7 @@ SOFTMAX_EXT_EXPORT const char* softmax_ext_cuda_architectures() { return softmax
 // DType does. Valid until the thread's next call.
 SOFTMAX_EXT_EXPORT const char* softmax_ext_cuda_kernel_for(int64_t classes, int32_t type) try {
   thread_local std::string name;
-  name = softmax_ext::cuda::kernel_for(classes, static_cast<softmax_ext::DType>(type), true);
+  name = softmax_ext::cuda::kernel_for(classes, static_cast<softmax_ext::DType>(type));
   return name.c_str();
 } catch (...) {
   return nullptr;
