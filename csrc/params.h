@@ -52,6 +52,9 @@ enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilit
 //   forward            reads the logits once; writes loss, state and the statistics that are asked for
 //   with grad_logits   writes the gradient in the same visit, while the row is near
 //   backward           (not forward) reads the logits and the state, writes the gradients
+//   of a part          the logits are a part of the classes: forward writes what they add to the row (row_part.h);
+//                      backward takes the state of the whole row and writes the gradients of the part
+//   of parts           (forward) merges such parts in place of reading logits
 //
 // The state of a row is (max, rest) with
 //
@@ -75,8 +78,10 @@ struct CrossEntropyParams {
   DType probabilities_type;
   void* grad_probabilities;  // null: not wanted. Of probabilities_type.
 
-  const T* weight;           // [classes]; null: ones
-  const double* weight_sum;  // sum of weight; null: the number of classes
+  // The logits are of the classes from first_class on, of all_classes. Class indices count from the first of all.
+  int64_t first_class, all_classes;
+  const T* weight;           // of all classes, its first element that of first_class; null: ones
+  const double* weight_sum;  // over all classes; null: their number
   OptionsOf<T> options;
 
   bool forward;
@@ -84,6 +89,9 @@ struct CrossEntropyParams {
   void* loss;  // forward: [rows] of loss_type, null where only the sum is wanted
   DType loss_type;
   T* state;             // [2 or 4, rows]; forward writes it unless null, backward reads it
+  double* part;         // [fields, rows]; forward writes it and nothing else, unless null
+  const double* parts;  // [part_count, fields, rows]; forward reads it and no logits, unless null
+  int64_t part_count;
   bool stats;           // forward: write the four below
   T* lse;               // [rows]
   T* nll;               // [rows]

@@ -77,9 +77,41 @@ def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *
     return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
 
 
+def _part_fields(target: Tensor | None, options: Options, stats: bool) -> int:
+    """As PartFields of csrc/row_part.h counts them; the target is None where it is probabilities."""
+    probabilities = target is None or target.is_floating_point()
+    return 3 + 2 * (probabilities or options.label_smoothing != 0) + 2 * probabilities + 2 * stats
+
+
+def _fake_cross_entropy_part(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> Tensor:
+    options, (_, stats, *_) = Options.split(arguments)
+    dim = options.dim % input.dim()
+    batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
+    return input.new_empty([_part_fields(target, options, stats), *batch], dtype=torch.float64)
+
+
+def _fake_cross_entropy_of_parts(
+    parts: Tensor, target: Tensor | None, weight: Tensor | None, *arguments: Any
+) -> list[Tensor]:
+    options, (dtype, wide, stats, denominator, _) = Options.split(arguments)
+    batch = parts.shape[2:]
+    arithmetic = torch.float64 if wide else torch.float32
+    has_total = options.reduction == MEAN or denominator is not None
+    outputs = [
+        parts.new_empty(batch if options.reduction == NONE else [], dtype=dtype),
+        parts.new_empty([4 if target is None else 2, *batch], dtype=arithmetic),
+        parts.new_empty([] if has_total else [0], dtype=torch.float64),
+    ]
+    if stats:
+        outputs += [parts.new_empty(batch, dtype=arithmetic) for _ in range(3)]
+        outputs.append(parts.new_empty(batch, dtype=torch.int64))
+    return outputs
+
+
 def _fake_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *_, needs_input, needs_target = arguments
     _, _, _, _, input, target, *_ = arguments  # behind four upstream gradients
+    # State, total_weight and entropy come before the options, and the range of the classes may be left out.
+    _, (needs_input, needs_target, *_) = Options.split(arguments[10:])
     return (
         torch.empty_like(input) if needs_input else input.new_empty([0]),
         torch.empty_like(target) if needs_target else target.new_empty([0]),
@@ -103,6 +135,8 @@ def _fake_writes_in_place(*args: object) -> None:
 _FAKES: dict[str, Callable[..., Any]] = {
     "cross_entropy": fake_cross_entropy,
     "cross_entropy_": _fake_cross_entropy_,
+    "cross_entropy_part": _fake_cross_entropy_part,
+    "cross_entropy_of_parts": _fake_cross_entropy_of_parts,
     "cross_entropy_backward": _fake_cross_entropy_backward,
     "cross_entropy_backward_": _fake_writes_in_place,
     "softmax": fake_softmax,
@@ -117,6 +151,8 @@ if library is not None:
     cuda.load(_FAKES)
     cross_entropy = torch.ops.softmax_ext.cross_entropy.default
     cross_entropy_ = torch.ops.softmax_ext.cross_entropy_.default
+    cross_entropy_part = torch.ops.softmax_ext.cross_entropy_part.default
+    cross_entropy_of_parts = torch.ops.softmax_ext.cross_entropy_of_parts.default
     cross_entropy_backward = torch.ops.softmax_ext.cross_entropy_backward.default
     cross_entropy_backward_ = torch.ops.softmax_ext.cross_entropy_backward_.default
     softmax = torch.ops.softmax_ext.softmax.default

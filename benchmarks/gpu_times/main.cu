@@ -172,6 +172,7 @@ CrossEntropyParams<float> params_of(const Data& data, const Pass& pass, const Bu
   p.options.z_loss = static_cast<float>(option.z_loss);
   p.options.softcap = static_cast<float>(option.softcap);
   p.rows = data.one.rows();
+  p.all_classes = data.one.classes;
   p.forward = pass.is_forward();
   if (pass.kind == Kind::kForward || pass.kind == Kind::kBackward) p.state = buffers.state.as<float>();
   if (p.forward) {

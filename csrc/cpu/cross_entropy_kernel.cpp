@@ -7,7 +7,8 @@
 //
 // In the rows layout, float32 logits that need no transformation are read where they lie. Everything else, and every
 // tile, passes through a buffer of the arithmetic's type. What depends on the target class alone is computed once per
-// row, in double (cross_entropy/row_batch.h).
+// row, in double (cross_entropy/row_batch.h). Parts of rows are merged without any logits (cross_entropy/parts.h).
+#include "cross_entropy/parts.h"
 #include "cross_entropy/rows.h"
 #include "cross_entropy/tiles.h"
 #include "isa_kernels.h"
@@ -18,6 +19,7 @@ namespace {
 
 template <typename T>
 double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end, void* memory) {
+  if (p.parts) return visit_all_parts(p, begin, end);
   Scratch scratch(memory);
   return p.layout.kind == LayoutKind::kRows ? visit_all_rows(p, begin, end, scratch)
                                             : visit_all_tiles(p, begin, end, scratch);
@@ -26,6 +28,7 @@ double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end, void*
 template <typename T>
 size_t scratch_of(const CrossEntropy<T>& p) {
   Scratch scratch;
+  if (p.parts) return 0;
   if (p.layout.kind == LayoutKind::kRows)
     exp_buffers_of(p, scratch);
   else

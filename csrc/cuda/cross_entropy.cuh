@@ -2,6 +2,7 @@
 // (formulas: docs/math.md; Op: op.cuh); and its launch.
 #pragma once
 
+#include "../row_part.h"
 #include "dispatch.cuh"
 
 namespace softmax_ext {
@@ -16,7 +17,7 @@ struct CrossEntropyCoefficients : GradientCoefficients<T> {
 //
 //   kPlain      the sum of exponentials is all that it needs of the classes: class indices, class weights, z_loss,
 //               and in backward smoothing without weights
-//   kOptions    a transformation of the logits, smoothing, statistics and their gradients
+//   kOptions    a transformation of the logits, smoothing, statistics and their gradients, sums of a part of the classes
 //   kAll        probability targets and their gradient; arithmetic in double, which is not for speed
 enum class Kind { kPlain, kOptions, kAll };
 
@@ -44,7 +45,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   struct Row {
     int64_t number;
     int64_t probabilities, grad_probabilities;  // where they begin
-    int64_t y;                                  // the class, as it is given
+    int64_t y;                                  // the class, counted from that of the first logit
     T max, rest;                                // of the state, in backward
     T g;                                        // upstream gradient of the loss
   };
@@ -79,7 +80,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       row.probabilities = at.offset[kProbabilities];
       row.grad_probabilities = at.offset[kGradProbabilities];
     } else {
-      row.y = this->index ? this->index[row.number] : this->index_u8[row.number];
+      row.y = (this->index ? this->index[row.number] : this->index_u8[row.number]) - this->first_class;
     }
     if (!reduces) {
       row.max = this->state[row.number];
@@ -89,12 +90,16 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     return row;
   }
   DEVICE bool has_classes() const { return !(kHasProbabilities && this->has_probabilities); }
-  DEVICE bool is_live(const Row& row) const { return !has_classes() || row.y != this->options.ignore_index; }
-  DEVICE bool is_in_range(const Row& row) const {
-    return static_cast<uint64_t>(row.y) < static_cast<uint64_t>(layout.classes);
+  DEVICE bool is_live(const Row& row) const {
+    return !has_classes() || row.y + this->first_class != this->options.ignore_index;
   }
+  DEVICE bool is_in_range(const Row& row) const {
+    return static_cast<uint64_t>(row.y + this->first_class) < static_cast<uint64_t>(this->all_classes);
+  }
+  DEVICE bool has_class(const Row& row) const { return has_classes() && is_live(row) && is_in_range(row); }
   DEVICE int target(const Row& row) const {
-    return has_classes() && is_live(row) && is_in_range(row) ? static_cast<int>(row.y) : -1;
+    const bool has_logit = static_cast<uint64_t>(row.y) < static_cast<uint64_t>(layout.classes);
+    return has_class(row) && has_logit ? static_cast<int>(row.y) : -1;
   }
   DEVICE bool is_out_of_range(const Row& row) const { return has_classes() && is_live(row) && !is_in_range(row); }
 
@@ -196,7 +201,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     DEVICE T z() const { return target_logit; }
     DEVICE T weight() const { return target_weight; }
     DEVICE T weight_sum() const {
-      return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.layout.classes);
+      return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.all_classes);
     }
     DEVICE T b_sum() const { return state_b_sum; }
     DEVICE T q_sum() const { return state_q_sum; }
@@ -231,7 +236,12 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       }
     // The leader asks for it, and some options.
     if (kGeneral || leader || this->options.z_loss != 0) s.log_of_sum = log1p(s.state_rest);
-    if (this->weight && target(row) >= 0) s.target_weight = this->weight[row.y];
+    if (this->weight && has_class(row)) s.target_weight = this->weight[row.y];
+    if constexpr (kGeneral)
+      if (reduces && leader && this->part) {
+        write_part(s, outcome);
+        return {};
+      }
     if (reduces && leader) total_share = write_row(s, outcome.prediction);
     if (!writes_anything()) return {};
     Coefficients k{gradient_coefficients<Math>(rules(), s), s.state_max};
@@ -239,8 +249,25 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     return k;
   }
 
+  // What forward writes of a part of a row.
+  DEVICE void write_part(const StateRow& s, const Outcome<T>& outcome) const {
+    const bool nothing = s.sums.sum == 0;  // all logits are -inf
+    RowPart part;
+    part.max = nothing ? -INFINITY : outcome.max;
+    part.rest = nothing ? 0 : outcome.rest;
+    part.target = target(s.row) < 0 ? T(0) : s.z();
+    part.dot = s.sums.dot;
+    part.b_sum = s.sums.b_sum;
+    part.q_dot = s.sums.q_dot;
+    part.q_sum = s.sums.q_sum;
+    part.weighted = s.sums.weighted;
+    const double prediction = outcome.prediction;
+    part.argmax = prediction < 0 ? prediction - this->first_class : prediction + this->first_class;
+    part.store(this->part, part_fields(*this), this->rows, s.row.number);
+  }
+
   // What forward writes of a row; returns its share of the total.
-  DEVICE Totals write_row(const StateRow& s, int prediction) const {
+  DEVICE Totals write_row(const StateRow& s, int64_t prediction) const {
     const int64_t row = s.row.number, rows = this->rows;
     RowRules<T> forward_rules = rules();
     if (!kGeneral) forward_rules.eps = 0;
@@ -263,9 +290,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         this->lse[row] = of.lse;
         this->nll[row] = nll;
         this->entropy[row] = row_entropy<Math>(of.log_sum, s.sums.weighted, s.state_rest);
-        this->prediction[row] = prediction;
+        this->prediction[row] = prediction < 0 ? -1 - prediction : prediction;
       }
-    const bool counts = live && !out_of_range && layout.classes > 0;
+    const bool counts = live && !out_of_range && this->all_classes > 0;
     return {static_cast<double>(loss), counts ? static_cast<double>(s.target_weight) : 0};
   }
   DEVICE void add_to_total(const Totals& totals, unsigned unit, bool has) const { total.add(totals, unit, has); }
@@ -304,6 +331,17 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
 // ---- the launch of one kind, which is compiled in a unit of its own, beside the others ------------------------------
 
+template <typename S, Kind kKind, typename T>
+CrossEntropyOp<S, T, kKind> op_for(const CrossEntropyParams<T>& params, const Layout& layout) {
+  CrossEntropyOp<S, T, kKind> op{};
+  static_cast<CrossEntropyParams<T>&>(op) = params;
+  op.layout = device_layout(layout);
+  op.reduces = params.forward;
+  op.transform = LogitTransform(params.options);
+  op.share = static_cast<T>(params.options.label_smoothing / static_cast<double>(params.all_classes));
+  return op;
+}
+
 template <Kind kKind, typename T>
 void launch_kind(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream) {
   visit_dtype<Halves>(params.logits_type, [&](auto element) {
@@ -311,12 +349,7 @@ void launch_kind(const CrossEntropyParams<T>& params, const Layout& layout, cons
     if constexpr (sizeof(S) > sizeof(T)) {
       throw std::logic_error("cross_entropy: float64 logits need arithmetic in double");
     } else {
-      CrossEntropyOp<S, T, kKind> op{};
-      static_cast<CrossEntropyParams<T>&>(op) = params;
-      op.layout = device_layout(layout);
-      op.reduces = params.forward;
-      op.transform = LogitTransform(params.options);
-      op.share = static_cast<T>(params.options.label_smoothing / static_cast<double>(layout.classes));
+      const auto op = op_for<S, kKind>(params, layout);
       const bool writes = params.grad_logits || params.grad_probabilities;
       launch_op(kKind == Kind::kPlain ? "cross_entropy" : "cross_entropy with options", op, layout, writes, sum,
                 stream);

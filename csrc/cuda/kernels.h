@@ -40,6 +40,11 @@ int64_t loss_scratch_bytes(const CrossEntropyParams<T>& params, const Layout& la
 template <typename T>
 void cross_entropy(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum, Stream stream);
 
+// The same from parts of the classes (row_part.h). The layout has the rows, adjacent and without classes.
+template <typename T>
+void cross_entropy_of_parts(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum,
+                            Stream stream);
+
 // The input's and the output's types are the same, or the input's is a half type and the output's float32.
 void softmax(const SoftmaxParams& params, const Layout& layout, Stream stream);
 

@@ -154,9 +154,10 @@ struct Prediction {
     }
     return first;
   }
-  // 0 where there is no class.
-  DEVICE static int of(const First& first) {
-    return first.value == INT64_MAX ? 0 : static_cast<int>(first.value & (kBehindNaN - 1));
+  // As Outcome has it; 0 where there is no class.
+  DEVICE static int64_t of(const First& first) {
+    if (first.value == INT64_MAX) return 0;
+    return first.value < kBehindNaN ? -1 - first.value : first.value - kBehindNaN;
   }
 };
 

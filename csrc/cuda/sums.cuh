@@ -63,7 +63,8 @@ struct RowSums : ExpSum<T> {
 template <typename T>
 struct Outcome {
   T max = 0, rest = 0;
-  int prediction = 0;  // first class of largest logit, or the first whose logit is NaN; where it is asked for
+  // Where it is asked for, the first class of largest logit; or -1 less the first whose logit is NaN.
+  int64_t prediction = 0;
 };
 
 }  // namespace cuda

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../row_part.h"
 #include "boxed.h"
 #include "operators.h"
 
@@ -12,40 +13,64 @@ void throw_bad_class(const Call& call, int64_t row, int64_t y) {
   for (size_t d = call.batch.size(), rest = row; d-- > 0; rest /= call.batch[d])
     index = std::to_string(rest % call.batch[d]) + (index.empty() ? "" : ", ") + index;
   throw std::out_of_range(std::string("cross_entropy: target must hold classes in [0, ") +
-                          std::to_string(call.classes) + ") or ignore_index (" +
+                          std::to_string(call.all_classes) + ") or ignore_index (" +
                           std::to_string(call.options.ignore_index) + "); got " + std::to_string(y) + " at position [" +
                           index + "].");
 }
 
 namespace {
 
+// The classes of the input among those of a row; without them it has all.
+struct ClassRange {
+  int64_t first = 0;
+  std::optional<int64_t> all = std::nullopt;
+};
+
+void check_reduction(const Call& call) {
+  const int64_t reduction = call.options.reduction;
+  STD_TORCH_CHECK(reduction >= kNone && reduction <= kSum, call.op, ": reduction must be 0, 1 or 2; got ", reduction,
+                  ".");
+}
+
+// Makes class indices contiguous.
+void check_target(Call& call) {
+  check_device(call.target, call.input, call.op, "target");
+  const ScalarType type = call.target.scalar_type();
+  call.byte_target = type == ScalarType::Byte;
+  call.probabilities = !call.byte_target && type != ScalarType::Long;
+  if (call.probabilities) {
+    call.target_type = dtype_of(type, call.op, "target (if not int64 or uint8)");
+    check_same_sizes(call.input, call.target, call.op, "a target of class probabilities");
+  } else {
+    STD_TORCH_CHECK(sizes_of(call.target) == call.batch, call.op,
+                    ": a target of class indices must have the input's shape without dim ", call.options.dim, ".");
+    call.target = as_contiguous(call.target);
+  }
+}
+
+void check_weight(const Call& call) {
+  if (!call.weight) return;
+  check_device(*call.weight, call.input, call.op, "weight");
+  STD_TORCH_CHECK(call.weight->dim() == 1 && call.weight->size(0) == call.all_classes, call.op,
+                  ": weight must have one value for each of the ", call.all_classes, " classes.");
+  dtype_of(*call.weight, call.op, "weight");
+}
+
 Call checked_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                  const Options& options) {
+                  const Options& options, const ClassRange& range = {}) {
   Call call{op, input, target, weight, options};
-  const int64_t dim = call.options.dim = wrap_dim(input, options.dim, op), reduction = options.reduction;
+  const int64_t dim = call.options.dim = wrap_dim(input, options.dim, op);
   call.input_type = dtype_of(input, op, "input");
   call.batch = batch_sizes(input, dim);
   call.rows = product(call.batch);
   call.classes = input.size(dim);
-  check_device(target, input, op, "target");
-  STD_TORCH_CHECK(reduction >= kNone && reduction <= kSum, op, ": reduction must be 0, 1 or 2; got ", reduction, ".");
-  const ScalarType target_type = target.scalar_type();
-  call.byte_target = target_type == ScalarType::Byte;
-  call.probabilities = !call.byte_target && target_type != ScalarType::Long;
-  if (call.probabilities) {
-    call.target_type = dtype_of(target_type, op, "target (if not int64 or uint8)");
-    check_same_sizes(input, target, op, "a target of class probabilities");
-  } else {
-    STD_TORCH_CHECK(sizes_of(target) == call.batch, op,
-                    ": a target of class indices must have the input's shape without dim ", dim, ".");
-    call.target = as_contiguous(target);
-  }
-  if (weight) {
-    check_device(*weight, input, op, "weight");
-    STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == call.classes, op,
-                    ": weight must have one value for each of the ", call.classes, " classes.");
-    dtype_of(*weight, op, "weight");
-  }
+  call.first_class = range.first;
+  call.all_classes = range.all.value_or(call.classes);
+  STD_TORCH_CHECK(range.first >= 0 && range.first + call.classes <= call.all_classes, op, ": a row has ",
+                  call.all_classes, " classes; got those from ", range.first, " to ", range.first + call.classes, ".");
+  check_reduction(call);
+  check_target(call);
+  check_weight(call);
   return call;
 }
 
@@ -57,19 +82,22 @@ std::vector<int64_t> state_sizes(const Call& call) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
+// The arithmetic for losses of type `dtype`, or of the input's.
+ScalarType arithmetic_for(const Call& call, std::optional<ScalarType> dtype) {
+  return arithmetic_type({call.input_type, dtype ? dtype_of(*dtype, call.op, "dtype") : call.input_type,
+                          call.probabilities ? call.target_type : call.input_type});
+}
+
 // The gradient goes to `grad` if given. Where that is the input itself no backward can follow, and the state is empty.
-Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, const std::optional<Tensor>& grad,
-                const std::optional<Tensor>& denominator, bool overwrites) {
+Forward outputs(const Call& call, ScalarType loss_scalar, ScalarType arithmetic, bool stats,
+                const std::optional<Tensor>& grad, const std::optional<Tensor>& denominator, bool overwrites) {
   if (denominator) {
     check_device(*denominator, call.input, call.op, "denominator");
     STD_TORCH_CHECK(denominator->dim() == 0 && denominator->scalar_type() == ScalarType::Double, call.op,
                     ": denominator must be a float64 scalar.");
     STD_TORCH_CHECK(call.options.reduction != kSum, call.op, ": a sum has no denominator; use reduction ", kMean, ".");
   }
-  const ScalarType loss_scalar = dtype.value_or(call.input.scalar_type());
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
-  const ScalarType arithmetic =
-      arithmetic_type({call.input_type, loss_type, call.probabilities ? call.target_type : call.input_type});
   const std::vector<int64_t> total_sizes =
       call.options.reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
   const std::vector<int64_t> loss_sizes = call.options.reduction == kNone ? call.batch : std::vector<int64_t>{};
@@ -86,8 +114,14 @@ Forward forward(const Call& call, std::optional<ScalarType> dtype, bool stats, c
     for (int i = 0; i < 3; i++) out.stats.push_back(empty(call.batch, arithmetic, call.input));
     out.stats.push_back(empty(call.batch, ScalarType::Long, call.input));
   }
-  device::cross_entropy(call, out);
   return out;
+}
+
+std::vector<Tensor> results(const Forward& out) {
+  std::vector<Tensor> tensors{out.loss, out.state, out.total_weight};
+  tensors.insert(tensors.end(), out.stats.begin(), out.stats.end());
+  if (out.grad) tensors.push_back(*out.grad);
+  return tensors;
 }
 
 std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
@@ -96,11 +130,10 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
   const Call call = checked_call("cross_entropy", input, target, weight, options);
   std::optional<Tensor> grad;
   if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
-  const Forward out = forward(call, dtype, stats, grad, denominator, false);
-  std::vector<Tensor> outputs{out.loss, out.state, out.total_weight};
-  outputs.insert(outputs.end(), out.stats.begin(), out.stats.end());
-  if (grad) outputs.push_back(*grad);
-  return outputs;
+  const Forward out =
+      outputs(call, dtype.value_or(input.scalar_type()), arithmetic_for(call, dtype), stats, grad, denominator, false);
+  device::cross_entropy(call, out);
+  return results(out);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
@@ -109,9 +142,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   const Call call = checked_call("cross_entropy_", input, target, weight, options);
   std::vector<Tensor> none;  // before the input is written: allocations may fail. Results must not share memory.
   for (int i = 0; i < 4 && !stats; i++) none.push_back(empty({0}, input.scalar_type(), input));
-  const Forward out = forward(call, dtype, stats, input, denominator, true);
+  const Forward out =
+      outputs(call, dtype.value_or(input.scalar_type()), arithmetic_for(call, dtype), stats, input, denominator, true);
+  device::cross_entropy(call, out);
   const std::vector<Tensor>& stat = stats ? out.stats : none;
   return {out.loss, out.state, out.total_weight, stat[0], stat[1], stat[2], stat[3]};
+}
+
+// ---- a part of the classes ------------------------------------------------------------------------------------------
+
+Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
+                          std::optional<ScalarType> dtype, bool stats, int64_t first_class, int64_t all_classes) {
+  const Call call = checked_call("cross_entropy_part", input, target, weight, options, {first_class, all_classes});
+  std::vector<int64_t> sizes = call.batch;
+  const bool terms = call.probabilities || options.label_smoothing != 0;
+  sizes.insert(sizes.begin(), PartFields{terms, call.probabilities, stats}.count());
+  const Tensor part = empty(sizes, ScalarType::Double, input);
+  device::cross_entropy_part(call, arithmetic_for(call, dtype), stats, part);
+  return part;
+}
+
+std::vector<Tensor> cross_entropy_of_parts(Tensor parts, std::optional<Tensor> target, std::optional<Tensor> weight,
+                                           Options options, ScalarType dtype, bool wide, bool stats,
+                                           std::optional<Tensor> denominator, int64_t all_classes) {
+  Call call{"cross_entropy_of_parts", parts, target.value_or(parts), weight, options};
+  STD_TORCH_CHECK(
+      parts.scalar_type() == ScalarType::Double && parts.is_contiguous() && parts.dim() >= 2 && parts.size(0) > 0,
+      call.op, ": parts must be a contiguous float64 tensor [parts, fields, *batch].");
+  call.batch = sizes_of(parts);
+  call.batch.erase(call.batch.begin(), call.batch.begin() + 2);
+  call.rows = product(call.batch);
+  call.all_classes = all_classes;
+  check_reduction(call);
+  if (target)
+    check_target(call);
+  else
+    call.probabilities = true;
+  STD_TORCH_CHECK(call.probabilities == !target, call.op, ": with probabilities, target must be None.");
+  check_weight(call);
+  const PartFields fields{call.probabilities || options.label_smoothing != 0, call.probabilities, stats};
+  STD_TORCH_CHECK(parts.size(1) == fields.count(), call.op, ": these options make parts of ", fields.count(),
+                  " fields; got ", parts.size(1), ".");
+  const Forward out =
+      outputs(call, dtype, wide ? ScalarType::Double : ScalarType::Float, stats, std::nullopt, denominator, false);
+  device::cross_entropy_of_parts(call, out);
+  return results(out);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -159,8 +234,9 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
                                                   std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy,
                                                   Tensor input, Tensor target, std::optional<Tensor> weight,
                                                   Tensor state, Tensor total_weight, std::optional<Tensor> entropy,
-                                                  Options options, bool needs_input, bool needs_target) {
-  const Call call = checked_call("cross_entropy_backward", input, target, weight, options);
+                                                  Options options, bool needs_input, bool needs_target,
+                                                  int64_t first_class, std::optional<int64_t> all_classes) {
+  const Call call = checked_call("cross_entropy_backward", input, target, weight, options, {first_class, all_classes});
   STD_TORCH_CHECK(call.probabilities || !needs_target, call.op, ": class indices have no gradient.");
   std::optional<Tensor> grad_input, grad_target;
   if (needs_input) grad_input = softmax_ext::empty_like(input, input.scalar_type());
@@ -177,8 +253,9 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
 void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_lse,
                              std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy, Tensor input,
                              Tensor target, std::optional<Tensor> weight, Tensor state, Tensor total_weight,
-                             std::optional<Tensor> entropy, Options options) {
-  const Call call = checked_call("cross_entropy_backward_", input, target, weight, options);
+                             std::optional<Tensor> entropy, Options options, int64_t first_class,
+                             std::optional<int64_t> all_classes) {
+  const Call call = checked_call("cross_entropy_backward_", input, target, weight, options, {first_class, all_classes});
   backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input, std::nullopt);
 }
 
@@ -187,6 +264,8 @@ void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tens
 void add_cross_entropy(torch::stable::detail::StableLibrary& library) {
   library.impl("cross_entropy", Boxed<&cross_entropy>::call);
   library.impl("cross_entropy_", Boxed<&cross_entropy_>::call);
+  library.impl("cross_entropy_part", Boxed<&cross_entropy_part>::call);
+  library.impl("cross_entropy_of_parts", Boxed<&cross_entropy_of_parts>::call);
   library.impl("cross_entropy_backward", Boxed<&cross_entropy_backward>::call);
   library.impl("cross_entropy_backward_", Boxed<&cross_entropy_backward_>::call);
 }

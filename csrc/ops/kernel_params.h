@@ -33,6 +33,8 @@ CrossEntropyParams<T> cross_entropy_params(const Call& call) {
     p.index = static_cast<const int64_t*>(target);
   p.probabilities_type = call.target_type;
   p.options = rounded_to<T>(call.options);
+  p.first_class = call.first_class;
+  p.all_classes = call.all_classes;
   return p;
 }
 
@@ -50,6 +52,26 @@ CrossEntropyParams<T> forward_params(const Call& call, const Forward& out) {
     p.prediction = values_of<int64_t>(out.stats[3]);
   }
   if (out.grad) p.grad_logits = out.grad->data_ptr();
+  return p;
+}
+
+// What is written of a part of the classes, without statistics or with them.
+template <typename T>
+CrossEntropyParams<T> part_params(const Call& call, const Tensor& part, bool stats) {
+  CrossEntropyParams<T> p = cross_entropy_params<T>(call);
+  p.forward = true;
+  p.stats = stats;
+  p.part = values_of<double>(part);
+  return p;
+}
+
+// Of a call that cross_entropy_of_parts describes.
+template <typename T>
+CrossEntropyParams<T> parts_params(const Call& call, const Forward& out) {
+  CrossEntropyParams<T> p = forward_params<T>(call, out);
+  p.logits = nullptr;
+  p.parts = const_values_of<double>(call.input);
+  p.part_count = call.input.size(0);
   return p;
 }
 

@@ -36,6 +36,7 @@ struct Call {
   DType target_type{};       // of probabilities
   std::vector<int64_t> batch{};
   int64_t rows = 0, classes = 0;
+  int64_t first_class = 0, all_classes = 0;  // of a row; the input has `classes` of them
 };
 
 // The outputs of a forward call, to be filled.
@@ -81,6 +82,12 @@ namespace device {
 
 void cross_entropy(const Call& call, const Forward& out);
 void cross_entropy_backward(const Call& call, const Backward& operands);
+
+// What the input, a part of the classes, adds to the rows: fills `part`, [fields, *batch] float64 (row_part.h).
+void cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& part);
+
+// The same as cross_entropy, from such parts. They are the input of the call: [parts, fields, *batch].
+void cross_entropy_of_parts(const Call& call, const Forward& out);
 
 // output = softmax or log_softmax of input along dim; the types may differ.
 void softmax(const Tensor& input, const Tensor& output, int64_t dim, bool log);

@@ -28,10 +28,20 @@ void define_operators(torch::stable::detail::StableLibrary& library) {
               "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> (grad_input, grad_target); one that is not needed is empty. Two tensors rather than a list: autograd's batched
   //    gradients (is_grads_batched) loop over operators that return tensors, and refuse lists.
+  //    The input may be a part of the classes, those from first_class on of all_classes. The state is of the whole row
+  //    and class indices count from its first class; weight is of all classes, and a target of probabilities of the part.
   library.def("cross_entropy_backward(" UPSTREAM ", Tensor input, Tensor target, Tensor? weight, " SAVED ", " OPTIONS
-              ", bool needs_input, bool needs_target) -> (Tensor, Tensor)");
+              ", bool needs_input, bool needs_target, int first_class=0, int? all_classes=None) -> (Tensor, Tensor)");
   library.def("cross_entropy_backward_(" UPSTREAM ", Tensor(a!) input, Tensor target, Tensor? weight, " SAVED
-              ", " OPTIONS ") -> ()");
+              ", " OPTIONS ", int first_class=0, int? all_classes=None) -> ()");
+  // What such a part adds to its rows, [fields, *batch] float64 (row_part.h). The arithmetic is cross_entropy's with this
+  // dtype. The reduction has no effect.
+  library.def("cross_entropy_part(Tensor input, Tensor target, Tensor? weight, " OPTIONS
+              ", ScalarType? dtype, bool stats, int first_class, int all_classes) -> Tensor");
+  // The results of cross_entropy from parts [parts, fields, *batch], in the order of the classes, that were made with the
+  // same options. `wide`: the arithmetic is float64. With probabilities there is no target.
+  library.def("cross_entropy_of_parts(Tensor parts, Tensor? target, Tensor? weight, " OPTIONS
+              ", ScalarType dtype, bool wide, bool stats, Tensor? denominator, int all_classes) -> Tensor[]");
   library.def("softmax(Tensor input, int dim, bool log, ScalarType? dtype) -> Tensor");
   library.def("softmax_backward(Tensor grad_output, Tensor output, int dim, bool log, ScalarType dtype) -> Tensor");
   library.def("scale_rows_(Tensor(a!) tensor, Tensor factor, int dim) -> ()");

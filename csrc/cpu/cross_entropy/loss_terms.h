@@ -33,7 +33,7 @@ struct Smoothing {
 
   explicit Smoothing(const CrossEntropy<T>& p)
       : one_minus_eps(1 - p.options.label_smoothing),
-        share(p.options.label_smoothing / static_cast<T>(p.layout.classes)) {}
+        share(p.options.label_smoothing / static_cast<T>(p.all_classes)) {}
 };
 
 template <typename T>

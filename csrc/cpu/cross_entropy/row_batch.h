@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../../row_math.h"
+#include "../../row_part.h"
 #include "../kernel_table.h"
 #include "../logsumexp.h"
 
@@ -17,7 +18,7 @@ struct RowBatch {
   bool consecutive = true;  // their numbers are number[0], number[0] + 1, ...
   bool any_ignored = false;
   int64_t number[kTile];
-  int64_t y[kTile];                  // class; -1 with probabilities and where ignored
+  int64_t y[kTile];                  // class, of those that the logits have; -1: none, ignored, or in another part
   alignas(64) double live[kTile];    // 0 where ignored, else 1
   alignas(64) T z[kTile];            // logit of class y
   alignas(64) double weight[kTile];  // of class y
@@ -64,7 +65,7 @@ inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
   rules.writes_second = p.grad_probabilities;
   rules.is_capped = LogitTransform(o).is_capped();
   rules.eps = o.label_smoothing;
-  rules.share = rules.eps / static_cast<double>(p.layout.classes);
+  rules.share = rules.eps / static_cast<double>(p.all_classes);
   rules.z_loss = o.z_loss;
   rules.scale = o.logit_scale;
   return rules;
@@ -130,6 +131,29 @@ inline void load_state(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   gather(batch, p.state + 3 * p.rows, batch.q_sum);
 }
 
+// ---- parts -------------------------------------------------------------------------------------------------------
+
+// Of rows whose classes have been summed, but not finished.
+template <typename T>
+void store_part(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
+  const PartFields has = part_fields(p);
+  for (int64_t r = 0; r < batch.rows; r++) {
+    RowPart of;
+    const double max = batch.sums.max[r], rest = batch.sums.rest[r] + batch.sums.lost[r];
+    of.max = max;
+    of.rest = std::isnan(rest) ? kNaN : max == -kInfinity<double> ? 0 : std::isfinite(max) ? rest : kNaN;
+    of.target = batch.y[r] < 0 ? 0 : batch.z[r];
+    of.dot = batch.dot[r];
+    of.b_sum = batch.b_sum[r];
+    of.q_dot = batch.q_dot[r];
+    of.q_sum = batch.q_sum[r];
+    of.weighted = max == -kInfinity<double> ? 0 : batch.sums.weighted[r];
+    const double argmax = static_cast<double>(p.first_class + batch.sums.argmax[r]);
+    of.argmax = std::isnan(max) ? -1 - argmax : argmax;
+    of.store(p.part, has, p.rows, batch.number[r]);
+  }
+}
+
 // ---- loss --------------------------------------------------------------------------------------------------------
 
 inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
@@ -192,7 +216,7 @@ struct RowLanes {
   DoubleVec q_dot() const { return load_double(batch.q_dot + r); }
   DoubleVec q_sum() const { return load_double(batch.q_sum + r); }
   // Rounded to T, as the weights are.
-  double weight_sum() const { return p.weight_sum ? static_cast<T>(*p.weight_sum) : static_cast<T>(p.layout.classes); }
+  double weight_sum() const { return p.weight_sum ? static_cast<T>(*p.weight_sum) : static_cast<T>(p.all_classes); }
   DoubleVec ignored() const { return load_double(batch.live + r) == DoubleVec(0); }
 };
 
@@ -201,6 +225,10 @@ template <typename T>
 double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>;
   const RowRules<double> rules = row_rules(p);
+  if (p.part) {
+    store_part(p, batch);
+    return 0;
+  }
   alignas(64) double loss[kTile], nll[kTile], lse[kTile], entropy[kTile];
   DoubleVec total(0);
   for (int64_t r = 0; r < batch.rows; r++)

@@ -11,8 +11,8 @@ namespace {
 
 // class_of(r) is the target of row r. By values and in loops of one thing each, which the compiler turns into vectors.
 template <typename T, typename ClassOf>
-void set_classes(RowBatch<T>& batch, int64_t ignore_index, const ClassOf& class_of) {
-  const int64_t rows = batch.rows;
+void set_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const ClassOf& class_of) {
+  const int64_t rows = batch.rows, ignore_index = p.options.ignore_index;
   int64_t ignored_rows = 0;
   for (int64_t r = 0; r < rows; r++) {
     const int64_t y = class_of(r);
@@ -23,13 +23,23 @@ void set_classes(RowBatch<T>& batch, int64_t ignore_index, const ClassOf& class_
   batch.any_ignored = ignored_rows > 0;
 }
 
+// From the classes of the row to those of the logits.
+template <typename T>
+void move_to_part(const CrossEntropy<T>& p, RowBatch<T>& batch) {
+  if (p.layout.classes == p.all_classes) return;
+  for (int64_t r = 0; r < batch.rows; r++) {
+    const int64_t y = batch.y[r] - p.first_class;
+    batch.y[r] = batch.live[r] != 0 && y >= 0 && y < p.layout.classes ? y : -1;
+  }
+}
+
 template <typename T, typename Index>
 void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* index) {
   const Index* const first = index + batch.number[0];
   if (batch.consecutive)
-    set_classes(batch, p.options.ignore_index, [first](int64_t r) { return static_cast<int64_t>(first[r]); });
+    set_classes(p, batch, [first](int64_t r) { return static_cast<int64_t>(first[r]); });
   else
-    set_classes(batch, p.options.ignore_index, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
+    set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
 }
 
 // The targets of a batch whose `rows` and `number` are set, without their logits.
@@ -44,11 +54,12 @@ void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     load_classes(p, batch, p.index);
   else
     load_classes(p, batch, p.index_u8);
-  if (!p.weight) {
+  if (p.weight)
+    for (int64_t r = 0; r < batch.rows; r++)
+      batch.weight[r] = batch.y[r] < 0 ? 0 : p.weight[batch.y[r] - p.first_class];
+  else
     std::fill(batch.weight, batch.weight + batch.rows, 1.0);
-    return;
-  }
-  for (int64_t r = 0; r < batch.rows; r++) batch.weight[r] = batch.y[r] < 0 ? 0 : p.weight[batch.y[r]];
+  move_to_part(p, batch);
 }
 
 // The logits of the targets; class 0 of row r is element first[r].

@@ -19,14 +19,14 @@ struct Weights {
   std::vector<T> weight;
   double sum;
 
-  explicit Weights(const Call& call) : sum(static_cast<double>(call.classes)) {
+  explicit Weights(const Call& call) : sum(static_cast<double>(call.all_classes)) {
     if (!call.weight) return;
     const Tensor source = as_contiguous(*call.weight);
     const void* data = source.const_data_ptr();
     const DType type = dtype_of(source, call.op, "weight");
-    weight.assign(call.classes + kWeightPadding, 0);
+    weight.assign(call.all_classes + kWeightPadding, 0);
     sum = 0;
-    for (int64_t c = 0; c < call.classes; c++) {
+    for (int64_t c = 0; c < call.all_classes; c++) {
       weight[c] = static_cast<T>(value_at(data, type, c));
       sum += weight[c];
     }
@@ -51,9 +51,9 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
   groups.run(0, [&](int64_t group, int64_t begin, int64_t end, void*) {
     const auto ignored = [&](int64_t row) { return static_cast<int64_t>(classes[row]) == call.options.ignore_index; };
     const auto out_of_range = [&](int64_t row) {
-      return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.classes) && !ignored(row);
+      return static_cast<uint64_t>(classes[row]) >= static_cast<uint64_t>(call.all_classes) && !ignored(row);
     };
-    const ClassScan found = scan_kernel(classes + begin, end - begin, call.classes, call.options.ignore_index);
+    const ClassScan found = scan_kernel(classes + begin, end - begin, call.all_classes, call.options.ignore_index);
     sums[group] = static_cast<double>(found.live);
     if (found.out_of_range) {
       for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
@@ -75,7 +75,7 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
 // Checks the target and returns the mean's denominator.
 template <typename T>
 double scan_targets(const Call& call, const Weights<T>& weights) {
-  if (call.probabilities) return static_cast<double>(call.classes > 0 ? call.rows : 0);  // numel / classes
+  if (call.probabilities) return static_cast<double>(call.all_classes > 0 ? call.rows : 0);  // numel / classes
   const void* data = call.target.const_data_ptr();
   return call.byte_target ? scan_classes(call, static_cast<const uint8_t*>(data), weights.weight_data())
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
@@ -108,26 +108,49 @@ double run(const CrossEntropy<T>& k) {
 template <typename T>
 double run(CrossEntropyParams<T> params, const Weights<T>& weights, const Layout& layout, bool non_temporal) {
   params.weight = weights.weight_data();
+  if (params.weight) params.weight += params.first_class;
   params.weight_sum = &weights.sum;
   return run(CrossEntropy<T>{params, {layout, non_temporal}});
 }
 
+// Fills the outputs of a forward call with these parameters.
 template <typename T>
-void forward(const Call& call, const Forward& out) {
+void forward(const Call& call, const Forward& out, CrossEntropyParams<T> p, const Layout& layout, bool non_temporal) {
   const Weights<T> weights(call);
   const double weight_of_targets = scan_targets(call, weights);
   const double total_weight = out.total_is_given ? *values_of<double>(out.total_weight) : weight_of_targets;
-  const JointLayout joint = cross_entropy_layout(call, out.grad, std::nullopt, kLayoutRule);
-  CrossEntropyParams<T> p = forward_params<T>(call, out);
   p.loss_type = out.loss_type;
   if (call.options.reduction == kNone) p.loss = out.loss.data_ptr();
   const double* const divisor = divides_by_total(call, out) ? &total_weight : nullptr;
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
-  const double sum = run(p, weights, joint.layout(), out.grad && is_non_temporal(*out.grad, call.input));
+  const double sum = run(p, weights, layout, non_temporal);
   const bool is_mean = call.options.reduction == kMean;
   if (is_mean) *values_of<double>(out.total_weight) = total_weight;
   if (call.options.reduction != kNone)
     set_value(out.loss.data_ptr(), out.loss_type, is_mean ? sum / total_weight : sum);
+}
+
+template <typename T>
+void forward(const Call& call, const Forward& out) {
+  const JointLayout joint = cross_entropy_layout(call, out.grad, std::nullopt, kLayoutRule);
+  forward(call, out, forward_params<T>(call, out), joint.layout(), out.grad && is_non_temporal(*out.grad, call.input));
+}
+
+template <typename T>
+void part(const Call& call, bool stats, const Tensor& to) {
+  const Weights<T> weights(call);
+  scan_targets(call, weights);
+  const JointLayout joint = cross_entropy_layout(call, std::nullopt, std::nullopt, kLayoutRule);
+  run(part_params<T>(call, to, stats), weights, joint.layout(), false);
+}
+
+template <typename T>
+void of_parts(const Call& call, const Forward& out) {
+  Layout rows{};
+  rows.kind = LayoutKind::kRows;
+  rows.inner = 1;
+  rows.outer = call.rows;
+  forward(call, out, parts_params<T>(call, out), rows, false);
 }
 
 template <typename T>
@@ -145,6 +168,14 @@ void backward(const Call& call, const Backward& operands) {
 
 void device::cross_entropy(const Call& call, const Forward& out) {
   out.arithmetic == ScalarType::Double ? forward<double>(call, out) : forward<float>(call, out);
+}
+
+void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& to) {
+  arithmetic == ScalarType::Double ? part<double>(call, stats, to) : part<float>(call, stats, to);
+}
+
+void device::cross_entropy_of_parts(const Call& call, const Forward& out) {
+  out.arithmetic == ScalarType::Double ? of_parts<double>(call, out) : of_parts<float>(call, out);
 }
 
 void device::cross_entropy_backward(const Call& call, const Backward& operands) {

@@ -27,13 +27,13 @@ struct Workspace {
     weight = as_contiguous(converted(*call.weight, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float));
     if (call.options.label_smoothing == 0) return;
     weight_sum = empty({}, ScalarType::Double, call.input);
-    cuda::sum_weights(values_of<T>(*weight), call.classes, values_of<double>(*weight_sum), doubles(), stream);
+    cuda::sum_weights(values_of<T>(*weight), call.all_classes, values_of<double>(*weight_sum), doubles(), stream);
   }
 
   double* doubles() const { return values_of<double>(scratch); }
 
   void add_to(CrossEntropyParams<T>& p) const {
-    if (weight) p.weight = values_of<T>(*weight);
+    if (weight) p.weight = values_of<T>(*weight) + p.first_class;
     if (weight_sum) p.weight_sum = values_of<double>(*weight_sum);
   }
 };
@@ -51,7 +51,7 @@ void check_classes(const Call& call, const CrossEntropyParams<T>& p, cuda::Strea
     return torch::stable::to(tensor, torch::headeronly::DeviceType::CPU);
   };
   const Tensor first = empty({}, ScalarType::Long, call.input);
-  cuda::find_bad_class(p, call.classes, static_cast<int64_t*>(first.data_ptr()), stream);
+  cuda::find_bad_class(p, call.all_classes, static_cast<int64_t*>(first.data_ptr()), stream);
   const Tensor first_on_host = on_host(first);
   const int64_t row = *static_cast<const int64_t*>(first_on_host.const_data_ptr());
   if (row >= call.rows) return;
@@ -68,9 +68,9 @@ template <typename T>
 void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor& total, const Workspace<T>& workspace,
                  cuda::Stream stream) {
   if (call.probabilities)
-    torch::stable::fill_(total, static_cast<double>(call.classes > 0 ? call.rows : 0));  // numel / classes
+    torch::stable::fill_(total, static_cast<double>(call.all_classes > 0 ? call.rows : 0));  // numel / classes
   else
-    cuda::sum_targets(p, call.classes, values_of<double>(total), workspace.doubles(), stream);
+    cuda::sum_targets(p, call.all_classes, values_of<double>(total), workspace.doubles(), stream);
 }
 
 // Of no rows: the sum is 0, and a mean 0 / 0 or 0 / denominator.
@@ -81,6 +81,22 @@ void fill_empty(const Call& call, const Forward& out) {
   if (is_mean && !out.total_is_given) torch::stable::fill_(out.total_weight, 0);
   double* total = is_mean ? values_of<double>(out.total_weight) : nullptr;
   cuda::sum_no_losses({out.loss.data_ptr(), out.loss_type, is_mean, total, true, nullptr}, on.stream());
+}
+
+// The losses' results of a forward call, as a kernel is told of them: `launch` gets the parameters and the sum, or null.
+template <typename T, typename Launch>
+void with_losses(const Call& call, const Forward& out, CrossEntropyParams<T>& p, const Layout& layout,
+                 bool has_denominator, const Launch& launch) {
+  if (call.options.reduction == kNone) {
+    p.loss = out.loss.data_ptr();
+    p.loss_type = out.loss_type;
+    return launch(p, nullptr);
+  }
+  double* const total = has_total(call, out) ? values_of<double>(out.total_weight) : nullptr;
+  const Tensor scratch = empty({cuda::loss_scratch_bytes(p, layout)}, ScalarType::Byte, call.input);
+  const cuda::LossSum sum{out.loss.data_ptr(), out.loss_type,     call.options.reduction == kMean, total,
+                          has_denominator,     scratch.data_ptr()};
+  launch(p, &sum);
 }
 
 template <typename T>
@@ -94,19 +110,43 @@ void forward(const Call& call, const Forward& out) {
   workspace.add_to(p);
   check_classes(call, p, stream);
 
-  const bool is_mean = call.options.reduction == kMean, divides = divides_by_total(call, out);
+  const bool divides = divides_by_total(call, out);
   double* total = has_total(call, out) ? values_of<double>(out.total_weight) : nullptr;
   if (divides && !out.total_is_given) sum_targets(call, p, out.total_weight, workspace, stream);
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divides ? total : nullptr, true};
-  if (call.options.reduction == kNone) {
-    p.loss = out.loss.data_ptr();
-    p.loss_type = out.loss_type;
-    return cuda::cross_entropy(p, joint.layout(), nullptr, stream);
-  }
-  const Tensor scratch = empty({cuda::loss_scratch_bytes(p, joint.layout())}, ScalarType::Byte, call.input);
-  const cuda::LossSum sum{out.loss.data_ptr(),           out.loss_type,     is_mean, total,
-                          divides || out.total_is_given, scratch.data_ptr()};
-  cuda::cross_entropy(p, joint.layout(), &sum, stream);
+  with_losses(call, out, p, joint.layout(), divides || out.total_is_given,
+              [&](const CrossEntropyParams<T>& params, const cuda::LossSum* sum) {
+                cuda::cross_entropy(params, joint.layout(), sum, stream);
+              });
+}
+
+template <typename T>
+void part(const Call& call, bool stats, const Tensor& to) {
+  if (call.rows == 0) return;
+  const OnDevice on(call.input);
+  const Workspace<T> workspace(call, on.stream());
+  const JointLayout joint = cross_entropy_layout(call, std::nullopt, std::nullopt, kCudaLayoutRule);
+  CrossEntropyParams<T> p = part_params<T>(call, to, stats);
+  workspace.add_to(p);
+  check_classes(call, p, on.stream());
+  cuda::cross_entropy(p, joint.layout(), nullptr, on.stream());
+}
+
+template <typename T>
+void of_parts(const Call& call, const Forward& out) {
+  if (call.rows == 0) return fill_empty(call, out);
+  const OnDevice on(call.input);
+  const Workspace<T> workspace(call, on.stream());
+  Layout rows{};
+  rows.kind = LayoutKind::kRows;
+  rows.inner = 1;
+  rows.outer = call.rows;
+  CrossEntropyParams<T> p = parts_params<T>(call, out);
+  workspace.add_to(p);
+  with_losses(call, out, p, rows, out.total_is_given,
+              [&](const CrossEntropyParams<T>& params, const cuda::LossSum* sum) {
+                cuda::cross_entropy_of_parts(params, rows, sum, on.stream());
+              });
 }
 
 template <typename T>
@@ -127,6 +167,14 @@ void backward(const Call& call, const Backward& operands) {
 
 void device::cross_entropy(const Call& call, const Forward& out) {
   out.arithmetic == ScalarType::Double ? forward<double>(call, out) : forward<float>(call, out);
+}
+
+void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& to) {
+  arithmetic == ScalarType::Double ? part<double>(call, stats, to) : part<float>(call, stats, to);
+}
+
+void device::cross_entropy_of_parts(const Call& call, const Forward& out) {
+  out.arithmetic == ScalarType::Double ? of_parts<double>(call, out) : of_parts<float>(call, out);
 }
 
 void device::cross_entropy_backward(const Call& call, const Backward& operands) {
