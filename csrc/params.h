@@ -52,8 +52,9 @@ enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilit
 //   forward            reads the logits once; writes loss, state and the statistics that are asked for
 //   with grad_logits   writes the gradient in the same visit, while the row is near
 //   backward           (not forward) reads the logits and the state, writes the gradients
-//   of a part          the logits are a part of the classes: forward writes what they add to the row (row_part.h);
-//                      backward takes the state of the whole row and writes the gradients of the part
+//   of a part          the logits are a part of the classes: forward writes what they add to the row (row_part.h),
+//                      perhaps merged with a part before; backward takes the state of the whole row and writes the
+//                      gradients of the part
 //   of parts           (forward) merges such parts in place of reading logits
 //
 // The state of a row is (max, rest) with
@@ -90,7 +91,7 @@ struct CrossEntropyParams {
   DType loss_type;
   T* state;             // [2 or 4, rows]; forward writes it unless null, backward reads it
   double* part;         // [fields, rows]; forward writes it and nothing else, unless null
-  const double* parts;  // [part_count, fields, rows]; forward reads it and no logits, unless null
+  const double* parts;  // [part_count, fields, rows]; without `part` forward reads no logits, unless null
   int64_t part_count;
   bool stats;           // forward: write the four below
   T* lse;               // [rows]

@@ -96,6 +96,18 @@ struct RowPart {
   };
 };
 
+// Writes a row of `part`, merged with what the parts before it have.
+template <typename T>
+SOFTMAX_EXT_INLINE void store_part(const CrossEntropyParams<T>& p, const RowPart& part, int64_t row) {
+  const PartFields has = part_fields(p);
+  RowPart all = part;
+  if (p.parts) {
+    all = RowPart::load(p.parts, has, p.rows, row);
+    all.merge(part);
+  }
+  all.store(p.part, has, p.rows, row);
+}
+
 // The row of parts [parts, fields, rows].
 template <typename T>
 SOFTMAX_EXT_INLINE RowPart merged_part(const CrossEntropyParams<T>& p, int64_t row) {

@@ -129,6 +129,20 @@ def _largest(z: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), largest, 0.0)
 
 
+def merged_state(max: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The state (max, rest) of rows from those of parts of their classes; both [parts, *batch].
+
+    A row's sum of exponentials is exp(max) (1 + rest). Where all logits of a part are -inf, its max is -inf and its
+    rest 0. A row without a finite maximum has the rest NaN.
+    """
+    first = max.argmax(0, keepdim=True)
+    largest = max.gather(0, first)
+    others = (1 + rest) * torch.where(max == -torch.inf, 0.0, (max - largest).exp())
+    others = others.scatter(0, first, rest.gather(0, first))  # without the 1 of the largest logit
+    state = others.sum(0)
+    return largest.squeeze(0), torch.where(largest.squeeze(0).isfinite(), state, torch.nan)
+
+
 class Rows:
     """One cross entropy and its derivatives.
 

@@ -19,7 +19,7 @@ namespace {
 
 template <typename T>
 double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end, void* memory) {
-  if (p.parts) return visit_all_parts(p, begin, end);
+  if (p.parts && !p.part) return visit_all_parts(p, begin, end);
   Scratch scratch(memory);
   return p.layout.kind == LayoutKind::kRows ? visit_all_rows(p, begin, end, scratch)
                                             : visit_all_tiles(p, begin, end, scratch);
@@ -28,7 +28,7 @@ double cross_entropy(const CrossEntropy<T>& p, int64_t begin, int64_t end, void*
 template <typename T>
 size_t scratch_of(const CrossEntropy<T>& p) {
   Scratch scratch;
-  if (p.parts) return 0;
+  if (p.parts && !p.part) return 0;
   if (p.layout.kind == LayoutKind::kRows)
     exp_buffers_of(p, scratch);
   else

@@ -263,7 +263,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     part.weighted = s.sums.weighted;
     const double prediction = outcome.prediction;
     part.argmax = prediction < 0 ? prediction - this->first_class : prediction + this->first_class;
-    part.store(this->part, part_fields(*this), this->rows, s.row.number);
+    store_part(*this, part, s.row.number);
   }
 
   // What forward writes of a row; returns its share of the total.

@@ -152,13 +152,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
 // ---- a part of the classes ------------------------------------------------------------------------------------------
 
 Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
-                          std::optional<ScalarType> dtype, bool stats, int64_t first_class, int64_t all_classes) {
+                          std::optional<ScalarType> dtype, bool stats, int64_t first_class, int64_t all_classes,
+                          std::optional<Tensor> before) {
   const Call call = checked_call("cross_entropy_part", input, target, weight, options, {first_class, all_classes});
   std::vector<int64_t> sizes = call.batch;
   const bool terms = call.probabilities || options.label_smoothing != 0;
   sizes.insert(sizes.begin(), PartFields{terms, call.probabilities, stats}.count());
+  if (before) {
+    check_device(*before, input, call.op, "before");
+    STD_TORCH_CHECK(
+        sizes_of(*before) == sizes && before->scalar_type() == ScalarType::Double && before->is_contiguous(), call.op,
+        ": before must be a part of these rows, with the same options.");
+  }
   const Tensor part = empty(sizes, ScalarType::Double, input);
-  device::cross_entropy_part(call, arithmetic_for(call, dtype), stats, part);
+  device::cross_entropy_part(call, arithmetic_for(call, dtype), stats, before, part);
   return part;
 }
 

@@ -55,13 +55,15 @@ CrossEntropyParams<T> forward_params(const Call& call, const Forward& out) {
   return p;
 }
 
-// What is written of a part of the classes, without statistics or with them.
+// What is written of a part of the classes, without statistics or with them, merged with the part before if there is one.
 template <typename T>
-CrossEntropyParams<T> part_params(const Call& call, const Tensor& part, bool stats) {
+CrossEntropyParams<T> part_params(const Call& call, const std::optional<Tensor>& before, bool stats,
+                                  const Tensor& part) {
   CrossEntropyParams<T> p = cross_entropy_params<T>(call);
   p.forward = true;
   p.stats = stats;
   p.part = values_of<double>(part);
+  if (before) p.parts = const_values_of<double>(*before);
   return p;
 }
 

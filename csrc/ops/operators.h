@@ -83,8 +83,10 @@ namespace device {
 void cross_entropy(const Call& call, const Forward& out);
 void cross_entropy_backward(const Call& call, const Backward& operands);
 
-// What the input, a part of the classes, adds to the rows: fills `part`, [fields, *batch] float64 (row_part.h).
-void cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& part);
+// What the input, a part of the classes, adds to the rows: fills `part`, [fields, *batch] float64 (row_part.h), with the
+// classes of `before` too, if it is given.
+void cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const std::optional<Tensor>& before,
+                        const Tensor& part);
 
 // The same as cross_entropy, from such parts. They are the input of the call: [parts, fields, *batch].
 void cross_entropy_of_parts(const Call& call, const Forward& out);

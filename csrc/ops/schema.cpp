@@ -35,9 +35,9 @@ void define_operators(torch::stable::detail::StableLibrary& library) {
   library.def("cross_entropy_backward_(" UPSTREAM ", Tensor(a!) input, Tensor target, Tensor? weight, " SAVED
               ", " OPTIONS ", int first_class=0, int? all_classes=None) -> ()");
   // What such a part adds to its rows, [fields, *batch] float64 (row_part.h). The arithmetic is cross_entropy's with this
-  // dtype. The reduction has no effect.
+  // dtype. The reduction has no effect. `before` is what the classes before first_class add: the result has both.
   library.def("cross_entropy_part(Tensor input, Tensor target, Tensor? weight, " OPTIONS
-              ", ScalarType? dtype, bool stats, int first_class, int all_classes) -> Tensor");
+              ", ScalarType? dtype, bool stats, int first_class, int all_classes, Tensor? before=None) -> Tensor");
   // The results of cross_entropy from parts [parts, fields, *batch], in the order of the classes, that were made with the
   // same options. `wide`: the arithmetic is float64. With probabilities there is no target.
   library.def("cross_entropy_of_parts(Tensor parts, Tensor? target, Tensor? weight, " OPTIONS

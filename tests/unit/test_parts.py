@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from softmax_ext import ops
 from softmax_ext.options import MEAN, NONE, SUM, Options
-from softmax_ext.reference import Rows
+from softmax_ext.reference import Rows, merged_state
 
 INF = torch.inf
 
@@ -33,12 +34,28 @@ def _parts(x, target, weight, options, cuts, stats=False, dtype=None):
     return torch.stack(parts)
 
 
+def _accumulated(x, target, weight, options, cuts, stats=False, dtype=None):
+    """The same merged one after the other, [1, fields, *batch]."""
+    part = None
+    for begin, end in cuts:
+        of_part = target[:, begin:end] if target.is_floating_point() else target
+        arguments = (*options, dtype, stats, begin, x.shape[1], part)
+        part = ops.cross_entropy_part(x[:, begin:end], of_part, weight, *arguments)
+    return part.unsqueeze(0)
+
+
 def _merged(x, target, weight, options, cuts, stats=False, dtype=None, denominator=None):
-    parts = _parts(x, target, weight, options, cuts, stats, dtype)
+    """The results from the parts, merged all at once, and the same one after the other."""
     wide = torch.float64 in (x.dtype, dtype, target.dtype)
     indices = None if target.is_floating_point() else target
-    arguments = (*options, dtype or x.dtype, wide, stats, denominator, x.shape[1])
-    return ops.cross_entropy_of_parts(parts, indices, weight, *arguments)
+    arguments = (indices, weight, *options, dtype or x.dtype, wide, stats, denominator, x.shape[1])
+    at_once, accumulated = (
+        ops.cross_entropy_of_parts(parts(x, target, weight, options, cuts, stats, dtype), *arguments)
+        for parts in (_parts, _accumulated)
+    )
+    for one, other in zip(at_once, accumulated, strict=True):
+        assert_close(one, other, rtol=1e-14 if wide else 1e-6, atol=0, equal_nan=True)
+    return at_once
 
 
 CASES = {
@@ -81,7 +98,7 @@ def test_results_and_gradients_of_parts(device, cuts, case, weighted, probabilit
                 live = target != -100
                 if ours.shape[1:] == live.shape:
                     ours, whole = ours[:, live], whole[:, live]
-            torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
+            assert_close(ours, whole, rtol=1e-12, atol=1e-12)
         upstream = [torch.rand_like(expected[0])] + (
             [torch.rand_like(t) for t in expected[3:6]] if stats else [None] * 3
         )
@@ -98,10 +115,10 @@ def test_results_and_gradients_of_parts(device, cuts, case, weighted, probabilit
                 ops.cross_entropy_backward(*arguments, True, probabilities, begin, 200), whole, strict=True
             ):
                 if of_one.numel():
-                    torch.testing.assert_close(of_one, of_all[:, begin:end], rtol=1e-11, atol=1e-12)
+                    assert_close(of_one, of_all[:, begin:end], rtol=1e-11, atol=1e-12)
             over = part.clone()
             ops.cross_entropy_backward_(*upstream, over, *arguments[5:], begin, 200)
-            torch.testing.assert_close(over, whole[0][:, begin:end], rtol=1e-11, atol=1e-12)
+            assert_close(over, whole[0][:, begin:end], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,7 +132,7 @@ def test_precision_of_peaked_rows(device, dtype, classes):
     options, cut = _options(), _cut(classes, classes // 3, classes // 2)
     loss, state, total = _merged(x, target, None, options, cut, dtype=torch.float32)
     rest = (classes - 1) * torch.exp(torch.tensor(-24.0, dtype=torch.float64))
-    torch.testing.assert_close(loss.double(), rest.log1p().expand(12).to(device), rtol=1e-6, atol=0)
+    assert_close(loss.double(), rest.log1p().expand(12).to(device), rtol=1e-6, atol=0)
     for begin, end in cut:
         of_part = torch.ones_like(loss)
         arguments = (of_part, None, None, None, x[:, begin:end], target, None, state, total, None, *options)
@@ -123,7 +140,7 @@ def test_precision_of_peaked_rows(device, dtype, classes):
         inside = (target >= begin) & (target < end)
         at_target = gradient[inside, target[inside] - begin].double()
         expected = (-rest / (1 + rest)).expand(int(inside.sum())).to(device)
-        torch.testing.assert_close(at_target, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        assert_close(at_target, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 SPECIAL = {
@@ -155,9 +172,26 @@ def test_special_logits(device, row, columns, smoothing):
     expected = ops.cross_entropy(x, target, None, *options, None, True, False)
     for cut in ([(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 3), (3, 4)]):
         loss, _, _, *statistics = _merged(x, target, None, options, cut, stats=True)
-        torch.testing.assert_close(loss, expected[0], equal_nan=True)
+        assert_close(loss, expected[0], equal_nan=True)
         for ours, whole in zip(statistics, expected[3:], strict=True):
-            torch.testing.assert_close(ours, whole, equal_nan=True)
+            assert_close(ours, whole, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", SPECIAL.values(), ids=SPECIAL)
+def test_the_plain_formula_of_the_merge(device, row):
+    x, target = torch.tensor(row, dtype=torch.float64, device=device).repeat(2, 1), torch.zeros(2, dtype=torch.int64)
+    for cut in ([(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 4)]):
+        parts = _parts(x, target.to(device), None, _options(), cut)
+        max, rest = merged_state(parts[:, 0], parts[:, 1])
+        _, state, _ = ops.cross_entropy(x, target.to(device), None, *_options(), None, False, False)
+        assert_close(rest, state[1], rtol=1e-14, atol=0, equal_nan=True)
+        assert_close(max[rest.isfinite()], state[0][rest.isfinite()], rtol=0, atol=0)
+
+
+def test_the_plain_formula_can_be_differentiated():
+    max = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    rest = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *state: merged_state(*state), (max, rest))
 
 
 def test_ignored_rows_have_no_gradient(device):
@@ -182,7 +216,7 @@ def test_a_denominator(device):
     denominator = torch.tensor(17.0, dtype=torch.float64, device=device)
     whole = ops.cross_entropy(x, target, weight, *_options(MEAN), None, False, False, denominator)
     found = _merged(x, target, weight, _options(MEAN), _cut(200, 70), denominator=denominator)
-    torch.testing.assert_close(found[0], whole[0])
+    assert_close(found[0], whole[0])
     assert found[2].item() == 17
 
 
@@ -191,7 +225,7 @@ def test_no_rows(device):
     target = torch.empty(0, dtype=torch.int64, device=device)
     for reduction, expected in ((SUM, 0.0), (MEAN, torch.nan)):
         loss, *_ = _merged(x, target, None, _options(reduction), _cut(200, 70))
-        torch.testing.assert_close(loss.item(), expected, equal_nan=True)
+        assert_close(loss.item(), expected, equal_nan=True)
 
 
 def test_parts_against_the_formulas(device):
@@ -200,14 +234,14 @@ def test_parts_against_the_formulas(device):
     options = _options(label_smoothing=0.1, z_loss=0.01)
     rows = Rows(x.double(), target, weight.double(), options)
     loss, *_ = _merged(x, target, weight, options, _cut(200, 3, 150))
-    torch.testing.assert_close(loss.double(), rows.loss(), rtol=1e-6, atol=1e-6)
+    assert_close(loss.double(), rows.loss(), rtol=1e-6, atol=1e-6)
 
 
 def test_bytes_as_classes(device):
     x, target, _ = _inputs(device, weight=False)
     target = target.clamp(0).byte()
     expected = ops.cross_entropy(x, target, None, *_options(), None, False, False)[0]
-    torch.testing.assert_close(_merged(x, target, None, _options(), _cut(200, 70))[0], expected)
+    assert_close(_merged(x, target, None, _options(), _cut(200, 70))[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -135,8 +135,7 @@ inline void load_state(const CrossEntropy<T>& p, RowBatch<T>& batch) {
 
 // Of rows whose classes have been summed, but not finished.
 template <typename T>
-void store_part(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
-  const PartFields has = part_fields(p);
+void store_parts(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   for (int64_t r = 0; r < batch.rows; r++) {
     RowPart of;
     const double max = batch.sums.max[r], rest = batch.sums.rest[r] + batch.sums.lost[r];
@@ -150,7 +149,7 @@ void store_part(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
     of.weighted = max == -kInfinity<double> ? 0 : batch.sums.weighted[r];
     const double argmax = static_cast<double>(p.first_class + batch.sums.argmax[r]);
     of.argmax = std::isnan(max) ? -1 - argmax : argmax;
-    of.store(p.part, has, p.rows, batch.number[r]);
+    store_part(p, of, batch.number[r]);
   }
 }
 
@@ -226,7 +225,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   constexpr int64_t L = kLanes<double>;
   const RowRules<double> rules = row_rules(p);
   if (p.part) {
-    store_part(p, batch);
+    store_parts(p, batch);
     return 0;
   }
   alignas(64) double loss[kTile], nll[kTile], lse[kTile], entropy[kTile];

@@ -137,11 +137,11 @@ void forward(const Call& call, const Forward& out) {
 }
 
 template <typename T>
-void part(const Call& call, bool stats, const Tensor& to) {
+void part(const Call& call, bool stats, const std::optional<Tensor>& before, const Tensor& to) {
   const Weights<T> weights(call);
   scan_targets(call, weights);
   const JointLayout joint = cross_entropy_layout(call, std::nullopt, std::nullopt, kLayoutRule);
-  run(part_params<T>(call, to, stats), weights, joint.layout(), false);
+  run(part_params<T>(call, before, stats, to), weights, joint.layout(), false);
 }
 
 template <typename T>
@@ -170,8 +170,9 @@ void device::cross_entropy(const Call& call, const Forward& out) {
   out.arithmetic == ScalarType::Double ? forward<double>(call, out) : forward<float>(call, out);
 }
 
-void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& to) {
-  arithmetic == ScalarType::Double ? part<double>(call, stats, to) : part<float>(call, stats, to);
+void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats,
+                                const std::optional<Tensor>& before, const Tensor& to) {
+  arithmetic == ScalarType::Double ? part<double>(call, stats, before, to) : part<float>(call, stats, before, to);
 }
 
 void device::cross_entropy_of_parts(const Call& call, const Forward& out) {

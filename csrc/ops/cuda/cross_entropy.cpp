@@ -121,12 +121,12 @@ void forward(const Call& call, const Forward& out) {
 }
 
 template <typename T>
-void part(const Call& call, bool stats, const Tensor& to) {
+void part(const Call& call, bool stats, const std::optional<Tensor>& before, const Tensor& to) {
   if (call.rows == 0) return;
   const OnDevice on(call.input);
   const Workspace<T> workspace(call, on.stream());
   const JointLayout joint = cross_entropy_layout(call, std::nullopt, std::nullopt, kCudaLayoutRule);
-  CrossEntropyParams<T> p = part_params<T>(call, to, stats);
+  CrossEntropyParams<T> p = part_params<T>(call, before, stats, to);
   workspace.add_to(p);
   check_classes(call, p, on.stream());
   cuda::cross_entropy(p, joint.layout(), nullptr, on.stream());
@@ -169,8 +169,9 @@ void device::cross_entropy(const Call& call, const Forward& out) {
   out.arithmetic == ScalarType::Double ? forward<double>(call, out) : forward<float>(call, out);
 }
 
-void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats, const Tensor& to) {
-  arithmetic == ScalarType::Double ? part<double>(call, stats, to) : part<float>(call, stats, to);
+void device::cross_entropy_part(const Call& call, ScalarType arithmetic, bool stats,
+                                const std::optional<Tensor>& before, const Tensor& to) {
+  arithmetic == ScalarType::Double ? part<double>(call, stats, before, to) : part<float>(call, stats, before, to);
 }
 
 void device::cross_entropy_of_parts(const Call& call, const Forward& out) {
