@@ -28,6 +28,9 @@ LIGER, QUACK = "liger", "quack"
 CHUNKED = "chunked"  # F.linear_cross_entropy with torch's default chunks
 CUT = "cut"  # Cut Cross-Entropy, arXiv:2411.09009
 OURS = (DEFAULT, PRECOMPUTE, INPLACE)
+# Of LINEAR, with memory= as many bytes as these multiples of the logits' size.
+WHOLE, LEAN = "whole", "lean"
+MEMORY_OF_PLAN = {WHOLE: 4, LEAN: 1 / 16}
 PEERS = (JAX, TENSORFLOW)  # in interpreters of their own
 GPU_PEERS = (LIGER, QUACK, CUT)
 # No losses: they read, or read and write, as many bytes as the logits have.
@@ -251,8 +254,8 @@ def _gpu_plan(peers: tuple[str, ...], l2_bytes: int, quick: bool) -> list[Job]:
 
 LINEAR_SECTION, LINEAR_VOCABULARY_SECTION = "linear", "linear, vocabulary"
 LINEAR_VARIANTS = {
-    CPU: (EAGER, COMPILE, CHUNKED, DEFAULT),
-    CUDA: (EAGER, COMPILE, CHUNKED, LIGER, CUT, DEFAULT),
+    CPU: (EAGER, COMPILE, CHUNKED, DEFAULT, WHOLE, LEAN),
+    CUDA: (EAGER, COMPILE, CHUNKED, LIGER, CUT, DEFAULT, WHOLE, LEAN),
 }
 LINEAR_TABLE = {
     CPU: tuple(
@@ -260,7 +263,10 @@ LINEAR_TABLE = {
         for shape in ((2048, 768, 50257), (4096, 1024, 128256))
         for dtype in ("float32", "bfloat16")
     ),
-    CUDA: (linear(8192, 4096, 128256, "bfloat16"),),
+    CUDA: tuple(
+        linear(*shape, "bfloat16")
+        for shape in ((8192, 4096, 128256), (2048, 4096, 128256), (32768, 2048, 50257), (1024, 1024, 32000))
+    ),
 }
 LINEAR_VOCABULARY = {
     CPU: tuple(linear(1024, 768, classes) for classes in (8192, 32000, 64000, 128256)),

@@ -58,12 +58,13 @@ def linear_block(records: list[Record], environment: Environment, directory: str
     if not figures.records:
         raise ValueError("the results hold none of the cases; run make bench-linear.")
     others = (cases.EAGER, cases.COMPILE, cases.CHUNKED)
-    head = ["rows x width x classes", *others, "softmax_ext", "x less"]
+    ours = (cases.DEFAULT, *cases.MEMORY_OF_PLAN)
+    head = ["rows x width x classes", *others, "softmax_ext", *cases.MEMORY_OF_PLAN, "x less"]
     rows = []
     for case in figures.cases:
-        row = [case, *(figure(figures.median(case, cases.LOSS, name)) or "-" for name in (*others, cases.DEFAULT))]
+        row = [case, *(figure(figures.median(case, cases.LOSS, name)) or "-" for name in (*others, *ours))]
         row.append(_slashed([figures.ratio(case, cases.LOSS, name, cases.DEFAULT) for name in others], "{:.2f}"))
-        memory = [figures.median(case, cases.MEMORY, name) for name in (*others, cases.DEFAULT)]
+        memory = [figures.median(case, cases.MEMORY, name) for name in (*others, *ours)]
         rows.append([*row, _slashed(memory, "{:.0f}")])
     lines = _markdown([*head, "MiB beyond the gradients"], rows, figures, environment)
     if any(record.section == cases.LINEAR_VOCABULARY_SECTION for record in records):

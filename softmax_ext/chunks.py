@@ -78,6 +78,18 @@ def live_rows(target: Tensor, ignore_index: int) -> Tensor:
     return live.flatten(1).any(1) if live.dim() > 1 else live
 
 
+def live_row_numbers(operands: Operands, ignore_index: int) -> Tensor | None:
+    """The numbers of the rows that are not ignored, or None for all rows.
+
+    Always None on CUDA, where the host would have to wait for how many there are.
+    """
+    target = operands.target
+    if target.is_floating_point() or target.device.type != "cpu":
+        return None
+    live = live_rows(target, ignore_index)
+    return None if live.all() else live.nonzero().squeeze(1)
+
+
 class _Chunks:
     """The rows of the operands, chunk by chunk, with one buffer for the logits of all chunks in turn.
 
@@ -93,23 +105,12 @@ class _Chunks:
         self.operands, self.ignore_index = operands, ignore_index
         self.matrix = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
-        self.live = self._live_rows() if drops_ignored else None
+        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
         self.count = input.shape[0] if self.live is None else self.live.numel()
         row_bytes = self.matrix.shape[0] * input.element_size()
         default = default_chunk_rows(self.count, row_bytes, input.device)
         self.rows = min(chunk_rows or default, max(self.count, 1))
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0])
-
-    def _live_rows(self) -> Tensor | None:
-        """Indices of the rows that are not ignored, or None for all rows.
-
-        Always None on CUDA, where the host would have to wait for their number.
-        """
-        target = self.operands.target
-        if target.is_floating_point() or target.device.type != "cpu":
-            return None
-        live = live_rows(target, self.ignore_index)
-        return None if live.all() else live.nonzero().squeeze(1)
 
     def class_index(self, target: Tensor) -> Tensor:
         """The class indices of a chunk's target, 0 for an ignored one."""
@@ -161,7 +162,7 @@ class _GradientSums:
         dz = gradient.flatten(1)
         if self.input is not None:
             part = self.input[rows] if self.chunks.live is None else self.input.new_empty(x.shape)
-            matmul.multiply(dz, self.chunks.matrix, part)
+            matmul.add_product(part, dz, self.chunks.matrix, True)
             if self.chunks.live is not None:
                 self.chunks.put(rows, part, self.input)
         if self.bias is not None:

@@ -45,8 +45,13 @@ def _slices(size: int, bytes_each: int) -> Iterator[slice]:
 
 
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Writes x matrix^T + bias into ``out``: x [rows, D], matrix [C, D], bias [C] or None, out [rows, C]."""
-    if prefers_onednn(x):  # oneDNN allocates its result; with slices malloc can use the same memory again
+    """Writes x matrix^T + bias into ``out``: x [rows, D], matrix [C, D], bias [C] or None, out [rows, C].
+
+    ``out`` may have a wider dtype than the factors; then nothing is rounded to theirs.
+    """
+    if out.dtype != x.dtype:
+        _project_widely(x, matrix, bias, out)
+    elif prefers_onednn(x):  # oneDNN allocates its result; with slices malloc can use the same memory again
         for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
             out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
     elif bias is None:
@@ -55,15 +60,71 @@ def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None
         torch.addmm(bias, x, matrix.t(), out=out)
 
 
-def multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """Writes dz matrix into ``out``: dz [rows, C], matrix [C, D]; ``out`` may have a wider dtype than the factors."""
-    if out.dtype == dz.dtype:
-        torch.mm(dz, matrix, out=out)
+def _project_widely(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if x.is_cuda and internals.product_of_halves is not None:
+        internals.product_of_halves(out, x, matrix.t(), out.dtype, beta=0, out=out)
+        if bias is not None:
+            out += bias
+        return
+    wide = x.to(out.dtype)
+    for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
+        of_slice = None if bias is None else bias[s].to(out.dtype)
+        out[:, s] = torch.nn.functional.linear(wide, matrix[s].to(out.dtype), of_slice)
+
+
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The contiguous ``values`` [rows, columns] rounded to ``dtype``, in the front of their own memory if it differs.
+
+    The rows move forward, twice as many at a time, into memory that has been read already.
+    """
+    if values.dtype == dtype:
+        return values
+    rows, columns = values.shape
+    result = values.view(dtype).flatten()[: rows * columns].view(rows, columns)
+    result[:1] = values[:1].to(dtype)
+    begin = 1
+    while begin < rows:
+        end = min(2 * begin, rows)
+        result[begin:end] = values[begin:end]
+        begin = end
+    return result
+
+
+def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
+    """Adds dz matrix to ``total`` [rows, D], or writes it there if it is the first: dz [rows, C], matrix [C, D].
+
+    ``total`` may have a wider dtype than the factors.
+    """
+    beta = 0 if first else 1
+    if total.dtype == dz.dtype:
+        total.addmm_(dz, matrix, beta=beta)
     elif dz.is_cuda and internals.product_of_halves is not None:
-        internals.product_of_halves(out, dz, matrix, out.dtype, beta=0, out=out)
+        internals.product_of_halves(total, dz, matrix, total.dtype, beta=beta, out=total)
+    elif dz.dtype == torch.float16:  # a product in float16 could overflow
+        for s in _slices(matrix.shape[0], matrix.shape[1] * total.element_size()):
+            total.addmm_(dz[:, s].to(total.dtype), matrix[s].to(total.dtype), beta=1 if s.start else beta)
     else:
-        for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
-            out.addmm_(dz[:, s].to(out.dtype), matrix[s].to(out.dtype), beta=1 if s.start else 0)
+        for s in _slices(total.shape[0], total.shape[1] * dz.element_size()):
+            product = dz[s] @ matrix
+            total[s].copy_(product) if first else total[s].add_(product)
+
+
+def add_product_apart(total: Tensor, dz: Tensor, matrix: Tensor, index: Tensor, classes: int, first: bool) -> None:
+    """Does the same as ``add_product``, but adds the parts of the targets' classes by themselves, in float32.
+
+    The half-precision product would round these parts, which are nearly all of the gradient. ``index`` [rows, K] has
+    the targets, of which only those in [0, classes) are in dz [rows, classes * K]. They are set to zero there.
+    """
+    found = []
+    for k in range(index.shape[1]):
+        rows = ((index[:, k] >= 0) & (index[:, k] < classes)).nonzero().squeeze(1)
+        columns = index[rows, k] * index.shape[1] + k
+        found.append((rows, columns, dz[rows, columns].to(total.dtype)))
+        dz[rows, columns] = 0
+    add_product(total, dz, matrix, first)
+    for rows, columns, values in found:
+        for s in _slices(rows.numel(), total.shape[1] * total.element_size()):
+            total.index_add_(0, rows[s], values[s, None] * matrix[columns[s]])
 
 
 def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:

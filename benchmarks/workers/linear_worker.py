@@ -5,11 +5,11 @@ rows and of some classes, are held against float64.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from cases import CHUNKED, COMPILE, CUDA, CUT, DEFAULT, EAGER, LIGER, Case
+from cases import CHUNKED, COMPILE, CUDA, CUT, DEFAULT, EAGER, LIGER, MEMORY_OF_PLAN, Case
 from torch import Tensor
 from workers import problem, worker
 from workers.measure import Prepare
@@ -73,6 +73,9 @@ class LinearWorkload:
             CUT: _cut,
             DEFAULT: softmax_ext.linear_cross_entropy,
         }
+        for plan, share in MEMORY_OF_PLAN.items():
+            memory = int(share * self.case.logits_bytes)
+            losses[plan] = partial(softmax_ext.linear_cross_entropy, memory=memory)
         if not hasattr(F, "linear_cross_entropy"):
             del losses[CHUNKED]
         return {name: self._step(loss) for name, loss in losses.items()}
