@@ -116,16 +116,18 @@ class _Chunks:
         live = is_live(target, self.ignore_index)
         return class_index(target, live, self.operands.linear_weight.shape[0])
 
-    def pick(self, rows: slice, tensor: Tensor) -> Tensor:
-        """The rows of a tensor [N, ...] that belong to a chunk."""
-        return tensor[rows] if self.live is None else tensor.index_select(0, self.live[rows])
-
-    def put(self, rows: slice, values: Tensor, into: Tensor) -> None:
-        """Writes the values of a chunk's rows into a tensor [N, ...]: the reverse of ``pick``."""
+    def pick(self, rows: slice, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The rows of a tensor that belong to a chunk; ``dim`` is the tensor's dimension of size N."""
         if self.live is None:
-            into[rows] = values
+            return tensor.narrow(dim, rows.start, rows.stop - rows.start)
+        return tensor.index_select(dim, self.live[rows])
+
+    def put(self, rows: slice, values: Tensor, into: Tensor, dim: int = 0) -> None:
+        """Writes the values of a chunk's rows into a tensor: the reverse of ``pick``."""
+        if self.live is None:
+            into.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)
         else:
-            into.index_copy_(0, self.live[rows], values)
+            into.index_copy_(dim, self.live[rows], values)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yields (rows, their input, their target, their logits [rows, C, *K] in the buffer) for each chunk."""
@@ -184,6 +186,13 @@ class _GradientSums:
         return [t for t in (self.input, weight, bias) if t is not None]
 
 
+def state_shape(target: Tensor, rows: Sequence[int], needs: Sequence[bool]) -> list[int]:
+    """The shape of the state that ``forward`` returns; ``rows`` is [N, *K]."""
+    if any(needs):
+        return [0]
+    return [4 if target.is_floating_point() else 2, *rows]
+
+
 def forward(
     operands: Operands,
     options: Options,
@@ -192,8 +201,8 @@ def forward(
     needs: Sequence[bool],
     denominator: Tensor | None,
     chunk_rows: int | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of every position, and the gradients of the sum of the losses divided by ``denominator``.
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The results of every position, their state, and the gradients of the sum of the losses over ``denominator``.
 
     In float16 the gradients are not divided.
 
@@ -207,7 +216,9 @@ def forward(
         chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
 
     Returns:
-        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; and the gradients that are needed.
+        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; what :func:`gradients` takes as
+        ``state``, or [0] if a gradient is needed; the gradients that are needed. The state of a row that was left out
+        is 0.
     """
     input, linear_weight, _, target, weight = operands
     check_classes(target, linear_weight.shape[0], options.ignore_index)
@@ -218,16 +229,18 @@ def forward(
     results = [input.new_zeros(shape, dtype=wide) for _ in range(4 if stats else 1)]
     if stats:
         results.append(input.new_zeros(shape, dtype=torch.int64))
+    state = input.new_zeros(state_shape(target, shape, needs), dtype=wide)
     for rows, x, of_rows, logits in chunks:
         arguments = (logits, of_rows, weight, *options, wide, stats)
         if any(needs):
             loss, _, _, *statistics = ops.cross_entropy_(*arguments, denominator)
             sums.add(rows, x, of_rows, logits)
         else:
-            loss, _, _, *statistics = ops.cross_entropy(*arguments, False)
+            loss, of_state, _, *statistics = ops.cross_entropy(*arguments, False)
+            chunks.put(rows, of_state, state, 1)
         for values, result in zip([loss, *statistics], results, strict=False):
             chunks.put(rows, values, result)
-    return results, sums.results()
+    return results, state, sums.results()
 
 
 def gradients(
@@ -235,13 +248,25 @@ def gradients(
     options: Options,
     wide: torch.dtype,
     upstream: Upstream,
+    state: Tensor | None,
+    entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
     chunk_rows: int | None,
 ) -> list[Tensor]:
     """Those gradients of input, linear_weight, linear_bias and target that are needed; computes the logits again.
 
-    ``wide`` is the dtype of the arithmetic on each logit. ``upstream`` holds a gradient for each position, [N, *K].
+    Args:
+        operands: the tensors.
+        options: those of the cross entropy; the reduction is ignored.
+        wide: the dtype of the arithmetic on each logit.
+        upstream: a gradient for each position, [N, *K].
+        state: what ``forward`` returned, or None: it is computed again.
+        entropy: [N, *K], what ``forward`` returned. It is used where ``upstream`` has a gradient of it and there is a
+            state.
+        needs: which of the gradients of input, linear_weight and linear_bias are needed.
+        needs_target: whether the target's gradient is needed.
+        chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
     """
     target, weight = operands.target, operands.weight
     # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
@@ -252,10 +277,15 @@ def gradients(
     grad_target = target.new_empty(target.shape) if needs_target else None
     one = operands.input.new_ones((), dtype=torch.float64)
     for rows, x, of_rows, logits in chunks:
-        _, state, _, *statistics = ops.cross_entropy(logits, of_rows, weight, *options, wide, stats, False)
+        kept: list[Tensor | None] = [None, None]
+        if state is not None:
+            kept[0] = chunks.pick(rows, state, 1).contiguous()
+            kept[1] = chunks.pick(rows, entropy) if entropy is not None and upstream.entropy is not None else None
+        else:
+            _, kept[0], _, *statistics = ops.cross_entropy(logits, of_rows, weight, *options, wide, stats, False)
+            kept[1] = statistics[2] if upstream.entropy is not None else None
         of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
-        entropy = statistics[2] if upstream.entropy is not None else None
-        arguments = (*of_chunk, logits, of_rows, weight, state, one, entropy, *options)
+        arguments = (*of_chunk, logits, of_rows, weight, kept[0], one, kept[1], *options)
         gradient = logits
         if grad_target is None:
             ops.cross_entropy_backward_(*arguments)

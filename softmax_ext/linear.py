@@ -252,7 +252,7 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
         return [EagerLinearCrossEntropy.apply(*operands, denominator, call)]
     else:
         results = LinearCrossEntropy.apply(*operands, denominator, call)
-    loss, _, *statistics = results
+    loss, _, _, *statistics = results
     return [loss, *statistics[: 4 if stats else 0]]
 
 

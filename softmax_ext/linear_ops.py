@@ -45,12 +45,12 @@ def _forward(
         total = denominator.clone()
     divisor = total if options.reduction == MEAN else None
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
-        (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, divisor, chunk_rows)
+        (loss, *of_rows), state, gradients = chunks.forward(operands, options, wide, stats, needs, divisor, chunk_rows)
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
         loss = loss / total
-    return [loss.to(dtype or input.dtype), total, *of_rows, *gradients]
+    return [loss.to(dtype or input.dtype), total, state, *of_rows, *gradients]
 
 
 def _fake_forward(
@@ -67,6 +67,7 @@ def _fake_forward(
     results = [
         input.new_empty(rows if options.reduction == NONE else [], dtype=dtype or input.dtype),
         input.new_empty([], dtype=torch.float64),
+        input.new_empty(chunks.state_shape(target, rows, needs), dtype=wide),
     ]
     if stats:
         results += [input.new_empty(rows, dtype=wide) for _ in range(3)]
@@ -88,6 +89,8 @@ def _backward(
     grad_nll: Tensor | None,
     grad_entropy: Tensor | None,
     total: Tensor,
+    state: Tensor | None,
+    entropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -97,7 +100,7 @@ def _backward(
 ) -> list[Tensor]:
     options, (chunk_rows, needs) = Options.split(arguments)
     # The gradients of loss and statistics are float64 if forward computed in float64.
-    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy) if t is not None]
+    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy, state) if t is not None]
     wide = arithmetic_dtype(input.dtype, target.dtype, *given)
     if grad_loss is not None:
         grad_loss = grad_loss.to(wide)
@@ -108,7 +111,9 @@ def _backward(
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     *parameters, needs_target = needs
     with torch.autocast(input.device.type, enabled=False):
-        results = chunks.gradients(operands, options, wide, upstream, parameters, needs_target, chunk_rows)
+        results = chunks.gradients(
+            operands, options, wide, upstream, state, entropy, parameters, needs_target, chunk_rows
+        )
     differentiable = (input, linear_weight, linear_bias, target)
     likes = [t for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
     return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
@@ -120,6 +125,8 @@ def _fake_backward(
     grad_nll: Tensor | None,
     grad_entropy: Tensor | None,
     total: Tensor,
+    state: Tensor | None,
+    entropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -136,9 +143,10 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad
 
 # ``dim`` must be 1, since the logits are [N, C, *K].
 #
-# Returns [loss, total_weight], then with stats [lse, nll, entropy, prediction], then those gradients of input,
+# Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
 # the mean: of total_weight). In half types the gradients of weight and bias are float32, in float16 the input's too.
+# The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any.
 forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
@@ -148,11 +156,13 @@ forward = torch.library.custom_op(
 )
 forward.register_fake(_fake_forward)
 
-# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names.
+# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names. ``state`` and
+# ``entropy``, which only the entropy's gradient needs, are forward's. Without a state they are computed again.
 backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema=f"({_UPSTREAM}, Tensor total, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, "
+    "bool[] needs) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import softmax_ext
-from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_cross_entropy, linear_ops, matmul
+from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_cross_entropy, linear_ops, matmul, ops
 from softmax_ext.options import Options
 
 FEATURES, CLASSES = 12, 37
@@ -619,9 +619,11 @@ def test_operator(denominator, needs, target):
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
     options = (*numbers, 4, [*needs, inputs.target.is_floating_point()])
+    _, _, state, *statistics = linear_ops.forward(*operands, *numbers, torch.float32, True, 4, [False] * 3, None, 1)
+    kept = (None, None) if any(needs) else (state, statistics[2])
     torch.library.opcheck(
         torch.ops.softmax_ext.linear_cross_entropy_backward,
-        (*upstream, torch.ones((), dtype=torch.float64), *operands, *options),
+        (*upstream, torch.ones((), dtype=torch.float64), *kept, *operands, *options),
         test_utils=checks,
     )
 
@@ -713,6 +715,29 @@ def test_gradients_for_each_row_take_the_logits_twice():
     count, largest = _work(400, lambda: inputs.loss(chunk_rows=20, reduction="none").sum().backward())
     assert count == 4
     assert largest <= 400 * FEATURES
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"return_stats": True}], ids=["none", "stats"])
+def test_the_backward_takes_the_state_of_the_forward(options, monkeypatch):
+    """It does not read the logits a second time. Ignored rows without a state change nothing, nor do long logits."""
+    calls = []
+    forward = ops.cross_entropy
+    monkeypatch.setattr(ops, "cross_entropy", lambda *a: calls.append(a) or forward(*a))
+    inputs = Inputs(60, extra=(2,))
+    inputs.input *= 100
+    inputs.target[::3] = -100
+    inputs = inputs.to(torch.float64)
+
+    def total(results: Any) -> Tensor:
+        return results.sum() if isinstance(results, Tensor) else results[0] + results[1].entropy.sin().sum()
+
+    loss = total(inputs.loss(chunk_rows=20, **options))
+    assert len(calls) == (3 if "return_stats" in options else 2)
+    count = len(calls)
+    first = torch.autograd.grad(loss, inputs.parameters(), retain_graph=True)
+    assert len(calls) == count
+    assert_close(torch.autograd.grad(loss, inputs.parameters()), first, rtol=0, atol=0)
+    assert_close(first, torch.autograd.grad(total(inputs.loss_of_logits(**options)), inputs.parameters()))
 
 
 def test_transforms_hold_no_logits():
