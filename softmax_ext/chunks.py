@@ -1,4 +1,4 @@
-"""Linear cross entropy in chunks of rows, so that only the logits of one chunk exist at a time.
+"""Linear cross entropy by rows: the plans *whole* and *rows* of plans.py, which differ in how many a chunk has.
 
 A chunk takes these steps, in a buffer that the next chunk uses again:
 
@@ -10,13 +10,15 @@ A chunk takes these steps, in a buffer that the next chunk uses again:
 Shapes: ``input`` X [N, D], ``linear_weight`` W [C, *K, D], ``linear_bias`` b [C, *K]. The logits of a chunk are
 [rows, C, *K]. The target has class indices [N, *K] or probabilities [N, C, *K].
 
-The gradients of weight and bias in half types are summed over the chunks in float32. The kernel divides dZ by the
-mean's denominator, so that the division rounds nothing else. float16 is an exception: its small gradients would
-underflow before a loss scale can enlarge them. There the gradients are those of the sum, in float32.
+With *rows* the gradients of weight and bias in half types are summed over the chunks in float32, and rounded at the
+end. With *whole* there is one chunk, whose products are the gradients. The kernel divides dZ by the mean's denominator,
+so that the division rounds nothing else. float16 is an exception: its small gradients would underflow before a loss
+scale can enlarge them. There the gradients are those of the sum, in float32, with either plan.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,12 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, matmul, ops
+from . import checks, matmul, ops, plans
 from .options import NONE, Options
+from .plans import LinearPlan, Problem
 from .reference import Upstream, class_index, is_live
-
-# A smaller buffer of logits is not worth the time that it costs.
-_SMALL_BUFFER_BYTES = 32 << 20
 
 
 class Operands(NamedTuple):
@@ -41,16 +41,13 @@ class Operands(NamedTuple):
     target: Tensor
     weight: Tensor | None
 
-
-def default_chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
-    """A ninth of the rows or as many as fit into 32 MiB, whichever is more, but within bounds.
-
-    The bounds are 128 to 512 rows on a CPU and 1024 to 4096 on a GPU. With fewer rows the weight is read too often for
-    the arithmetic; with more rows the products get no faster. ``row_bytes`` is the size of a row of logits.
-    """
-    least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
-    fitting = _SMALL_BUFFER_BYTES // max(row_bytes, 1)
-    return min(max(rows // 144 * 16, fitting // 16 * 16, least), most)
+    def problem(self, needs: Sequence[bool], needs_target: bool) -> Problem:
+        """What the plan depends on; ``needs`` says which gradients of input, weight and bias are computed."""
+        needs_input, needs_weight, _ = needs
+        classes = math.prod(self.linear_weight.shape[:-1])
+        of_target = self.target.element_size() if needs_target else 0
+        sizes, device = (self.input.shape[0], self.input.shape[1], classes), self.input.device.type
+        return Problem(*sizes, self.input.dtype, device, needs_input, needs_weight, of_target)
 
 
 def _checks_targets(target: Tensor) -> bool:
@@ -84,32 +81,43 @@ class _Chunks:
     Args:
         operands: the tensors.
         ignore_index: the class index of ignored rows.
-        chunk_rows: the rows of a chunk; None: ``default_chunk_rows``.
+        plan: says how many rows a chunk has.
         drops_ignored: whether ignored rows may be left out.
     """
 
-    def __init__(self, operands: Operands, ignore_index: int, chunk_rows: int | None, drops_ignored: bool) -> None:
+    def __init__(self, operands: Operands, ignore_index: int, plan: LinearPlan, drops_ignored: bool) -> None:
         input, linear_weight, linear_bias, *_ = operands
         self.operands, self.ignore_index = operands, ignore_index
         self.matrix = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
+        self.plan, self.rows = plan, plan.chunk
         self.live = self._live_rows() if drops_ignored else None
+        if self.live is not None:
+            self.rows = self._rows_with_copies()
         self.count = input.shape[0] if self.live is None else self.live.numel()
-        row_bytes = self.matrix.shape[0] * input.element_size()
-        default = default_chunk_rows(self.count, row_bytes, input.device)
-        self.rows = min(chunk_rows or default, max(self.count, 1))
+        self.rows = max(min(self.rows, self.count), 1)
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0])
 
     def _live_rows(self) -> Tensor | None:
         """Indices of the rows that are not ignored, or None for all rows.
 
-        Always None on CUDA, where the host would have to wait for their number.
+        Always None on CUDA, where the host would have to wait for their number; and where so few rows are ignored that
+        to leave them out would take more memory than the plan has.
         """
         target = self.operands.target
         if target.is_floating_point() or target.device.type != "cpu":
             return None
         live = live_rows(target, self.ignore_index)
-        return None if live.all() else live.nonzero().squeeze(1)
+        count, fitting = int(live.sum()), self._rows_with_copies()
+        fits = count <= fitting if self.plan.name == plans.WHOLE else 4 * fitting >= self.plan.chunk
+        return live.nonzero().squeeze(1) if count < live.numel() and fits else None
+
+    def _rows_with_copies(self) -> int:
+        """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient."""
+        input = self.operands.input
+        row = self.matrix.shape[0] * input.element_size()
+        copies = input.shape[1] * (input.element_size() + plans.gradient_dtype(input.dtype).itemsize)
+        return self.plan.chunk * row // max(row + copies, 1)
 
     def class_index(self, target: Tensor) -> Tensor:
         """The class indices of a chunk's target, 0 for an ignored one."""
@@ -140,11 +148,6 @@ class _Chunks:
             yield rows, x, target, logits.unflatten(1, self.operands.linear_weight.shape[:-1])
 
 
-def input_sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the input's gradient before it is multiplied by the upstream gradient."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class _GradientSums:
     """Those gradients of input, linear_weight and linear_bias that are needed, summed over the chunks."""
 
@@ -154,8 +157,10 @@ class _GradientSums:
         wide = torch.float32 if input.dtype.itemsize == 2 else input.dtype
         needs_input, needs_weight, needs_bias = needs
         new = input.new_empty if chunks.count else input.new_zeros  # the first chunk fills the sum, if there is one
-        self.input = input.new_zeros(input.shape, dtype=input_sum_dtype(input.dtype)) if needs_input else None
-        self.weight = new(chunks.matrix.shape, dtype=wide) if needs_weight else None
+        of_input = plans.gradient_dtype(input.dtype)
+        of_weight = plans.weight_sum_dtype(chunks.plan.name, input.dtype)
+        self.input = input.new_zeros(input.shape, dtype=of_input) if needs_input else None
+        self.weight = new(chunks.matrix.shape, dtype=of_weight) if needs_weight else None
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
@@ -186,6 +191,12 @@ class _GradientSums:
         return [t for t in (self.input, weight, bias) if t is not None]
 
 
+def convert(sums: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Replaces each sum by one of its dtype, the smallest first: see plans.converting_bytes."""
+    for i in sorted(range(len(sums)), key=lambda i: sums[i].numel()):
+        sums[i] = sums[i].to(dtypes[i])
+
+
 def state_shape(target: Tensor, rows: Sequence[int], needs: Sequence[bool]) -> list[int]:
     """The shape of the state that ``forward`` returns; ``rows`` is [N, *K]."""
     if any(needs):
@@ -200,7 +211,7 @@ def forward(
     stats: bool,
     needs: Sequence[bool],
     denominator: Tensor | None,
-    chunk_rows: int | None,
+    plan: LinearPlan,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """The results of every position, their state, and the gradients of the sum of the losses over ``denominator``.
 
@@ -213,7 +224,7 @@ def forward(
         stats: whether to return lse, nll, entropy and prediction too.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         denominator: [] float64, or None for 1.
-        chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
+        plan: *whole* or *rows*.
 
     Returns:
         ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; what :func:`gradients` takes as
@@ -222,7 +233,7 @@ def forward(
     """
     input, linear_weight, _, target, weight = operands
     check_classes(target, linear_weight.shape[0], options.ignore_index)
-    chunks = _Chunks(operands, options.ignore_index, chunk_rows, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     shape = (input.shape[0], *linear_weight.shape[1:-1])
@@ -252,7 +263,7 @@ def gradients(
     entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
-    chunk_rows: int | None,
+    plan: LinearPlan,
 ) -> list[Tensor]:
     """Those gradients of input, linear_weight, linear_bias and target that are needed; computes the logits again.
 
@@ -266,12 +277,12 @@ def gradients(
             state.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         needs_target: whether the target's gradient is needed.
-        chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
+        plan: *whole* or *rows*.
     """
     target, weight = operands.target, operands.weight
     # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
     stats = upstream.lse is not None or upstream.entropy is not None
-    chunks = _Chunks(operands, options.ignore_index, chunk_rows, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     grad_target = target.new_empty(target.shape) if needs_target else None

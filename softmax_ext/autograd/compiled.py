@@ -89,8 +89,8 @@ torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward
 
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, linear_weight, linear_bias, target, weight, *arguments = inputs
-    options, (dtype, stats, chunk_rows, ctx.needs, *_) = Options.split(arguments)
-    ctx.call = linear_ops.Call(options, dtype, stats, chunk_rows)
+    options, (dtype, stats, chunk_rows, memory, ctx.needs, *_) = Options.split(arguments)
+    ctx.call = linear_ops.Call(options, dtype, stats, chunk_rows, memory)
     ctx.inputs = len(inputs)
     kept, computed = linear.kept_of(output, stats), []
     if any(ctx.needs):

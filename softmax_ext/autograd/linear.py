@@ -102,7 +102,7 @@ class LinearCrossEntropyBackward(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, call, needs = args
-        return tuple(linear_ops.backward(*tensors, *call.options, call.chunk_rows, list(needs)))
+        return tuple(linear_ops.backward(*tensors, *call.options, *call.limits, list(needs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -148,7 +148,7 @@ def recomputed_gradients(
         given = next(g for g in upstream if g is not None)
         kept = kept._replace(total=refusals.refusing(kept.total, given, "linear_cross_entropy"))
     if torch.compiler.is_compiling() or is_plain(upstream):
-        found = linear_ops.backward(*upstream, *kept, *operands, *call.options, call.chunk_rows, list(needs))
+        found = linear_ops.backward(*upstream, *kept, *operands, *call.options, *call.limits, list(needs))
     elif internals.forward_mode_level() >= 0 or is_batched(upstream):
         return _gradients_through_logits(operands, call, upstream, kept.total, needs)
     else:  # autograd takes the entropy for a result, which has a derivative of its own
@@ -167,7 +167,7 @@ def _scaled(gradient: Tensor, scale: Tensor, consumes: bool) -> Tensor:
 
 
 def handed_on(
-    computed: Sequence[Tensor | None],
+    computed: list[Tensor | None],
     operands: Operands,
     call: Call,
     grad_loss: Tensor,
@@ -175,6 +175,8 @@ def handed_on(
     consumes: bool,
 ) -> list[Tensor | None]:
     """The gradients that forward computed, multiplied by the upstream gradient, in place if ``consumes``.
+
+    Empties ``computed``, so that each is freed before the next is converted (plans.converting_bytes).
 
     A gradient that only ignored rows contribute to is 0 for any upstream gradient, inf and NaN included.
     """
@@ -186,11 +188,13 @@ def handed_on(
     if not target.is_floating_point():
         live, one = chunks.live_rows(target, call.options.ignore_index), torch.ones_like(scale)
         scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
-    likes: tuple[Any, ...] = (operands.input, operands.linear_weight, operands.linear_bias)
-    return [
-        None if gradient is None else _scaled(gradient, factor, consumes).to(like.dtype)
-        for gradient, factor, like in zip(computed, (of_input, scale, scale), likes, strict=True)
-    ]
+    found: list[Tensor | None] = [None] * 3
+    sizes = {i: gradient.numel() for i, gradient in enumerate(computed) if gradient is not None}
+    for i in sorted(sizes, key=sizes.__getitem__):
+        gradient, computed[i] = computed[i], None
+        assert gradient is not None
+        found[i] = _scaled(gradient, scale if i else of_input, consumes).to(operands.input.dtype)
+    return found
 
 
 # ---- the loss, with all derivatives ----
@@ -202,9 +206,7 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *operands, denominator, call = args
-        options, dtype, stats, chunk_rows = call
-        arguments = (*options, dtype, stats, chunk_rows, NOTHING, denominator, ops.VERSION)
-        return tuple(linear_ops.forward(*operands, *arguments))
+        return tuple(linear_ops.forward(*operands, *call.arguments(NOTHING, denominator)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -265,11 +267,8 @@ class EagerLinearCrossEntropy(Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *operands, denominator, ctx.call = args
         ctx.set_materialize_grads(False)
-        options, dtype, stats, chunk_rows = ctx.call
         needs = list(ctx.needs_input_grad[:3])
-        arguments = (*options, dtype, stats, chunk_rows, needs, denominator, ops.VERSION)
-        results = linear_ops.forward(*operands, *arguments)
-        loss, total, _, *computed = results
+        loss, total, _, *computed = linear_ops.forward(*operands, *ctx.call.arguments(needs, denominator))
         # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
         # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
         ctx.gradients = [spread(computed, needs)]
