@@ -17,16 +17,19 @@ if ops.load_error is not None and not _diagnosing:
 from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
 from .linear import linear_cross_entropy  # noqa: E402
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
+from .plans import LinearPlan, linear_plan  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "LinearCrossEntropyLoss",
+    "LinearPlan",
     "LogSoftmax",
     "Softmax",
     "__version__",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_plan",
     "log_softmax",
     "softmax",
 ]

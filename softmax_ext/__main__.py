@@ -72,7 +72,10 @@ def _report() -> list[tuple[str, str]]:
         ("CPU kernels compiled", ", ".join(built.compiled_isas())),
         ("CPU kernels available", ", ".join(built.available_isas())),
         ("CPU kernels chosen", f"{built.selected_isa()} (SOFTMAX_EXT_CPU_CAPABILITY forces another)"),
-        ("float32 products", f"{'oneDNN for X W^T, ' if matmul.prefers_onednn(torch.ones(1)) else ''}torch.mm"),
+        (
+            "float32 products",
+            f"{'oneDNN for X W^T, ' if matmul.prefers_onednn('cpu', torch.float32, 1) else ''}torch.mm",
+        ),
         *(("not in this torch", f"{i.name}, for {i.purpose}; instead: {i.without}") for i in internals.missing()),
         *_report_cuda(),
     ]

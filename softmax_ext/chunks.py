@@ -1,4 +1,4 @@
-"""Linear cross entropy in chunks of rows, so that only the logits of one chunk exist at a time.
+"""Linear cross entropy by rows: the plans *whole* and *rows* of plans.py, which differ in how many a chunk has.
 
 A chunk takes these steps, in a buffer that the next chunk uses again:
 
@@ -10,13 +10,15 @@ A chunk takes these steps, in a buffer that the next chunk uses again:
 Shapes: ``input`` X [N, D], ``linear_weight`` W [C, *K, D], ``linear_bias`` b [C, *K]. The logits of a chunk are
 [rows, C, *K]. The target has class indices [N, *K] or probabilities [N, C, *K].
 
-The gradients of weight and bias in half types are summed over the chunks in float32. The kernel divides dZ by the
-mean's denominator, so that the division rounds nothing else. float16 is an exception: its small gradients would
-underflow before a loss scale can enlarge them. There the gradients are those of the sum, in float32.
+With *rows* the gradients of weight and bias in half types are summed over the chunks in float32, and rounded at the
+end. With *whole* there is one chunk, whose products are the gradients. The kernel divides dZ by the mean's denominator,
+so that the division rounds nothing else. float16 is an exception: its small gradients would underflow before a loss
+scale can enlarge them. There the gradients are those of the sum, in float32, with either plan.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -24,12 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, matmul, ops
+from . import checks, matmul, ops, plans
 from .options import NONE, Options
+from .plans import LinearPlan, Problem
 from .reference import Upstream, class_index, is_live
-
-# A smaller buffer of logits is not worth the time that it costs.
-_SMALL_BUFFER_BYTES = 32 << 20
 
 
 class Operands(NamedTuple):
@@ -41,16 +41,13 @@ class Operands(NamedTuple):
     target: Tensor
     weight: Tensor | None
 
-
-def default_chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
-    """A ninth of the rows or as many as fit into 32 MiB, whichever is more, but within bounds.
-
-    The bounds are 128 to 512 rows on a CPU and 1024 to 4096 on a GPU. With fewer rows the weight is read too often for
-    the arithmetic; with more rows the products get no faster. ``row_bytes`` is the size of a row of logits.
-    """
-    least, most = (128, 512) if device.type == "cpu" else (1024, 4096)
-    fitting = _SMALL_BUFFER_BYTES // max(row_bytes, 1)
-    return min(max(rows // 144 * 16, fitting // 16 * 16, least), most)
+    def problem(self, needs: Sequence[bool], needs_target: bool) -> Problem:
+        """What the plan depends on; ``needs`` says which gradients of input, weight and bias are computed."""
+        needs_input, needs_weight, _ = needs
+        classes, positions = math.prod(self.linear_weight.shape[:-1]), math.prod(self.linear_weight.shape[1:-1])
+        of_target = self.target.element_size() if needs_target else 0
+        sizes, device = (self.input.shape[0], self.input.shape[1], classes), self.input.device.type
+        return Problem(*sizes, self.input.dtype, device, needs_input, needs_weight, of_target, positions)
 
 
 def _checks_targets(target: Tensor) -> bool:
@@ -96,37 +93,59 @@ class _Chunks:
     Args:
         operands: the tensors.
         ignore_index: the class index of ignored rows.
-        chunk_rows: the rows of a chunk; None: ``default_chunk_rows``.
+        plan: says how many rows a chunk has.
         drops_ignored: whether ignored rows may be left out.
     """
 
-    def __init__(self, operands: Operands, ignore_index: int, chunk_rows: int | None, drops_ignored: bool) -> None:
+    def __init__(self, operands: Operands, ignore_index: int, plan: LinearPlan, drops_ignored: bool) -> None:
         input, linear_weight, linear_bias, *_ = operands
         self.operands, self.ignore_index = operands, ignore_index
         self.matrix = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
-        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
+        self.plan, self.rows = plan, plan.chunk
+        self.live = self._live_rows() if drops_ignored else None
+        if self.live is not None:
+            self.rows = self._rows_with_copies()
         self.count = input.shape[0] if self.live is None else self.live.numel()
-        row_bytes = self.matrix.shape[0] * input.element_size()
-        default = default_chunk_rows(self.count, row_bytes, input.device)
-        self.rows = min(chunk_rows or default, max(self.count, 1))
+        self.rows = max(min(self.rows, self.count), 1)
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0])
+
+    def _live_rows(self) -> Tensor | None:
+        """The numbers of the rows that are not ignored, or None for all.
+
+        None where so few rows are ignored that to leave them out would take more memory than the plan has.
+        """
+        live = live_row_numbers(self.operands, self.ignore_index)
+        if live is None:
+            return None
+        count, fitting = live.numel(), self._rows_with_copies()
+        fits = count <= fitting if self.plan.name == plans.WHOLE else 4 * fitting >= self.plan.chunk
+        return live if fits else None
+
+    def _rows_with_copies(self) -> int:
+        """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient."""
+        input = self.operands.input
+        row = self.matrix.shape[0] * input.element_size()
+        copies = input.shape[1] * (input.element_size() + plans.gradient_dtype(input.dtype).itemsize)
+        return self.plan.chunk * row // max(row + copies, 1)
 
     def class_index(self, target: Tensor) -> Tensor:
         """The class indices of a chunk's target, 0 for an ignored one."""
         live = is_live(target, self.ignore_index)
         return class_index(target, live, self.operands.linear_weight.shape[0])
 
-    def pick(self, rows: slice, tensor: Tensor) -> Tensor:
-        """The rows of a tensor [N, ...] that belong to a chunk."""
-        return tensor[rows] if self.live is None else tensor.index_select(0, self.live[rows])
-
-    def put(self, rows: slice, values: Tensor, into: Tensor) -> None:
-        """Writes the values of a chunk's rows into a tensor [N, ...]: the reverse of ``pick``."""
+    def pick(self, rows: slice, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The rows of a tensor that belong to a chunk; ``dim`` is the tensor's dimension of size N."""
         if self.live is None:
-            into[rows] = values
+            return tensor.narrow(dim, rows.start, rows.stop - rows.start)
+        return tensor.index_select(dim, self.live[rows])
+
+    def put(self, rows: slice, values: Tensor, into: Tensor, dim: int = 0) -> None:
+        """Writes the values of a chunk's rows into a tensor: the reverse of ``pick``."""
+        if self.live is None:
+            into.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)
         else:
-            into.index_copy_(0, self.live[rows], values)
+            into.index_copy_(dim, self.live[rows], values)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         """Yields (rows, their input, their target, their logits [rows, C, *K] in the buffer) for each chunk."""
@@ -139,11 +158,6 @@ class _Chunks:
             yield rows, x, target, logits.unflatten(1, self.operands.linear_weight.shape[:-1])
 
 
-def input_sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the input's gradient before it is multiplied by the upstream gradient."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 class _GradientSums:
     """Those gradients of input, linear_weight and linear_bias that are needed, summed over the chunks."""
 
@@ -153,8 +167,10 @@ class _GradientSums:
         wide = torch.float32 if input.dtype.itemsize == 2 else input.dtype
         needs_input, needs_weight, needs_bias = needs
         new = input.new_empty if chunks.count else input.new_zeros  # the first chunk fills the sum, if there is one
-        self.input = input.new_zeros(input.shape, dtype=input_sum_dtype(input.dtype)) if needs_input else None
-        self.weight = new(chunks.matrix.shape, dtype=wide) if needs_weight else None
+        of_input = plans.gradient_dtype(input.dtype)
+        of_weight = plans.weight_sum_dtype(chunks.plan.name, input.dtype)
+        self.input = input.new_zeros(input.shape, dtype=of_input) if needs_input else None
+        self.weight = new(chunks.matrix.shape, dtype=of_weight) if needs_weight else None
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
@@ -185,6 +201,19 @@ class _GradientSums:
         return [t for t in (self.input, weight, bias) if t is not None]
 
 
+def convert(sums: list[Tensor], dtypes: Sequence[torch.dtype]) -> None:
+    """Replaces each sum by one of its dtype, the smallest first: see plans.converting_bytes."""
+    for i in sorted(range(len(sums)), key=lambda i: sums[i].numel()):
+        sums[i] = sums[i].to(dtypes[i])
+
+
+def state_shape(target: Tensor, rows: Sequence[int], needs: Sequence[bool]) -> list[int]:
+    """The shape of the state that ``forward`` returns; ``rows`` is [N, *K]."""
+    if any(needs):
+        return [0]
+    return [4 if target.is_floating_point() else 2, *rows]
+
+
 def forward(
     operands: Operands,
     options: Options,
@@ -192,9 +221,9 @@ def forward(
     stats: bool,
     needs: Sequence[bool],
     denominator: Tensor | None,
-    chunk_rows: int | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The results of every position, and the gradients of the sum of the losses divided by ``denominator``.
+    plan: LinearPlan,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """The results of every position, their state, and the gradients of the sum of the losses over ``denominator``.
 
     In float16 the gradients are not divided.
 
@@ -205,30 +234,34 @@ def forward(
         stats: whether to return lse, nll, entropy and prediction too.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         denominator: [] float64, or None for 1.
-        chunk_rows: the rows of a chunk; None: :func:`default_chunk_rows`.
+        plan: *whole* or *rows*.
 
     Returns:
-        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; and the gradients that are needed.
+        ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; what :func:`gradients` takes as
+        ``state``, or [0] if a gradient is needed; the gradients that are needed. The state of a row that was left out
+        is 0.
     """
     input, linear_weight, _, target, weight = operands
     check_classes(target, linear_weight.shape[0], options.ignore_index)
-    chunks = _Chunks(operands, options.ignore_index, chunk_rows, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     shape = (input.shape[0], *linear_weight.shape[1:-1])
     results = [input.new_zeros(shape, dtype=wide) for _ in range(4 if stats else 1)]
     if stats:
         results.append(input.new_zeros(shape, dtype=torch.int64))
+    state = input.new_zeros(state_shape(target, shape, needs), dtype=wide)
     for rows, x, of_rows, logits in chunks:
         arguments = (logits, of_rows, weight, *options, wide, stats)
         if any(needs):
             loss, _, _, *statistics = ops.cross_entropy_(*arguments, denominator)
             sums.add(rows, x, of_rows, logits)
         else:
-            loss, _, _, *statistics = ops.cross_entropy(*arguments, False)
+            loss, of_state, _, *statistics = ops.cross_entropy(*arguments, False)
+            chunks.put(rows, of_state, state, 1)
         for values, result in zip([loss, *statistics], results, strict=False):
             chunks.put(rows, values, result)
-    return results, sums.results()
+    return results, state, sums.results()
 
 
 def gradients(
@@ -236,27 +269,44 @@ def gradients(
     options: Options,
     wide: torch.dtype,
     upstream: Upstream,
+    state: Tensor | None,
+    entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
-    chunk_rows: int | None,
+    plan: LinearPlan,
 ) -> list[Tensor]:
     """Those gradients of input, linear_weight, linear_bias and target that are needed; computes the logits again.
 
-    ``wide`` is the dtype of the arithmetic on each logit. ``upstream`` holds a gradient for each position, [N, *K].
+    Args:
+        operands: the tensors.
+        options: those of the cross entropy; the reduction is ignored.
+        wide: the dtype of the arithmetic on each logit.
+        upstream: a gradient for each position, [N, *K].
+        state: what ``forward`` returned, or None: it is computed again.
+        entropy: [N, *K], what ``forward`` returned. It is used where ``upstream`` has a gradient of it and there is a
+            state.
+        needs: which of the gradients of input, linear_weight and linear_bias are needed.
+        needs_target: whether the target's gradient is needed.
+        plan: *whole* or *rows*.
     """
     target, weight = operands.target, operands.weight
     # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
     stats = upstream.lse is not None or upstream.entropy is not None
-    chunks = _Chunks(operands, options.ignore_index, chunk_rows, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     grad_target = target.new_empty(target.shape) if needs_target else None
     one = operands.input.new_ones((), dtype=torch.float64)
     for rows, x, of_rows, logits in chunks:
-        _, state, _, *statistics = ops.cross_entropy(logits, of_rows, weight, *options, wide, stats, False)
+        kept: list[Tensor | None] = [None, None]
+        if state is not None:
+            kept[0] = chunks.pick(rows, state, 1).contiguous()
+            kept[1] = chunks.pick(rows, entropy) if entropy is not None and upstream.entropy is not None else None
+        else:
+            _, kept[0], _, *statistics = ops.cross_entropy(logits, of_rows, weight, *options, wide, stats, False)
+            kept[1] = statistics[2] if upstream.entropy is not None else None
         of_chunk = [None if g is None else chunks.pick(rows, g).contiguous() for g in upstream]
-        entropy = statistics[2] if upstream.entropy is not None else None
-        arguments = (*of_chunk, logits, of_rows, weight, state, one, entropy, *options)
+        arguments = (*of_chunk, logits, of_rows, weight, kept[0], one, kept[1], *options)
         gradient = logits
         if grad_target is None:
             ops.cross_entropy_backward_(*arguments)

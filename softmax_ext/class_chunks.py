@@ -1,4 +1,4 @@
-"""Linear cross entropy in chunks of classes: no accumulator of the weight's size, and as little memory as wanted.
+"""Linear cross entropy by classes: the plan *classes* of plans.py, which needs neither whole rows nor a sum of dW.
 
 Rows are whole only when all their classes have been seen. So there are two sweeps over the chunks:
 
@@ -18,23 +18,18 @@ Shapes are those of chunks.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import matmul, ops
+from . import matmul, ops, plans
 from .chunks import Operands, check_classes, live_row_numbers
 from .options import MEAN, NONE, SUM, Options
+from .plans import LinearPlan
 from .reference import Upstream
-
-
-class Cut(NamedTuple):
-    """How the classes are cut into chunks: ``classes`` to a chunk, the last ``kept`` chunks kept between the sweeps."""
-
-    classes: int
-    kept: int
 
 
 class _Chunk(NamedTuple):
@@ -51,25 +46,35 @@ class _Sweeps:
     Args:
         operands: the tensors.
         ignore_index: the class index of ignored rows.
-        cut: the chunks.
+        plan: says how many columns of logits a chunk has, and how many chunks are kept.
         drops_ignored: whether ignored rows may be left out.
     """
 
-    def __init__(self, operands: Operands, ignore_index: int, cut: Cut, drops_ignored: bool) -> None:
+    def __init__(self, operands: Operands, ignore_index: int, plan: LinearPlan, drops_ignored: bool) -> None:
         input, self.linear_weight, self.linear_bias, target, self.weight = operands
-        self.classes, *positions, self.features = self.linear_weight.shape
-        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
+        self.classes, *positions, _ = self.linear_weight.shape
+        self.shape, self.columns = (input.shape[0], *positions), math.prod(positions)
+        self.live = self._live_rows(operands, ignore_index, plan.chunk * plan.kept) if drops_ignored else None
         self.x, self.target = self.pick(input), self.pick(target)
-        self.shape = (input.shape[0], *positions)
-        self.size = cut.classes
-        self.chunks = [
-            _Chunk(number, begin, min(begin + cut.classes, self.classes))
-            for number, begin in enumerate(range(0, self.classes, cut.classes))
-        ]
-        self.recomputed = len(self.chunks) - min(cut.kept, len(self.chunks))
-        self.columns = self.linear_weight[:1].numel() // max(self.features, 1) if positions else 1
-        count = max(len(self.chunks) - self.recomputed, 1)
-        self.buffers = [self.x.new_empty(self.x.shape[0] * cut.classes * self.columns) for _ in range(count)]
+        step = plan.chunk // self.columns
+        begins = range(0, self.classes, step)
+        self.chunks = [_Chunk(number, begin, min(begin + step, self.classes)) for number, begin in enumerate(begins)]
+        self.recomputed = len(self.chunks) - plan.kept
+        self.buffers = [self.x.new_empty(self.x.shape[0] * plan.chunk) for _ in range(plan.kept)]
+
+    def _live_rows(self, operands: Operands, ignore_index: int, columns: int) -> Tensor | None:
+        """The numbers of the rows that are not ignored, or None for all.
+
+        None where so few rows are ignored that to leave them out, which takes copies of the input and of its gradient,
+        would take more memory than the plan has.
+        """
+        live = live_row_numbers(operands, ignore_index)
+        if live is None:
+            return None
+        rows, features = operands.input.shape
+        size = operands.input.element_size()
+        copies = features * (size + plans.gradient_dtype(operands.input.dtype).itemsize)
+        return live if live.numel() * (columns * size + copies) <= rows * columns * size else None
 
     def pick(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor [N, ...] that are not left out."""
@@ -97,7 +102,7 @@ class _Sweeps:
 
     def shaped(self, logits: Tensor) -> Tensor:
         """Logits [rows, columns] as the operators take them, [rows, classes, *K]."""
-        return logits.unflatten(1, (-1, *self.shape[1:]))
+        return logits.view(logits.shape[0], logits.shape[1] // self.columns, *self.shape[1:])
 
     def project(self, chunk: _Chunk) -> Tensor:
         """Computes the chunk's logits, [rows, columns]."""
@@ -108,7 +113,7 @@ class _Sweeps:
 
     def first(self, options: Options, wide: torch.dtype, stats: bool) -> Tensor:
         """The first sweep: what all classes add to the rows, [fields, rows, *K]."""
-        part = None
+        part: Tensor | None = None
         for chunk in self.chunks:
             logits = self.shaped(self.project(chunk))
             arguments = (*options, wide, stats, chunk.begin, self.classes, part)
@@ -131,8 +136,7 @@ class _GradientSums:
     def __init__(self, sweeps: _Sweeps, needs: Sequence[bool]) -> None:
         needs_input, needs_weight, needs_bias = needs
         x, weight = sweeps.x, sweeps.linear_weight
-        sums = torch.float32 if x.dtype.itemsize == 2 else x.dtype
-        results = torch.float32 if x.dtype == torch.float16 else x.dtype
+        sums, results = plans.input_sum_dtype(plans.CLASSES, x.dtype), plans.gradient_dtype(x.dtype)
         self.sweeps, self.is_first = sweeps, True
         self.input = x.new_empty(x.shape, dtype=sums) if needs_input else None
         self.weight = weight.new_empty(weight.shape, dtype=results) if needs_weight else None
@@ -162,12 +166,21 @@ class _GradientSums:
         self.is_first = False
 
     def results(self) -> list[Tensor]:
-        """The gradients that are needed, in the dtype that chunks.forward has."""
-        input = self.input
+        """The gradients that are needed, in the dtype of their sums, but that of the input in that of its gradient."""
+        input, self.input = self.input, None
         if input is not None:
-            dtype = torch.float32 if self.sweeps.x.dtype == torch.float16 else self.sweeps.x.dtype
-            input = self.sweeps.put(input.to(dtype))
+            input = self.sweeps.put(input.to(plans.gradient_dtype(self.sweeps.x.dtype)))
         return [t for t in (input, self.weight, self.bias) if t is not None]
+
+
+def _finished(sweeps: _Sweeps, options: Options, wide: torch.dtype, stats: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The first sweep, and then the rows' losses, state and statistics."""
+    options = options._replace(reduction=NONE)
+    part = sweeps.first(options, wide, stats)
+    indices = None if sweeps.target.is_floating_point() else sweeps.target
+    arguments = (*options, wide, wide == torch.float64, stats, None, sweeps.classes)
+    loss, state, _, *statistics = ops.cross_entropy_of_parts(part.unsqueeze(0), indices, sweeps.weight, *arguments)
+    return loss, state, statistics
 
 
 def forward(
@@ -177,55 +190,58 @@ def forward(
     stats: bool,
     needs: Sequence[bool],
     denominator: Tensor | None,
-    cut: Cut,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """As chunks.forward; the results of every position are loss, state and then the statistics."""
+    plan: LinearPlan,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """As chunks.forward, with the plan *classes*."""
     target, weight = operands.target, operands.weight
     check_classes(target, operands.linear_weight.shape[0], options.ignore_index)
-    sweeps = _Sweeps(operands, options.ignore_index, cut, not stats)
-    of_rows = options._replace(reduction=NONE)
-    part = sweeps.first(of_rows, wide, stats)
-    indices = None if target.is_floating_point() else sweeps.target
-    is_double = wide == torch.float64
-    arguments = (*of_rows, wide, is_double, stats, None, sweeps.classes)
-    loss, state, _, *statistics = ops.cross_entropy_of_parts(part.unsqueeze(0), indices, weight, *arguments)
+    sweeps = _Sweeps(operands, options.ignore_index, plan, not stats)
+    loss, state, statistics = _finished(sweeps, options, wide, stats)
     sums = _GradientSums(sweeps, needs)
-    if any(needs):
-        divides = denominator is not None and operands.input.dtype != torch.float16
-        options = options._replace(reduction=MEAN if divides else SUM)
-        one = state.new_ones(())
-        total = denominator if denominator is not None else state.new_ones((), dtype=torch.float64)
-        for chunk, logits in sweeps.second(True):
-            saved = (sweeps.target_of(chunk), weight, state, total, None)
-            arguments = (*options, chunk.begin, sweeps.classes)
-            ops.cross_entropy_backward_(one, None, None, None, sweeps.shaped(logits), *saved, *arguments)
-            sums.add(chunk, logits)
-    state = sweeps.put(state.movedim(0, -1)).movedim(-1, 0).contiguous()
-    return [sweeps.put(loss), state, *(sweeps.put(t) for t in statistics)], sums.results()
+    results = [sweeps.put(values) for values in (loss, *statistics)]
+    if not any(needs):
+        return results, sweeps.put(state.movedim(0, -1)).movedim(-1, 0).contiguous(), []
+    divides = denominator is not None and operands.input.dtype != torch.float16
+    options = options._replace(reduction=MEAN if divides else SUM)
+    one = state.new_ones(())
+    total = denominator if denominator is not None else state.new_ones((), dtype=torch.float64)
+    for chunk, logits in sweeps.second(True):
+        saved = (sweeps.target_of(chunk), weight, state, total, None)
+        part = (chunk.begin, sweeps.classes)
+        ops.cross_entropy_backward_(one, None, None, None, sweeps.shaped(logits), *saved, *options, *part)
+        sums.add(chunk, logits)
+    return results, state.new_empty(0), sums.results()
 
 
 def gradients(
     operands: Operands,
     options: Options,
+    wide: torch.dtype,
     upstream: Upstream,
-    state: Tensor,
+    state: Tensor | None,
     entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
-    cut: Cut,
+    plan: LinearPlan,
 ) -> list[Tensor]:
-    """As chunks.gradients: one sweep, with the rows' states of forward, [2 or 4, N, *K]."""
+    """As chunks.gradients, with the plan *classes*. With a state there is no first sweep."""
     target, weight = operands.target, operands.weight
     drops = upstream.lse is None and upstream.entropy is None  # through these an ignored row has a gradient
-    sweeps = _Sweeps(operands, options.ignore_index, cut, drops)
-    sums = _GradientSums(sweeps, needs)
+    sweeps = _Sweeps(operands, options.ignore_index, plan, drops)
     options = options._replace(reduction=NONE)
     of_rows = [None if g is None else sweeps.pick(g).contiguous() for g in upstream]
-    state = state if sweeps.live is None else state.index_select(1, sweeps.live)
-    entropy = None if upstream.entropy is None or entropy is None else sweeps.pick(entropy).contiguous()
+    has_first = state is None
+    if state is None:
+        _, state, statistics = _finished(sweeps, options, wide, upstream.entropy is not None)
+        entropy = statistics[2] if statistics else None
+    elif sweeps.live is not None:
+        state = state.index_select(1, sweeps.live)
+    if upstream.entropy is None:
+        entropy = None
+    sums = _GradientSums(sweeps, needs)
     grad_target = target.new_empty(target.shape) if needs_target else None
     one = state.new_ones((), dtype=torch.float64)
-    for chunk, logits in sweeps.second(False):
+    for chunk, logits in sweeps.second(has_first):
         saved = (sweeps.target_of(chunk), weight, state, one, entropy)
         arguments = (*of_rows, sweeps.shaped(logits), *saved, *options)
         part = (chunk.begin, sweeps.classes)

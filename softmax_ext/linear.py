@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, chunks, internals, linear_ops, ops
+from . import checks, chunks, internals, linear_ops, plans
 from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of
 from .autograd.transforms import in_transform, needs_plain_formulas
 from .chunks import Operands
@@ -94,6 +94,7 @@ class _Keywords(Keywords, total=False):
     label_smoothing: float
     options: object
     chunk_rows: int | None
+    memory: int | None
 
 
 @overload
@@ -136,16 +137,26 @@ def linear_cross_entropy(
     denominator: float | Tensor | None = None,
     return_stats: bool = False,
     chunk_rows: int | None = None,
+    memory: int | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
-    r"""Softmax cross entropy of the output of a linear layer, without ever holding that output.
+    r"""Softmax cross entropy of the output of a linear layer, in the memory that it is given.
 
     It equals :func:`softmax_ext.cross_entropy` of ``F.linear(input, linear_weight, linear_bias)``, and is the
     counterpart of :func:`torch.nn.functional.linear_cross_entropy`.
 
-    The rows are computed in chunks. For each chunk one matrix product gives the logits Z. The kernel replaces them by
-    their gradient dZ. Two more products give the gradients of the operands, :math:`dX = dZ\,W` and
-    :math:`dW = dZ^\top X`. With "mean" and "sum" the forward pass computes all three. docs/math.md, section 10, has the
-    formulas.
+    One matrix product gives the logits Z. The kernel replaces them by their gradient dZ. Two more products give the
+    gradients of the operands, :math:`dX = dZ\,W` and :math:`dW = dZ^\top X`. With "mean" and "sum" the forward pass
+    computes all three. docs/math.md, section 10, has the formulas.
+
+    Shapes, dtypes and the budget decide by which plan (:func:`softmax_ext.linear_plan` tells which):
+
+    - whole: the logits of all rows at once. It is the fastest.
+    - rows: the logits of a chunk of rows at a time. In bfloat16 and float16 the chunks add up dW in float32, which
+      takes time, and 4 bytes for each element of the weight.
+
+    Without a budget it is whole if that takes no more memory than rows. In bfloat16 that is so up to about
+    ``2 * in_features`` rows, in other dtypes if all rows are one chunk. With a budget it is whole if it fits, else rows
+    with the largest chunk that fits.
 
     The logits are computed twice, in the forward and in the backward:
 
@@ -160,7 +171,8 @@ def linear_cross_entropy(
     - for ``torch.func`` within torch.compile;
     - for class weights with probabilities, where either is differentiated or transformed.
 
-    Ignored rows cost nothing on the CPU without ``return_stats``.
+    On the CPU without ``return_stats`` ignored rows cost nothing, unless the copies of the other rows would take more
+    memory than the plan has: the classes are fewer than the features, or only few rows are ignored.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
@@ -185,8 +197,12 @@ def linear_cross_entropy(
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike; a number or a tensor of
             one element, as in :func:`softmax_ext.cross_entropy`.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
-        chunk_rows: the number of rows whose logits exist at once. None: a ninth of the rows, or as many as fit into
-            32 MiB if those are more; at least 128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU.
+        chunk_rows: the number of rows whose logits exist at once; the plan is then rows. None: the plan is chosen.
+            The default chunk of rows is a ninth of the rows, or as many as fit into 32 MiB if those are more; at least
+            128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU; and more where the float32 sum of
+            dW leaves room for them.
+        memory: the most bytes that forward and backward may take beyond the gradients. None: as many as rows takes with
+            its default chunk. All logits at once (above), and what compiled code adds, do not keep to it.
 
     Returns:
         The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
@@ -195,17 +211,15 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
             Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
-            probabilities; ValueError for ``chunk_rows`` below 1.
+            probabilities; ValueError for ``chunk_rows`` below 1, for ``memory`` together with ``chunk_rows``, and for
+            a ``memory`` that no plan fits into, where the text names the least.
     """
     _check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is not None:
         checks.check_dtype(_OP, dtype)
-    if chunk_rows is not None:
-        chunk_rows = checks.integer(_OP, "chunk_rows", chunk_rows)
-        if chunk_rows < 1:
-            checks.refuse(ValueError, _OP, "chunk_rows", "be at least 1, or None", f"{chunk_rows}")
+    chunk_rows, memory = plans.check_limits(_OP, chunk_rows, memory)
     batch = input.shape[:-1]
     given_target, target = target, _check_target(input, linear_weight, target, ignore_index)
     if weight is not None:
@@ -220,7 +234,7 @@ def linear_cross_entropy(
     _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
-    call = Call(options_of_loss, dtype, return_stats, chunk_rows)
+    call = Call(options_of_loss, dtype, return_stats, chunk_rows, memory)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
         results = _run(Operands(x, matrix, bias, target, weight), divisor, call)
@@ -239,21 +253,20 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if needs_plain_formulas(target, weight, transformed, compiling):
         return _through_logits(operands, denominator, call)
-    options, dtype, stats, chunk_rows = call
     differentiable = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
-    precomputes = any(needs) and options.reduction != NONE and not stats and not target.requires_grad
+    precomputes = any(needs) and call.options.reduction != NONE and not call.stats and not target.requires_grad
+    if call.memory is not None and not compiling:  # before forward, where the gradients are computed later
+        plans.choose(operands.problem(needs[:3], needs[3]), *call.limits)
     if compiling or not (any(needs) or transformed):
-        needed = needs[:3] if precomputes else NOTHING
-        arguments = (*options, dtype, stats, chunk_rows, needed, denominator, ops.VERSION)
-        results = linear_ops.forward(*operands, *arguments)
+        results = linear_ops.forward(*operands, *call.arguments(needs[:3] if precomputes else NOTHING, denominator))
     elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
         return [EagerLinearCrossEntropy.apply(*operands, denominator, call)]
     else:
         results = LinearCrossEntropy.apply(*operands, denominator, call)
-    loss, _, *statistics = results
-    return [loss, *statistics[: 4 if stats else 0]]
+    loss, _, _, *statistics = results
+    return [loss, *statistics[: 4 if call.stats else 0]]
 
 
 def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) -> list[Tensor]:

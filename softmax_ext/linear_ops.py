@@ -1,21 +1,25 @@
 """Linear cross entropy as two operators, forward and backward, which torch.compile and torch.export see.
 
-They compute in chunks, by chunks.py.
+Each chooses a plan when it runs, since in traced code the sizes may not be known. chunks.py runs the plan.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunks
+from . import chunks, class_chunks, ops, plans
 from .autograd import refusals
 from .chunks import Operands
 from .dtypes import arithmetic_dtype
 from .options import MEAN, NONE, SCHEMA, Options
 from .reference import Upstream, total_weight
+
+_FORWARD = {plans.WHOLE: chunks.forward, plans.ROWS: chunks.forward, plans.CLASSES: class_chunks.forward}
+_GRADIENTS = {plans.WHOLE: chunks.gradients, plans.ROWS: chunks.gradients, plans.CLASSES: class_chunks.gradients}
 
 
 class Call(NamedTuple):
@@ -25,6 +29,16 @@ class Call(NamedTuple):
     dtype: torch.dtype | None
     stats: bool
     chunk_rows: int | None
+    memory: int | None
+
+    @property
+    def limits(self) -> tuple[int | None, int | None]:
+        """The arguments that the plan depends on."""
+        return self.chunk_rows, self.memory
+
+    def arguments(self, needs: Sequence[bool], denominator: Tensor | None) -> tuple[Any, ...]:
+        """The arguments of ``forward`` behind the operands."""
+        return (*self.options, self.dtype, self.stats, *self.limits, list(needs), denominator, ops.VERSION)
 
 
 def _forward(
@@ -36,8 +50,9 @@ def _forward(
     *arguments: Any,
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
-    options, (dtype, stats, chunk_rows, needs, denominator, _) = Options.split(arguments)
+    options, (dtype, stats, chunk_rows, memory, needs, denominator, _) = Options.split(arguments)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
+    plan = plans.choose(operands.problem(needs, False), chunk_rows, memory)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     if denominator is None:
         total = total_weight(target, weight, options.dim, options.ignore_index)
@@ -45,12 +60,14 @@ def _forward(
         total = denominator.clone()
     divisor = total if options.reduction == MEAN else None
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
-        (loss, *of_rows), gradients = chunks.forward(operands, options, wide, stats, needs, divisor, chunk_rows)
+        run = _FORWARD[plan.name]
+        (loss, *of_rows), state, gradients = run(operands, options, wide, stats, needs, divisor, plan)
+    chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
         loss = loss / total
-    return [loss.to(dtype or input.dtype), total, *of_rows, *gradients]
+    return [loss.to(dtype or input.dtype), total, state, *of_rows, *gradients]
 
 
 def _fake_forward(
@@ -61,25 +78,21 @@ def _fake_forward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (dtype, stats, _, needs, *_) = Options.split(arguments)
+    options, (dtype, stats, _, _, needs, *_) = Options.split(arguments)
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     results = [
         input.new_empty(rows if options.reduction == NONE else [], dtype=dtype or input.dtype),
         input.new_empty([], dtype=torch.float64),
+        input.new_empty(chunks.state_shape(target, rows, needs), dtype=wide),
     ]
     if stats:
         results += [input.new_empty(rows, dtype=wide) for _ in range(3)]
         results.append(input.new_empty(rows, dtype=torch.int64))
-    needs_input, needs_weight, needs_bias = needs
-    sums = torch.float32 if input.dtype.itemsize == 2 else input.dtype
-    if needs_input:
-        results.append(input.new_empty(input.shape, dtype=chunks.input_sum_dtype(input.dtype)))
-    if needs_weight:
-        results.append(input.new_empty(linear_weight.shape, dtype=sums))
-    if needs_bias:
-        results.append(input.new_empty(linear_weight.shape[:-1], dtype=sums))
-    return results
+    of_gradients = plans.gradient_dtype(input.dtype)
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:-1])
+    needed = (shape for shape, is_needed in zip(shapes, needs, strict=True) if is_needed)
+    return results + [input.new_empty(shape, dtype=of_gradients) for shape in needed]
 
 
 def _backward(
@@ -88,6 +101,8 @@ def _backward(
     grad_nll: Tensor | None,
     grad_entropy: Tensor | None,
     total: Tensor,
+    state: Tensor | None,
+    entropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -95,9 +110,9 @@ def _backward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (chunk_rows, needs) = Options.split(arguments)
+    options, (chunk_rows, memory, needs) = Options.split(arguments)
     # The gradients of loss and statistics are float64 if forward computed in float64.
-    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy) if t is not None]
+    given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy, state) if t is not None]
     wide = arithmetic_dtype(input.dtype, target.dtype, *given)
     if grad_loss is not None:
         grad_loss = grad_loss.to(wide)
@@ -107,11 +122,15 @@ def _backward(
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     *parameters, needs_target = needs
+    plan = plans.choose(operands.problem(parameters, needs_target), chunk_rows, memory)
     with torch.autocast(input.device.type, enabled=False):
-        results = chunks.gradients(operands, options, wide, upstream, parameters, needs_target, chunk_rows)
+        run = _GRADIENTS[plan.name]
+        results = run(operands, options, wide, upstream, state, entropy, parameters, needs_target, plan)
     differentiable = (input, linear_weight, linear_bias, target)
-    likes = [t for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
-    return [result.to(like.dtype) for result, like in zip(results, likes, strict=True)]
+    chunks.convert(
+        results, [t.dtype for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
+    )
+    return results
 
 
 def _fake_backward(
@@ -120,6 +139,8 @@ def _fake_backward(
     grad_nll: Tensor | None,
     grad_entropy: Tensor | None,
     total: Tensor,
+    state: Tensor | None,
+    entropy: Tensor | None,
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -136,23 +157,26 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad
 
 # ``dim`` must be 1, since the logits are [N, C, *K].
 #
-# Returns [loss, total_weight], then with stats [lse, nll, entropy, prediction], then those gradients of input,
+# Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
-# the mean: of total_weight). In half types the gradients of weight and bias are float32, in float16 the input's too.
+# the mean: of total_weight). In float16 they are float32.
+# The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any.
 forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
-    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, bool[] needs, "
-    "Tensor? denominator, int version) -> Tensor[]",
+    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, SymInt? memory, "
+    "bool[] needs, Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
 
-# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names.
+# Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names. ``state`` and
+# ``entropy``, which only the entropy's gradient needs, are forward's. Without a state they are computed again.
 backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema=f"({_UPSTREAM}, Tensor total, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, bool[] needs) -> Tensor[]",
+    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, "
+    "SymInt? memory, bool[] needs) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

@@ -13,6 +13,8 @@ from . import internals
 
 # A product that needs a temporary tensor is computed in slices of this size, which stay in cache.
 _SLICE_BYTES = 2 << 20
+# A sum over fewer classes at a time would spend its time on the result.
+_LEAST_CLASSES = 256
 
 
 @cache
@@ -23,15 +25,15 @@ def _amd() -> bool:
         return False
 
 
-def prefers_onednn(x: Tensor) -> bool:
+def prefers_onednn(device: str, dtype: torch.dtype, features: int) -> bool:
     """Whether X W^T is computed by oneDNN. The alternative, ``torch.mm``, calls MKL, which is slow in float32 on AMD.
 
     This is a fixed rule and not a measurement, so that the bits are the same every time. The other two products are not
     computed by oneDNN: MKL is nearly as fast there, and the errors of its dZ W are a third smaller.
     """
-    is_float = x.device.type == "cpu" and x.dtype == torch.float32
+    is_float = device == "cpu" and dtype == torch.float32
     has_onednn = internals.onednn_linear is not None and torch.backends.mkldnn.is_available()
-    return is_float and x.shape[-1] > 0 and has_onednn and _amd()
+    return is_float and features > 0 and has_onednn and _amd()
 
 
 def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,8 +41,12 @@ def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return internals.onednn_linear(x, matrix, bias, "none", [], "")
 
 
-def _slices(size: int, bytes_each: int) -> Iterator[slice]:
-    step = max(_SLICE_BYTES // max(bytes_each, 1), 1)
+def _step(bytes_each: int, least: int = 1) -> int:
+    return max(_SLICE_BYTES // max(bytes_each, 1), least)
+
+
+def _slices(size: int, bytes_each: int, least: int = 1) -> Iterator[slice]:
+    step = _step(bytes_each, least)
     return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
@@ -51,7 +57,8 @@ def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None
     """
     if out.dtype != x.dtype:
         _project_widely(x, matrix, bias, out)
-    elif prefers_onednn(x):  # oneDNN allocates its result; with slices malloc can use the same memory again
+    elif prefers_onednn(x.device.type, x.dtype, x.shape[-1]):
+        # oneDNN allocates its result; with slices malloc can use the same memory again.
         for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
             out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
     elif bias is None:
@@ -101,7 +108,8 @@ def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
     elif dz.is_cuda and internals.product_of_halves is not None:
         internals.product_of_halves(total, dz, matrix, total.dtype, beta=beta, out=total)
     elif dz.dtype == torch.float16:  # a product in float16 could overflow
-        for s in _slices(matrix.shape[0], matrix.shape[1] * total.element_size()):
+        bytes_each = (dz.shape[0] + matrix.shape[1]) * total.element_size()
+        for s in _slices(matrix.shape[0], bytes_each, _LEAST_CLASSES):
             total.addmm_(dz[:, s].to(total.dtype), matrix[s].to(total.dtype), beta=1 if s.start else beta)
     else:
         for s in _slices(total.shape[0], total.shape[1] * dz.element_size()):
@@ -139,10 +147,14 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     if dz.is_cuda and internals.product_of_halves is not None:
         internals.product_of_halves(total, dz.t(), x, total.dtype, beta=beta, out=total)
         return
-    for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
+    if dz.dtype == torch.float16:
         # A product in float16 could overflow, because nothing has been divided by the number of rows yet.
-        left, right = (dz[:, s].float(), x.float()) if dz.dtype == torch.float16 else (dz[:, s], x)
-        product = left.t() @ right
+        x = x.to(total.dtype)
+        for s in _slices(total.shape[0], dz.shape[0] * total.element_size()):
+            total[s].addmm_(dz[:, s].to(total.dtype).t(), x, beta=beta)
+        return
+    for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
+        product = dz[:, s].t() @ x
         total[s].copy_(product) if first else total[s].add_(product)
 
 
@@ -158,4 +170,29 @@ def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first
     dz[torch.arange(dz.shape[0], device=dz.device)[:, None], columns] = 0
     add_outer(total, dz, x, first)
     for k in range(positions):
-        total.index_add_(0, columns[:, k], values[:, k : k + 1] * x)
+        for s in _slices(x.shape[0], x.shape[1] * total.element_size()):
+            total.index_add_(0, columns[s, k], values[s, k : k + 1] * x[s])
+
+
+def scratch_bytes(rows: int, features: int, classes: int, dtype: torch.dtype, total: torch.dtype, device: str) -> int:
+    """The most memory that one of the products takes besides its factors and its result.
+
+    Args:
+        rows: those of a chunk.
+        features: D.
+        classes: C.
+        dtype: that of the factors.
+        total: the dtype in which dz^T x is added up.
+        device: its type.
+    """
+    size = total.itemsize
+    if prefers_onednn(device, dtype, features):  # ``project``
+        return min(_step(rows * size), classes) * rows * size
+    if device != "cpu" or total == dtype:
+        return 0
+    if dtype == torch.float16:  # ``multiply``; ``add_outer``
+        bytes_each = (rows + features) * size
+        of_multiply = min(_step(bytes_each, _LEAST_CLASSES), classes) * bytes_each
+        return max(of_multiply, (features + min(_step(rows * size), classes)) * rows * size)
+    narrow, wide = features * dtype.itemsize, features * size  # the product; the targets' part
+    return max(min(_step(narrow), classes) * narrow, min(_step(wide), rows) * wide)

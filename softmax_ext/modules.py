@@ -143,8 +143,9 @@ class LinearCrossEntropyLoss(nn.Module):
         softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
         logit_scale: factor of the logits.
         return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
-        chunk_rows: the number of rows whose logits exist at once; None: the default of
-            :func:`softmax_ext.linear_cross_entropy`.
+        chunk_rows: the number of rows whose logits exist at once; None: the plan is chosen.
+        memory: the most bytes that forward and backward may take beyond the gradients; None: as many as the plan rows
+            takes by default. :func:`softmax_ext.linear_cross_entropy` has the plans.
 
     Shapes, formulas and errors are those of :func:`softmax_ext.linear_cross_entropy`. The parameters are those of
     ``self.linear``, an :class:`torch.nn.Linear`, with ``C * d1 * ...`` rows.
@@ -172,6 +173,7 @@ class LinearCrossEntropyLoss(nn.Module):
         logit_scale: float = 1.0,
         return_stats: bool = False,
         chunk_rows: int | None = None,
+        memory: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -188,6 +190,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.logit_scale = logit_scale
         self.return_stats = return_stats
         self.chunk_rows = chunk_rows
+        self.memory = memory
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the linear layer."""
@@ -219,4 +222,5 @@ class LinearCrossEntropyLoss(nn.Module):
             denominator=denominator,
             return_stats=self.return_stats,
             chunk_rows=self.chunk_rows,
+            memory=self.memory,
         )

@@ -89,31 +89,33 @@ torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward
 
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, linear_weight, linear_bias, target, weight, *arguments = inputs
-    options, (dtype, stats, chunk_rows, ctx.needs, *_) = Options.split(arguments)
-    ctx.call = linear_ops.Call(options, dtype, stats, chunk_rows)
+    options, (dtype, stats, chunk_rows, memory, ctx.needs, *_) = Options.split(arguments)
+    ctx.call = linear_ops.Call(options, dtype, stats, chunk_rows, memory)
     ctx.inputs = len(inputs)
-    _, total, *rest = output
-    computed = rest if any(ctx.needs) else []
-    ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, total, *computed)
+    kept, computed = linear.kept_of(output, stats), []
+    if any(ctx.needs):
+        computed = output[7 if stats else 3 :]
+        kept = kept._replace(state=None)
+    ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, *kept, *computed)
     ctx.set_materialize_grads(False)
 
 
 def _linear_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    input, linear_weight, linear_bias, target, weight, total, *computed = ctx.saved_tensors
-    operands = Operands(input, linear_weight, linear_bias, target, weight)
+    saved = ctx.saved_tensors
+    operands, kept, computed = Operands(*saved[:5]), linear.Kept(*saved[5:8]), saved[8:]
     nothing = [None] * (ctx.inputs - 4)
-    upstream = linear.upstream_of(grads if ctx.call.stats else grads[:2])
+    upstream = linear.upstream_of(grads if ctx.call.stats else grads[:3])
     is_constant = torch.compiler.is_compiling() or is_plain(upstream)
     *needs, needs_target = ctx.needs_input_grad[:4]
     has_all = all(has or not needed for has, needed in zip(ctx.needs, needs, strict=True))
     if not (any(ctx.needs) and has_all and is_constant and not needs_target):
-        return *linear.recomputed_gradients((*needs, needs_target), operands, ctx.call, upstream, total), *nothing
+        return *linear.recomputed_gradients((*needs, needs_target), operands, ctx.call, upstream, kept), *nothing
     grad_loss = upstream.loss
     if grad_loss is None:
         return *[None] * 4, *nothing
     if refusals.is_backward_traced():
         grad_loss = refusals.refusing(grad_loss, grad_loss, "linear_cross_entropy")
-    found = linear.handed_on(spread(computed, ctx.needs), operands, ctx.call, grad_loss, total, False)
+    found = linear.handed_on(spread(computed, ctx.needs), operands, ctx.call, grad_loss, kept.total, False)
     return *found, None, *nothing
 
 

@@ -82,13 +82,27 @@ def _gradients_through_logits(
     ]
 
 
+class Kept(NamedTuple):
+    """What a backward needs of forward's results. It is constant: each derivative goes by the operands."""
+
+    total: Tensor
+    state: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def kept_of(results: Sequence[Tensor], stats: bool) -> Kept:
+    """What forward keeps for the backward, of its results."""
+    _, total, state, *statistics = results
+    return Kept(total, state, statistics[2] if stats else None)
+
+
 class LinearCrossEntropyBackward(Function):
-    """(*upstream, total, *operands, call, needs) -> those gradients of the operands that ``needs`` names."""
+    """(*upstream, *kept, *operands, call, needs) -> those gradients of the operands that ``needs`` names."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, call, needs = args
-        return tuple(linear_ops.backward(*tensors, *call.options, call.chunk_rows, list(needs)))
+        return tuple(linear_ops.backward(*tensors, *call.options, *call.limits, list(needs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -107,9 +121,8 @@ class LinearCrossEntropyBackward(Function):
             tensors = list(saved)
             for i, value in zip(which, values, strict=True):
                 tensors[i] = value
-            loss, lse, nll, entropy, total, *operands = tensors
-            upstream = Upstream(loss, lse, nll, entropy)
-            found = _gradients_through_logits(Operands(*operands), ctx.call, upstream, total, ctx.needs)
+            upstream, kept = Upstream(*tensors[:4]), Kept(*tensors[4:7])
+            found = _gradients_through_logits(Operands(*tensors[7:]), ctx.call, upstream, kept.total, ctx.needs)
             return [g for g, grad in zip(found, given, strict=True) if g is not None and grad is not None]
 
         pull_back = torch.func.vjp(of_differentiable, *(saved[i] for i in which))[1]
@@ -122,7 +135,7 @@ class LinearCrossEntropyBackward(Function):
 
 
 def recomputed_gradients(
-    needed: Sequence[bool], operands: Operands, call: Call, upstream: Upstream, total: Tensor
+    needed: Sequence[bool], operands: Operands, call: Call, upstream: Upstream, kept: Kept
 ) -> list[Tensor | None]:
     """The gradients of input, linear_weight, linear_bias and target; computes the logits again.
 
@@ -133,13 +146,14 @@ def recomputed_gradients(
         return [None] * 4
     if refusals.is_backward_traced():
         given = next(g for g in upstream if g is not None)
-        total = refusals.refusing(total, given, "linear_cross_entropy")
+        kept = kept._replace(total=refusals.refusing(kept.total, given, "linear_cross_entropy"))
     if torch.compiler.is_compiling() or is_plain(upstream):
-        found = linear_ops.backward(*upstream, total, *operands, *call.options, call.chunk_rows, list(needs))
+        found = linear_ops.backward(*upstream, *kept, *operands, *call.options, *call.limits, list(needs))
     elif internals.forward_mode_level() >= 0 or is_batched(upstream):
-        return _gradients_through_logits(operands, call, upstream, total, needs)
-    else:
-        found = LinearCrossEntropyBackward.apply(*upstream, total, *operands, call, needs)
+        return _gradients_through_logits(operands, call, upstream, kept.total, needs)
+    else:  # autograd takes the entropy for a result, which has a derivative of its own
+        kept = Kept(kept.total, *(None if t is None else t.detach() for t in kept[1:]))
+        found = LinearCrossEntropyBackward.apply(*upstream, *kept, *operands, call, needs)
     return spread(found, needs)
 
 
@@ -153,7 +167,7 @@ def _scaled(gradient: Tensor, scale: Tensor, consumes: bool) -> Tensor:
 
 
 def handed_on(
-    computed: Sequence[Tensor | None],
+    computed: list[Tensor | None],
     operands: Operands,
     call: Call,
     grad_loss: Tensor,
@@ -161,6 +175,8 @@ def handed_on(
     consumes: bool,
 ) -> list[Tensor | None]:
     """The gradients that forward computed, multiplied by the upstream gradient, in place if ``consumes``.
+
+    Empties ``computed``, so that each is freed before the next is converted (plans.converting_bytes).
 
     A gradient that only ignored rows contribute to is 0 for any upstream gradient, inf and NaN included.
     """
@@ -172,40 +188,41 @@ def handed_on(
     if not target.is_floating_point():
         live, one = chunks.live_rows(target, call.options.ignore_index), torch.ones_like(scale)
         scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
-    likes: tuple[Any, ...] = (operands.input, operands.linear_weight, operands.linear_bias)
-    return [
-        None if gradient is None else _scaled(gradient, factor, consumes).to(like.dtype)
-        for gradient, factor, like in zip(computed, (of_input, scale, scale), likes, strict=True)
-    ]
+    found: list[Tensor | None] = [None] * 3
+    sizes = {i: gradient.numel() for i, gradient in enumerate(computed) if gradient is not None}
+    for i in sorted(sizes, key=sizes.__getitem__):
+        gradient, computed[i] = computed[i], None
+        assert gradient is not None
+        found[i] = _scaled(gradient, scale if i else of_input, consumes).to(operands.input.dtype)
+    return found
 
 
 # ---- the loss, with all derivatives ----
 
 
 class LinearCrossEntropy(Function):
-    """(*operands, denominator, call) -> (loss, total_weight, *statistics)."""
+    """(*operands, denominator, call) -> (loss, total_weight, state, *statistics)."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *operands, denominator, call = args
-        options, dtype, stats, chunk_rows = call
-        arguments = (*options, dtype, stats, chunk_rows, NOTHING, denominator, ops.VERSION)
-        return tuple(linear_ops.forward(*operands, *arguments))
+        return tuple(linear_ops.forward(*operands, *call.arguments(NOTHING, denominator)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *operands, _, ctx.call = inputs
         ctx.dtypes = [t.dtype for t in output]
-        _, total, *statistics = output
-        ctx.save_for_backward(*operands, total)
-        ctx.save_for_forward(*operands, total)
-        ctx.mark_non_differentiable(total, *statistics[3:])  # the prediction
+        kept = kept_of(output, ctx.call.stats)
+        ctx.save_for_backward(*operands, *kept)
+        ctx.save_for_forward(*operands, kept.total)
+        ctx.mark_non_differentiable(kept.total, kept.state, *output[6:])  # the prediction
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *operands, total = ctx.saved_tensors
-        found = recomputed_gradients(ctx.needs_input_grad[:4], Operands(*operands), ctx.call, upstream_of(grads), total)
+        saved = ctx.saved_tensors  # only once: non-reentrant checkpoints free a saved tensor when it is unpacked
+        operands, kept = Operands(*saved[:5]), Kept(*saved[5:])
+        found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream_of(grads), kept)
         return *found, None, None, None
 
     @staticmethod
@@ -225,7 +242,7 @@ class LinearCrossEntropy(Function):
             along = along + of_linear_bias
         rows = Rows(logits, target, weight, ctx.call.options)
         loss, *stats = rows.derivative(along, of_target)
-        results = [rows.reduce_slope(loss, total), None, *stats, None][: len(ctx.dtypes)]
+        results = [rows.reduce_slope(loss, total), None, None, *stats, None][: len(ctx.dtypes)]
         return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
 
     @staticmethod
@@ -234,8 +251,8 @@ class LinearCrossEntropy(Function):
 
 
 def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
-    """The Upstream in ``grads``, the gradients of the results (loss, total_weight, *statistics)."""
-    loss, _, *statistics = grads
+    """The Upstream in ``grads``, the gradients of the results (loss, total_weight, state, *statistics)."""
+    loss, _, _, *statistics = grads
     lse, nll, entropy, *_ = statistics or (None, None, None)
     return Upstream(loss, lse, nll, entropy)
 
@@ -250,11 +267,8 @@ class EagerLinearCrossEntropy(Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         *operands, denominator, ctx.call = args
         ctx.set_materialize_grads(False)
-        options, dtype, stats, chunk_rows = ctx.call
         needs = list(ctx.needs_input_grad[:3])
-        arguments = (*options, dtype, stats, chunk_rows, needs, denominator, ops.VERSION)
-        results = linear_ops.forward(*operands, *arguments)
-        loss, total, *computed = results
+        loss, total, _, *computed = linear_ops.forward(*operands, *ctx.call.arguments(needs, denominator))
         # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
         # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
         ctx.gradients = [spread(computed, needs)]
@@ -270,7 +284,7 @@ class EagerLinearCrossEntropy(Function):
         upstream = Upstream(grad_loss, None, None, None)
         computed = ctx.gradients.pop() if ctx.gradients else None
         if computed is None or not is_plain(upstream):
-            found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, total)
+            found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, Kept(total))
         else:
             found = [*handed_on(computed, operands, ctx.call, grad_loss, total, True), None]
         return *found, None, None, None

@@ -17,7 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import softmax_ext
-from softmax_ext import LinearCrossEntropyLoss, chunks, cross_entropy, linear_cross_entropy, linear_ops, matmul
+from softmax_ext import (
+    LinearCrossEntropyLoss,
+    chunks,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_ops,
+    matmul,
+    ops,
+    plans,
+)
 from softmax_ext.options import Options
 
 FEATURES, CLASSES = 12, 37
@@ -613,15 +622,19 @@ def test_operator(denominator, needs, target):
     numbers = Options(
         dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=None, logit_scale=1.0
     )
-    options = (*numbers, torch.float32, not any(needs), 4, needs, denominator, 1)
+    options = (*numbers, torch.float32, not any(needs), 4, None, needs, denominator, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
-    options = (*numbers, 4, [*needs, inputs.target.is_floating_point()])
+    options = (*numbers, 4, None, [*needs, inputs.target.is_floating_point()])
+    _, _, state, *statistics = linear_ops.forward(
+        *operands, *numbers, torch.float32, True, 4, None, [False] * 3, None, 1
+    )
+    kept = (None, None) if any(needs) else (state, statistics[2])
     torch.library.opcheck(
         torch.ops.softmax_ext.linear_cross_entropy_backward,
-        (*upstream, torch.ones((), dtype=torch.float64), *operands, *options),
+        (*upstream, torch.ones((), dtype=torch.float64), *kept, *operands, *options),
         test_utils=checks,
     )
 
@@ -715,6 +728,29 @@ def test_gradients_for_each_row_take_the_logits_twice():
     assert largest <= 400 * FEATURES
 
 
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"return_stats": True}], ids=["none", "stats"])
+def test_the_backward_takes_the_state_of_the_forward(options, monkeypatch):
+    """It does not read the logits a second time. Ignored rows without a state change nothing, nor do long logits."""
+    calls = []
+    forward = ops.cross_entropy
+    monkeypatch.setattr(ops, "cross_entropy", lambda *a: calls.append(a) or forward(*a))
+    inputs = Inputs(60, extra=(2,))
+    inputs.input *= 100
+    inputs.target[::3] = -100
+    inputs = inputs.to(torch.float64)
+
+    def total(results: Any) -> Tensor:
+        return results.sum() if isinstance(results, Tensor) else results[0] + results[1].entropy.sin().sum()
+
+    loss = total(inputs.loss(chunk_rows=20, **options))
+    count = len(calls)
+    assert count > 1
+    first = torch.autograd.grad(loss, inputs.parameters(), retain_graph=True)
+    assert len(calls) == count
+    assert_close(torch.autograd.grad(loss, inputs.parameters()), first, rtol=0, atol=0)
+    assert_close(first, torch.autograd.grad(total(inputs.loss_of_logits(**options)), inputs.parameters()))
+
+
 def test_transforms_hold_no_logits():
     inputs = Inputs(400).to(torch.float32)
     inputs.target.fill_(3)
@@ -741,11 +777,11 @@ def test_ignored_rows_are_not_multiplied():
 
 
 def test_default_chunks():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cpu, gpu = "cpu", "cuda"
     row = 4 * 128256
-    assert [chunks.default_chunk_rows(n, row, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 224, 448, 512]
-    assert [chunks.default_chunk_rows(n, row, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3632, 4096]
-    assert [chunks.default_chunk_rows(1024, 4 * n, cpu) for n in (1, 8192, 32000, 64000)] == [512, 512, 256, 128]
+    assert [plans.default_chunk_rows(n, row, cpu) for n in (1, 2048, 4096, 100_000)] == [128, 224, 448, 512]
+    assert [plans.default_chunk_rows(n, row, gpu) for n in (1, 32768, 1_000_000)] == [1024, 3632, 4096]
+    assert [plans.default_chunk_rows(1024, 4 * n, cpu) for n in (1, 8192, 32000, 64000)] == [512, 512, 256, 128]
 
 
 @pytest.mark.parametrize("amd", [True, False])

@@ -189,11 +189,13 @@ def test_public_names():
         "CrossEntropyLoss",
         "CrossEntropyStats",
         "LinearCrossEntropyLoss",
+        "LinearPlan",
         "LogSoftmax",
         "Softmax",
         "__version__",
         "cross_entropy",
         "linear_cross_entropy",
+        "linear_plan",
         "log_softmax",
         "softmax",
     }
