@@ -1,6 +1,6 @@
 """``python -m softmax_ext`` prints what was built, what runs here, and which kernels are chosen.
 
-If the libraries do not load, it prints why.
+If the libraries do not load, it prints why. ``python -m softmax_ext plan`` prints the plans of a linear cross entropy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cuda, internals, libraries, matmul, ops
+from . import cuda, internals, libraries, matmul, ops, plan_command
 from ._version import __version__
 
 # The report names the CUDA kernel for rows of these lengths.
@@ -82,7 +82,10 @@ def _report() -> list[tuple[str, str]]:
 
 
 def main() -> int:
-    """Prints the report. Returns 1 if a library does not load, else 0."""
+    """Prints the report, or what ``plan`` asks for. Returns 1 if a library does not load, else 0."""
+    if sys.argv[1:2] == ["plan"]:
+        plan_command.main(sys.argv[2:])
+        return 0
     for name, value in _report():
         print(f"{name:22} {value}")
     return 1 if ops.load_error is not None or cuda.is_broken() else 0

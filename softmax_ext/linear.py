@@ -69,7 +69,8 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
             target = target.flatten(0, -2)
         else:
             need = f"have shape {list(batch)} (class indices) or {[*batch, classes]} (probabilities)"
-            checks.refuse(ValueError, _OP, "target", need, checks.describe(target))
+            error = RuntimeError if target.is_floating_point() else ValueError
+            checks.refuse(error, _OP, "target", need, checks.describe(target))
         batch = target.shape[:1]
     logits_shape = (*batch, *linear_weight.shape[:-1])
     if target.shape == logits_shape:
@@ -260,7 +261,8 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     if call.memory is not None and not compiling:  # before forward, where the gradients are computed later
         plans.choose(operands.problem(needs[:3], needs[3]), *call.limits)
     if compiling or not (any(needs) or transformed):
-        results = linear_ops.forward(*operands, *call.arguments(needs[:3] if precomputes else NOTHING, denominator))
+        needed = needs[:3] if precomputes else NOTHING
+        results = linear_ops.forward(*operands, *call.arguments(needed, True, denominator))
     elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
         return [EagerLinearCrossEntropy.apply(*operands, denominator, call)]
     else:

@@ -36,9 +36,9 @@ class Call(NamedTuple):
         """The arguments that the plan depends on."""
         return self.chunk_rows, self.memory
 
-    def arguments(self, needs: Sequence[bool], denominator: Tensor | None) -> tuple[Any, ...]:
+    def arguments(self, needs: Sequence[bool], rounds: bool, denominator: Tensor | None) -> tuple[Any, ...]:
         """The arguments of ``forward`` behind the operands."""
-        return (*self.options, self.dtype, self.stats, *self.limits, list(needs), denominator, ops.VERSION)
+        return (*self.options, self.dtype, self.stats, *self.limits, list(needs), rounds, denominator, ops.VERSION)
 
 
 def _forward(
@@ -50,7 +50,7 @@ def _forward(
     *arguments: Any,
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
-    options, (dtype, stats, chunk_rows, memory, needs, denominator, _) = Options.split(arguments)
+    options, (dtype, stats, chunk_rows, memory, needs, rounds, denominator, _) = Options.split(arguments)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     plan = plans.choose(operands.problem(needs, False), chunk_rows, memory)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
@@ -62,7 +62,8 @@ def _forward(
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         run = _FORWARD[plan.name]
         (loss, *of_rows), state, gradients = run(operands, options, wide, stats, needs, divisor, plan)
-    chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
+    if rounds:
+        chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
@@ -159,14 +160,16 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad
 #
 # Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
-# the mean: of total_weight). In float16 they are float32.
+# the mean: of total_weight). With ``rounds`` they have the operands' dtype, in float16 float32; without it they are the
+# sums of the plan, which nothing rounds before it is multiplied by the upstream gradient. The fake ones are as with it,
+# because the plan is not known where a size is not.
 # The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any.
 forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
     schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, SymInt? memory, "
-    "bool[] needs, Tensor? denominator, int version) -> Tensor[]",
+    "bool[] needs, bool rounds, Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
 

@@ -153,8 +153,9 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
         for s in _slices(total.shape[0], dz.shape[0] * total.element_size()):
             total[s].addmm_(dz[:, s].to(total.dtype).t(), x, beta=beta)
         return
+    buffer = x.new_empty(min(_step(x.shape[1] * x.element_size()), total.shape[0]), x.shape[1])
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
-        product = dz[:, s].t() @ x
+        product = torch.mm(dz[:, s].t(), x, out=buffer[: s.stop - s.start])
         total[s].copy_(product) if first else total[s].add_(product)
 
 

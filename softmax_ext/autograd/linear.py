@@ -206,7 +206,7 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *operands, denominator, call = args
-        return tuple(linear_ops.forward(*operands, *call.arguments(NOTHING, denominator)))
+        return tuple(linear_ops.forward(*operands, *call.arguments(NOTHING, False, denominator)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -268,7 +268,7 @@ class EagerLinearCrossEntropy(Function):
         *operands, denominator, ctx.call = args
         ctx.set_materialize_grads(False)
         needs = list(ctx.needs_input_grad[:3])
-        loss, total, _, *computed = linear_ops.forward(*operands, *ctx.call.arguments(needs, denominator))
+        loss, total, _, *computed = linear_ops.forward(*operands, *ctx.call.arguments(needs, False, denominator))
         # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
         # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
         ctx.gradients = [spread(computed, needs)]

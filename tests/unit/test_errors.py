@@ -572,6 +572,17 @@ LINEAR = {
     "target of another batch": Misuse(
         loss(X.expand(2, 3, 4), M, Y), ValueError, ("target must have shape [2, 3]", "got int64 [3]"), BATCHES
     ),
+    "probabilities of another batch": Misuse(
+        loss(X.expand(2, 3, 4), M, P), RuntimeError, ("target must have shape [2, 3]", "got float32 [3, 5]")
+    ),
+    "probabilities of other classes, a batch": Misuse(
+        loss(X.expand(2, 3, 4), M, P[:, :4].expand(2, 3, 4)), RuntimeError, ("or [2, 3, 5] (probabilities)",)
+    ),
+    "probabilities of a batch, flattened": Misuse(
+        loss(X.expand(2, 3, 4), M, P.repeat(2, 1)), RuntimeError, ("or [2, 3, 5] (probabilities)", "float32 [6, 5]")
+    ),
+    "probabilities' rows": Misuse(loss(X, M, P[:2]), ValueError, (f"target must be {INDICES5}", "got float32 [2, 5]")),
+    "probabilities of one row": Misuse(loss(X[0], M, P[0, :4]), RuntimeError, ("target must be", "got float32 [4]")),
     "class negative": Misuse(loss(X, M, Y - 1), IndexError, ("classes in [0, 5)", "got -1 at position [0]")),
     "class equal to C": Misuse(loss(X, M, Y + 2), IndexError, ("classes in [0, 5)", "got 5 at position [1]")),
     "class -100 when another is ignored": Misuse(
@@ -624,6 +635,13 @@ LINEAR = {
     "chunk_rows < 0": Misuse(loss(X, M, Y, chunk_rows=-8), ValueError, ("chunk_rows must be", "got -8"), OURS),
     "chunk_rows float": Misuse(loss(X, M, Y, chunk_rows=0.5), TypeError, ("chunk_rows must be an int", "0.5"), OURS),
     "chunk_rows bool": Misuse(loss(X, M, Y, chunk_rows=True), TypeError, ("chunk_rows must be an int", "True"), OURS),
+    "memory float": Misuse(loss(X, M, Y, memory=1e9), TypeError, ("memory must be an int", "1000000000.0"), OURS),
+    "memory bool": Misuse(loss(X, M, Y, memory=True), TypeError, ("memory must be an int", "True"), OURS),
+    "memory < 0": Misuse(loss(X, M, Y, memory=-1), ValueError, ("memory must not be negative", "got -1"), OURS),
+    "memory too small": Misuse(loss(X, M, Y, memory=19), ValueError, ("memory must be at least 20 bytes", "19"), OURS),
+    "memory and chunk_rows": Misuse(
+        loss(X, M, Y, memory=1 << 20, chunk_rows=2), ValueError, ("memory must be None with chunk_rows",), OURS
+    ),
     "positional option": Misuse(loss(X, M, Y, B5), TypeError, ("positional argument",)),
     "unknown": Misuse(loss(X, M, Y, inplace=True), TypeError, ("unexpected keyword argument 'inplace'",)),
     "no target": Misuse(loss(X, M), TypeError, ("target",)),

@@ -1,0 +1,474 @@
+"""The plans of linear cross entropy: which one is chosen, what memory each takes, and that each computes the same."""
+
+import gc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import started
+from torch import Tensor
+from torch.autograd import gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from softmax_ext import (
+    LinearCrossEntropyLoss,
+    LinearPlan,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_ops,
+    linear_plan,
+    plans,
+)
+
+LARGE = 1 << 40
+MIB = 1 << 20
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# What selects a plan, and the plan's name.
+SELECTED = {"whole": {"memory": LARGE}, "rows": {"chunk_rows": 48}}
+
+
+def operands(rows: int, features: int, classes: int, dtype: torch.dtype, scale: float = 0.3) -> tuple[Tensor, ...]:
+    x = torch.randn(rows, features).to(dtype).requires_grad_()
+    w = (scale * torch.randn(classes, features)).to(dtype).requires_grad_()
+    return x, w, torch.randint(0, classes, (rows,))
+
+
+def both(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    loss = function(*leaves)
+    torch.manual_seed(1)
+    up = torch.rand_like(loss)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, up)]
+
+
+# ---- which plan ----
+
+
+def test_the_plan_of_each_dtype():
+    """Up to twice as many rows as features the float32 sum of rows is larger than all logits in bfloat16."""
+    for rows, name in ((1024, "whole"), (2048, "whole"), (2064, "rows")):
+        assert linear_plan(rows, 1024, 32000, torch.bfloat16).name == name
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert linear_plan(128, 1024, 32000, dtype).name == "whole", "one chunk"
+        assert linear_plan(2048, 1024, 32000, dtype).name == "rows"
+    assert linear_plan(8192, 4096, 128256, torch.bfloat16, device="cuda").name == "whole"
+    assert linear_plan(32768, 2048, 50257, torch.bfloat16, device="cuda").name == "rows"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_default_takes_no_more_than_rows(dtype, device):
+    for rows in (1, 100, 1000, 3000, 20000):
+        for features, classes in ((64, 50000), (1024, 32000), (4096, 128256), (2048, 1000)):
+            default = linear_plan(rows, features, classes, dtype, device=device)
+            chunk = plans.default_chunk_rows(rows, classes * dtype.itemsize, device)
+            small = linear_plan(rows, features, classes, dtype, chunk_rows=chunk, device=device)
+            assert default.bytes <= small.bytes
+            assert default.chunk >= small.chunk
+            if dtype.itemsize >= 4:
+                assert default[1:] == small[1:], "no sum, so that larger chunks would take more"
+
+
+def test_chunks_are_larger_where_the_sum_leaves_room():
+    """To convert the sum takes as much as the logits of as many rows as there are features."""
+    plan = linear_plan(4096, 1024, 128256, torch.bfloat16)
+    assert plan.name == "rows"
+    assert 1008 <= plan.chunk <= 1024
+    assert plan.bytes == 4 * 1024 * 128256
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_budget(dtype):
+    size = (4096, 256, 10000, dtype)
+    whole = linear_plan(*size, memory=LARGE)
+    assert (whole.name, whole.chunk, whole.chunks) == ("whole", 4096, 1)
+    assert linear_plan(*size, memory=whole.bytes) == whole
+    last = whole
+    for budget in range(whole.bytes - 1, 0, -whole.bytes // 20):
+        try:
+            plan = linear_plan(*size, memory=budget)
+        except ValueError:
+            break
+        assert plan.name == "rows"
+        assert plan.bytes <= budget
+        assert plan.chunk <= last.chunk
+        assert plan.chunks == math.ceil(4096 / plan.chunk)
+        more = linear_plan(*size, chunk_rows=plan.chunk + 16)
+        assert more.bytes > budget or plan.chunk == 512, "the largest that fits, or the most that is of use"
+        last = plan
+    assert last.name == "rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_least_budget_is_named(dtype):
+    size = (300, 64, 5000, dtype)
+    with pytest.raises(
+        ValueError, match=r"linear_cross_entropy: memory must be at least \d+ bytes here; got 5\."
+    ) as at:
+        linear_plan(*size, memory=5)
+    least = int(str(at.value).split()[6])
+    assert linear_plan(*size, memory=least).chunk == 1
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        linear_plan(*size, memory=least - 1)
+    x, w, y = operands(*size)
+    assert linear_cross_entropy(x, w, y, memory=least).isfinite()
+    with pytest.raises(ValueError, match=f"at least {least} bytes"):
+        linear_cross_entropy(x, w, y, memory=least - 1)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"return_stats": True}], ids=["none", "stats"])
+def test_a_budget_that_only_the_backward_exceeds_is_refused_at_once(options):
+    x, w, y = operands(300, 64, 5000, torch.bfloat16)
+    with pytest.raises(ValueError, match="memory must be at least"):
+        linear_cross_entropy(x, w, y, memory=MIB, **options)
+    with torch.no_grad():
+        linear_cross_entropy(x, w, y, memory=MIB, **options)
+
+
+def test_sizes_of_nothing():
+    assert linear_plan(0, 4, 5, torch.float32) == LinearPlan("whole", 1, 0, 3, 0)
+    assert linear_plan(3, 0, 5, torch.bfloat16, memory=30).bytes == 30
+    assert linear_plan(3, 4, 0, torch.float16, chunk_rows=2)[:3] == ("rows", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ((2.0, 4, 5, torch.float32), TypeError, "rows must be an int; got 2.0"),
+        ((2, True, 5, torch.float32), TypeError, "in_features must be an int; got True"),
+        ((2, 4, -5, torch.float32), ValueError, "num_classes must not be negative; got -5"),
+        ((2, 4, 5, "bfloat16"), TypeError, "dtype must be a torch.dtype; got 'bfloat16'"),
+        ((2, 4, 5, torch.int64), NotImplementedError, "dtype must be float64"),
+        ((2, 4, 5, None), TypeError, "dtype must be a torch.dtype; got None"),
+    ],
+)
+def test_errors_of_linear_plan(arguments, error, text):
+    with pytest.raises(error, match=f"linear_plan: {text}"):
+        linear_plan(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "text"),
+    [
+        ({"memory": 1e9}, TypeError, "memory must be an int"),
+        ({"memory": True}, TypeError, "memory must be an int"),
+        ({"memory": -1}, ValueError, "memory must not be negative"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
+        ({"memory": LARGE, "chunk_rows": 3}, ValueError, "memory must be None with chunk_rows"),
+    ],
+)
+def test_errors_of_limits(limits, error, text):
+    with pytest.raises(error, match=f"linear_plan: {text}"):
+        linear_plan(2, 4, 5, torch.float32, **limits)
+    with pytest.raises(error, match=f"linear_cross_entropy: {text}"):
+        LinearCrossEntropyLoss(4, 5, **limits)(torch.ones(2, 4), torch.tensor([0, 1]))
+
+
+# ---- what it takes ----
+
+
+class Footprint(TorchDispatchMode):
+    """The most bytes in tensors that were made meanwhile, and the multiplications of matrix products."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {t.untyped_storage()._cdata for t in given}
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.multiplications = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.given:
+                storage = tensor.untyped_storage()
+                self.living[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.living = {key: value for key, value in self.living.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.living.values()))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
+            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        elif name == "_linear_pointwise":
+            self.multiplications += args[0].numel() * args[1].shape[0]
+        return result
+
+
+def footprint(x: Tensor, w: Tensor, y: Tensor, **options: Any) -> Footprint:
+    """That of a training step, as a mode sees it that looks into the operators."""
+    x.grad = w.grad = None
+    gc.collect()
+    with pytest.MonkeyPatch.context() as patch, Footprint(x, w, y) as seen:
+        patch.setattr(linear_ops, "forward", linear_ops._forward)
+        patch.setattr(linear_ops, "backward", linear_ops._backward)
+        linear_cross_entropy(x, w, y, **options).sum().backward()
+    return seen
+
+
+SIZES = [(512, 64, 8192), (2048, 256, 8000), (1024, 512, 4096), (2500, 128, 4000), (300, 768, 2000), (64, 1024, 3000)]
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("limits", [{}, {"chunk_rows": 112}, {"memory": LARGE}, {"memory": None}], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bytes_of_a_plan(dtype, size, limits):
+    """Within 5 %, also where the sum of dW is larger than the logits; and the products of a step."""
+    if limits == {"memory": None}:  # half of what rows could do with one chunk
+        whole = linear_plan(*size, dtype, memory=LARGE).bytes
+        least = linear_plan(*size, dtype, chunk_rows=1).bytes
+        limits = {"memory": max(least, whole // 2)}
+    plan = linear_plan(*size, dtype, **limits)
+    tensors = operands(*size, dtype)
+    seen = footprint(*tensors, **limits)
+    gradients = sum(t.numel() for t in tensors[:2]) * dtype.itemsize
+    assert seen.peak - gradients == pytest.approx(plan.bytes, rel=0.05)
+    assert seen.multiplications == plan.products * math.prod(size)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("ignored", [0.01, 0.3, 0.95])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_rows_that_count_are_within_the_budget(dtype, options, ignored):
+    for size in ((2048, 256, 4000), (1000, 512, 1000)):
+        x, w, y = operands(*size, dtype)
+        y[: int(ignored * len(y))] = -100
+        for limits in ({}, {"memory": LARGE}, {"chunk_rows": 112}):
+            budget = linear_plan(*size, dtype, **limits).bytes
+            seen = footprint(x, w, y, **limits, **options)
+            gradients = (x.numel() + w.numel()) * dtype.itemsize
+            assert seen.peak - gradients <= 1.05 * budget
+
+
+# ---- the same results ----
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sum": {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.01},
+    "none": {"reduction": "none", "softcap": 5.0, "logit_scale": 1.3},
+    "weights": {"weight": torch.rand(97, dtype=torch.float64), "label_smoothing": 0.2},
+    "denominator": {"denominator": 7.0},
+}
+
+
+@pytest.mark.parametrize("target", ["classes", "ignored", "few ignored", "probabilities"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_every_plan(selected, options, bias, target):
+    x, w, y = operands(150, 16, 97, torch.float64)
+    if target == "probabilities":
+        y = torch.rand(150, 97, dtype=torch.float64).softmax(1)
+    elif target != "classes":
+        y[: 2 if target == "few ignored" else 100] = -100
+    leaves = (x, w) + ((torch.randn(97, dtype=torch.float64, requires_grad=True),) if bias else ())
+    ours = both(lambda x, w, b=None: linear_cross_entropy(x, w, y, linear_bias=b, **selected, **options), *leaves)
+    theirs = both(lambda x, w, b=None: cross_entropy(F.linear(x, w, b), y, **options), *leaves)
+    assert_close(ours, theirs)
+    if options.keys() <= {"reduction", "label_smoothing", "weight"}:
+        assert_close(ours, both(lambda x, w, b=None: F.cross_entropy(F.linear(x, w, b), y, **options), *leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_statistics(selected, dtype):
+    x, w, y = operands(150, 16, 97, dtype)
+    y[::4] = -100
+
+    def total(results: Any) -> Tensor:
+        loss, stats = results
+        return loss + (stats.lse.sin() + stats.nll.square() + 3 * stats.entropy).sum()
+
+    ours = both(lambda x, w: total(linear_cross_entropy(x, w, y, return_stats=True, **selected)), x, w)
+    theirs = both(lambda x, w: total(cross_entropy(F.linear(x, w), y, return_stats=True)), x, w)
+    assert_close(ours, theirs, **({} if dtype == torch.float64 else {"rtol": 0.03, "atol": 0.2}))
+
+
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_further_dimensions_and_long_logits_with_ignored_rows(selected):
+    """Forward leaves out the ignored rows, whose state is then 0, where the backward may not: a half type's plans."""
+    x = (30 * torch.randn(60, 8)).bfloat16().requires_grad_()
+    w = torch.randn(40, 3, 8).bfloat16().requires_grad_()
+    y = torch.randint(0, 40, (60, 3))
+    y[5] = y[17] = -100
+    y[20:30, 1] = -100
+    for reduction in ("none", "mean"):
+        loss = linear_cross_entropy(x, w, y, reduction=reduction, **selected)
+        of_x, of_w = torch.autograd.grad(loss.sum(), (x, w))
+        assert not of_x[5].any()
+        assert not of_x[17].any()
+        xd, wd = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+        logits = torch.einsum("nd,ckd->nck", xd, wd)
+        right = torch.autograd.grad(F.cross_entropy(logits, y, reduction=reduction).sum(), (xd, wd))
+        for ours, expected in zip((of_x, of_w), right, strict=True):
+            assert (ours.double() - expected).norm() <= 0.05 * expected.norm()
+
+
+def errors(size: tuple[int, int, int], dtype: torch.dtype, scale: float, upstream: float, **limits: Any) -> list[float]:
+    """Of dX and dW: the root mean square error by that of torch's whole logits."""
+    torch.manual_seed(0)
+    x, w, y = operands(*size, dtype, scale)
+    up = upstream * (4096 if dtype == torch.float16 else 1)  # float16's usual loss scale
+
+    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w)]
+        loss = function(*leaves)
+        return torch.autograd.grad(loss, leaves, torch.tensor(up, dtype=loss.dtype))
+
+    def whole(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, w), y)
+
+    right = gradients(whole, torch.float64)
+    ours, theirs = gradients(lambda x, w: linear_cross_entropy(x, w, y, **limits), dtype), gradients(whole, dtype)
+    return [
+        float((mine.double() - exact).norm() / (other.double() - exact).norm())
+        for mine, other, exact in zip(ours, theirs, right, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0**-7, 3.0])
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [((300, 64, 1000), 0.1), ((8192, 32, 200), 0.2), ((512, 64, 500), 20.0)],
+    ids=["plain", "many rows", "logits up to 640"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("selected", [{}, *SELECTED.values()], ids=["default", *SELECTED])
+def test_no_less_exact_than_whole_logits(selected, dtype, size, scale, upstream):
+    """An upstream gradient that is no power of two rounds once more what is bfloat16 already: dX, in whole dW too."""
+    of_input, of_weight = errors(size, dtype, scale, upstream, **selected)
+    twice = dtype == torch.bfloat16 and upstream == 3
+    assert of_input <= (1.3 if twice else 1.05)
+    name = linear_plan(*size, dtype, **selected).name
+    assert of_weight <= (1.3 if twice and name == "whole" else 1.05)
+
+
+# ---- what autograd and torch.compile can do ----
+
+
+@pytest.mark.parametrize("selected", [{"memory": LARGE}, {"memory": 100}], ids=["whole", "rows"])
+def test_second_derivatives(selected):
+    x, w, y = operands(5, 3, 4, torch.float64)
+    assert linear_plan(5, 3, 4, torch.float64, **selected).name == ("whole" if selected["memory"] == LARGE else "rows")
+    assert gradgradcheck(lambda x, w: linear_cross_entropy(x, w, y, **selected), (x, w))
+    first = torch.func.grad(lambda x: linear_cross_entropy(x, w.detach(), y, **selected))(x.detach())
+    assert_close(first, torch.autograd.grad(F.cross_entropy(x @ w.T, y), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory", [None, 2 * MIB])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compile_with_dynamic_rows(reduction, memory, dtype):
+    """One program serves row numbers whose plans differ."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return linear_cross_entropy(x * 1, w, y, memory=memory, reduction=reduction).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    names = set()
+    for rows in (40, 2000):
+        names.add(linear_plan(rows, 128, 2000, dtype, memory=memory).name)
+        x, w, y = operands(rows, 128, 2000, dtype)
+        ours, eager = (both(lambda x, w: f(x, w, y), x, w) for f in (compiled, step))  # noqa: B023
+        assert_close(ours, eager, **({} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}))
+    assert len(names) == 2
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_of_both_plans(dtype):
+    torch._dynamo.reset()
+    x, w, y = operands(200, 16, 300, dtype)
+    for selected in SELECTED.values():
+
+        def step(x: Tensor, w: Tensor, selected: Any = selected) -> Tensor:
+            return linear_cross_entropy(x * 1, w, y, **selected)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert_close(both(compiled, x, w), both(step, x, w), rtol=0 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+def test_compiled_code_refuses_a_small_budget_when_it_runs():
+    torch._dynamo.reset()
+    x, w, y = operands(20, 4, 5, torch.float32)
+    compiled = torch.compile(lambda x: linear_cross_entropy(x, w, y, memory=3), backend="eager")
+    with pytest.raises(ValueError, match="memory must be at least 20 bytes"):
+        compiled(x)
+
+
+def test_export():
+    class Head(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return linear_cross_entropy(x, w, y, memory=LARGE)
+
+    x, w, y = operands(20, 4, 5, torch.float32)
+    program = torch.export.export(Head(), (x, w, y))
+    assert_close(program.module()(x, w, y), linear_cross_entropy(x, w, y))
+
+
+def test_the_module_hands_it_on(monkeypatch):
+    given = []
+    choose = plans.choose
+    monkeypatch.setattr(plans, "choose", lambda *a: given.append(a) or choose(*a))
+    module = LinearCrossEntropyLoss(8, 11, memory=12345)
+    assert module(torch.randn(6, 8), torch.arange(6)).isfinite()
+    assert {memory for _, _, memory in given} == {12345}
+
+
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_a_bfloat16_gradient_is_scaled_once_and_handed_over(selected):
+    """A second backward computes the same again, from operands."""
+    x, w, y = operands(120, 16, 97, torch.bfloat16)
+    loss = linear_cross_entropy(x, w, y, **selected)
+    first = torch.autograd.grad(loss, (x, w), torch.tensor(3.0, dtype=torch.bfloat16), retain_graph=True)
+    assert [g.dtype for g in first] == [torch.bfloat16] * 2
+    second = torch.autograd.grad(loss, (x, w), torch.tensor(3.0, dtype=torch.bfloat16))
+    for one, other in zip(first, second, strict=True):
+        assert (one - other).norm() <= 0.01 * one.norm()
+
+
+# ---- the command ----
+
+
+@pytest.mark.devices("cpu")
+def test_the_command():
+    result = started("-m", "softmax_ext", "plan", "2048", "768", "50257", "bfloat16")
+    assert result.returncode == 0, result.stderr
+    head, *lines = result.stdout.splitlines()
+    assert head.split()[:4] == ["plan", "chunk", "chunks", "products"]
+    found = {line[2:].split()[0]: (line[0], line[2:].split()[1:]) for line in lines}
+    assert found["whole"] == (" ", ["2048", "1", "3", "196.3"])
+    chosen = linear_plan(2048, 768, 50257, torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
+    assert found["rows"] == ("*", [str(n) for n in chosen[1:4]] + [f"{chosen.bytes / MIB:.1f}"])
+    result = started("-m", "softmax_ext", "plan", "2048", "768", "50257", "torch.bfloat16", "200MiB")
+    assert "* whole" in result.stdout
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("20 30 40 float", "argument dtype: must be float64, float32, bfloat16, float16; got 'float'"),
+        ("20 thirty 40 float32", "argument in_features: must be a number of at least 0; got 'thirty'"),
+        ("20 30 -40 float32", "argument num_classes: must be a number of at least 0; got '-40'"),
+        ("20 30 40 float32 1e6", "argument memory: must be a number of bytes, like 314572800 or 300MiB; got '1e6'"),
+        ("20 30 40 float32 159", "memory must be at least 160 bytes here; got 159."),
+        ("20 30 40", "the following arguments are required: dtype"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, text):
+    result = started("-m", "softmax_ext", "plan", *arguments.split())
+    assert result.returncode == 2
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
