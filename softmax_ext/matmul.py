@@ -130,8 +130,11 @@ def add_product_apart(total: Tensor, dz: Tensor, matrix: Tensor, index: Tensor, 
         found.append((rows, columns, dz[rows, columns].to(total.dtype)))
         dz[rows, columns] = 0
     add_product(total, dz, matrix, first)
+    # In no more memory than a slice of the product: a row of the matrix takes three times that with its multiple.
+    step = max(min(_step(total.shape[1] * dz.element_size()), total.shape[0]) // 3, 1)
     for rows, columns, values in found:
-        for s in _slices(rows.numel(), total.shape[1] * total.element_size()):
+        for begin in range(0, rows.numel(), step):
+            s = slice(begin, begin + step)
             total.index_add_(0, rows[s], values[s, None] * matrix[columns[s]])
 
 
@@ -175,16 +178,25 @@ def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first
             total.index_add_(0, columns[s, k], values[s, k : k + 1] * x[s])
 
 
-def scratch_bytes(rows: int, features: int, classes: int, dtype: torch.dtype, total: torch.dtype, device: str) -> int:
+def scratch_bytes(
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: torch.dtype,
+    total: torch.dtype,
+    device: str,
+    by_classes: bool = False,
+) -> int:
     """The most memory that one of the products takes besides its factors and its result.
 
     Args:
         rows: those of a chunk.
         features: D.
-        classes: C.
+        classes: those of a chunk.
         dtype: that of the factors.
-        total: the dtype in which dz^T x is added up.
+        total: the dtype in which a gradient is added up over the chunks.
         device: its type.
+        by_classes: whether that is dz matrix; otherwise it is dz^T x.
     """
     size = total.itemsize
     if prefers_onednn(device, dtype, features):  # ``project``
@@ -196,4 +208,6 @@ def scratch_bytes(rows: int, features: int, classes: int, dtype: torch.dtype, to
         of_multiply = min(_step(bytes_each, _LEAST_CLASSES), classes) * bytes_each
         return max(of_multiply, (features + min(_step(rows * size), classes)) * rows * size)
     narrow, wide = features * dtype.itemsize, features * size  # the product; the targets' part
+    if by_classes:
+        return min(_step(narrow), rows) * narrow
     return max(min(_step(narrow), classes) * narrow, min(_step(wide), rows) * wide)

@@ -156,7 +156,8 @@ def _bytes(problem: Problem, name: str, chunk: int, kept: int = 1) -> int:
         buffers += logits * (dtype.itemsize + target_bytes)
     if name == CLASSES:
         buffers += 2 * rows * positions * _PART_BYTES
-    scratch = matmul.scratch_bytes(shape[0], features, shape[1], dtype, max(of_input, of_weight, key=_size), device)
+    widest = max(of_input, of_weight, key=_size)
+    scratch = matmul.scratch_bytes(shape[0], features, shape[1], dtype, widest, device, name == CLASSES)
     computing = buffers + scratch + sum(wide) * (4 - dtype.itemsize)
     return max(computing, converting_bytes(wide, 4, dtype.itemsize)) if rows else 0
 
@@ -199,6 +200,7 @@ def _classes_plan(problem: Problem, memory: int) -> LinearPlan | None:
     step = problem.positions * (_STEP if chunk >= problem.positions * _STEP else 1)
     chunk = chunk // step * step
     chunks = -(-problem.classes // chunk)
+    chunk = min(chunk, -(-problem.classes // (chunks * step)) * step)  # so that the last one, which is kept, is no rest
     kept = min(kept, chunks)
     recomputed = (chunks - kept) * chunk / problem.classes
     return LinearPlan(CLASSES, chunk, chunks, kept, round(3 + recomputed, 2), _bytes(problem, CLASSES, chunk, kept))
