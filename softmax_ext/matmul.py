@@ -41,20 +41,27 @@ def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return internals.onednn_linear(x, matrix, bias, "none", [], "")
 
 
-def _step(bytes_each: int, least: int = 1) -> int:
-    return max(_SLICE_BYTES // max(bytes_each, 1), least)
+def _step(bytes_each: int) -> int:
+    return max(_SLICE_BYTES // max(bytes_each, 1), 1)
 
 
-def _slices(size: int, bytes_each: int, least: int = 1) -> Iterator[slice]:
-    step = _step(bytes_each, least)
+def _converted_step(rows: int, bytes_each: int) -> int:
+    """The classes of a slice for which float16 factors are converted to float32, those of dz [rows, C] too."""
+    return max(min(_step(bytes_each), 4 * _step(4 * rows)), _LEAST_CLASSES)
+
+
+def _slices(size: int, bytes_each: int) -> Iterator[slice]:
+    return _cut(size, _step(bytes_each))
+
+
+def _cut(size: int, step: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
 def project(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """Writes x matrix^T + bias into ``out``: x [rows, D], matrix [C, D], bias [C] or None, out [rows, C]."""
-    if prefers_onednn(
-        x.device.type, x.dtype, x.shape[-1]
-    ):  # oneDNN allocates its result; with slices malloc can use the same memory again
+    if prefers_onednn(x.device.type, x.dtype, x.shape[-1]):
+        # oneDNN allocates its result; with slices malloc can use the same memory again.
         for s in _slices(matrix.shape[0], x.shape[0] * x.element_size()):
             out[:, s] = _onednn(x, matrix[s], None if bias is None else bias[s])
     elif bias is None:
@@ -70,8 +77,7 @@ def multiply(dz: Tensor, matrix: Tensor, out: Tensor) -> None:
     elif dz.is_cuda and internals.product_of_halves is not None:
         internals.product_of_halves(out, dz, matrix, out.dtype, beta=0, out=out)
     else:
-        bytes_each = (dz.shape[0] + matrix.shape[1]) * out.element_size()
-        for s in _slices(matrix.shape[0], bytes_each, _LEAST_CLASSES):
+        for s in _cut(matrix.shape[0], _converted_step(dz.shape[0], matrix.shape[1] * out.element_size())):
             out.addmm_(dz[:, s].to(out.dtype), matrix[s].to(out.dtype), beta=1 if s.start else 0)
 
 
@@ -90,7 +96,8 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     if dz.dtype == torch.float16:
         # A product in float16 could overflow, because nothing has been divided by the number of rows yet.
         x = x.to(total.dtype)
-        for s in _slices(total.shape[0], dz.shape[0] * total.element_size()):
+        step = _converted_step(dz.shape[0], x.shape[1] * dz.element_size())
+        for s in _cut(total.shape[0], step):
             total[s].addmm_(dz[:, s].to(total.dtype).t(), x, beta=beta)
         return
     buffer = x.new_empty(min(_step(x.shape[1] * x.element_size()), total.shape[0]), x.shape[1])
@@ -132,8 +139,8 @@ def scratch_bytes(rows: int, features: int, classes: int, dtype: torch.dtype, to
     if device != "cpu" or total == dtype:
         return 0
     if dtype == torch.float16:  # ``multiply``; ``add_outer``
-        bytes_each = (rows + features) * size
-        of_multiply = min(_step(bytes_each, _LEAST_CLASSES), classes) * bytes_each
-        return max(of_multiply, (features + min(_step(rows * size), classes)) * rows * size)
+        of_multiply = min(_converted_step(rows, features * size), classes) * (rows + features) * size
+        of_sum = min(_converted_step(rows, features * dtype.itemsize), classes)
+        return max(of_multiply, (features + of_sum) * rows * size)
     narrow, wide = features * dtype.itemsize, features * size  # the product; the targets' part
     return max(min(_step(narrow), classes) * narrow, min(_step(wide), rows) * wide)
