@@ -41,12 +41,20 @@ def _onednn(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return internals.onednn_linear(x, matrix, bias, "none", [], "")
 
 
-def _step(bytes_each: int, least: int = 1) -> int:
-    return max(_SLICE_BYTES // max(bytes_each, 1), least)
+def _step(bytes_each: int) -> int:
+    return max(_SLICE_BYTES // max(bytes_each, 1), 1)
 
 
-def _slices(size: int, bytes_each: int, least: int = 1) -> Iterator[slice]:
-    step = _step(bytes_each, least)
+def _converted_step(rows: int, bytes_each: int) -> int:
+    """The classes of a slice for which factors are converted to float32, those of dz [rows, C] too."""
+    return max(min(_step(bytes_each), 4 * _step(4 * rows)), _LEAST_CLASSES)
+
+
+def _slices(size: int, bytes_each: int) -> Iterator[slice]:
+    return _cut(size, _step(bytes_each))
+
+
+def _cut(size: int, step: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, size)) for begin in range(0, size, step))
 
 
@@ -74,7 +82,7 @@ def _project_widely(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor)
             out += bias
         return
     wide = x.to(out.dtype)
-    for s in _slices(matrix.shape[0], matrix.shape[1] * out.element_size()):
+    for s in _cut(matrix.shape[0], _converted_step(x.shape[0], x.shape[1] * out.element_size())):
         of_slice = None if bias is None else bias[s].to(out.dtype)
         out[:, s] = torch.nn.functional.linear(wide, matrix[s].to(out.dtype), of_slice)
 
@@ -108,8 +116,7 @@ def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
     elif dz.is_cuda and internals.product_of_halves is not None:
         internals.product_of_halves(total, dz, matrix, total.dtype, beta=beta, out=total)
     elif dz.dtype == torch.float16:  # a product in float16 could overflow
-        bytes_each = (dz.shape[0] + matrix.shape[1]) * total.element_size()
-        for s in _slices(matrix.shape[0], bytes_each, _LEAST_CLASSES):
+        for s in _cut(matrix.shape[0], _converted_step(dz.shape[0], matrix.shape[1] * total.element_size())):
             total.addmm_(dz[:, s].to(total.dtype), matrix[s].to(total.dtype), beta=1 if s.start else beta)
     else:
         for s in _slices(total.shape[0], total.shape[1] * dz.element_size()):
@@ -153,7 +160,8 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     if dz.dtype == torch.float16:
         # A product in float16 could overflow, because nothing has been divided by the number of rows yet.
         x = x.to(total.dtype)
-        for s in _slices(total.shape[0], dz.shape[0] * total.element_size()):
+        step = _converted_step(dz.shape[0], x.shape[1] * dz.element_size())
+        for s in _cut(total.shape[0], step):
             total[s].addmm_(dz[:, s].to(total.dtype).t(), x, beta=beta)
         return
     buffer = x.new_empty(min(_step(x.shape[1] * x.element_size()), total.shape[0]), x.shape[1])
@@ -203,10 +211,10 @@ def scratch_bytes(
         return min(_step(rows * size), classes) * rows * size
     if device != "cpu" or total == dtype:
         return 0
-    if dtype == torch.float16:  # ``multiply``; ``add_outer``
-        bytes_each = (rows + features) * size
-        of_multiply = min(_step(bytes_each, _LEAST_CLASSES), classes) * bytes_each
-        return max(of_multiply, (features + min(_step(rows * size), classes)) * rows * size)
+    if dtype == torch.float16:  # ``add_product``; ``add_outer``
+        of_product = min(_converted_step(rows, features * size), classes) * (rows + features) * size
+        of_sum = min(_converted_step(rows, features * dtype.itemsize), classes)
+        return max(of_product, (features + of_sum) * rows * size)
     narrow, wide = features * dtype.itemsize, features * size  # the product; the targets' part
     if by_classes:
         return min(_step(narrow), rows) * narrow
