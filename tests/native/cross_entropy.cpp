@@ -179,7 +179,7 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   k.non_temporal = o.non_temporal && !o.in_place;
   k.weight = o.weighted ? in.weight.values() : nullptr;
   k.weight_sum = o.weighted ? &in.weight_sum : nullptr;
-  k.options = rounded_to<T>(Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale});
+  k.options = rounded_to<T>(Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale, false});
   k.state = out.state.values();
   k.entropy = out.entropy.values();
   const double divisor = 2;
