@@ -254,8 +254,8 @@ def cross_entropy(
         IndexError: a class out of range; the text names the position and the value. On CUDA only where
             SOFTMAX_EXT_CHECK_TARGETS is set in the environment (to anything but 0), since the host must wait for the
             answer; the loss is NaN otherwise.
-        RuntimeError: other shapes or dtypes of target, weight and row_weight, ``label_smoothing`` out of range, different
-            devices; a second backward after ``inplace``.
+        RuntimeError: other shapes or dtypes of target, weight and row_weight, ``label_smoothing`` out of range,
+            different devices; a second backward after ``inplace``.
         NotImplementedError: logits of another dtype or layout.
     """
     op = "cross_entropy"

@@ -113,7 +113,7 @@ def shares(target: Tensor, weight: Tensor | None, ignore_index: int, row_weight:
 def total_weight(
     target: Tensor, weight: Tensor | None, dim: int, ignore_index: int, row_weight: Tensor | None = None
 ) -> Tensor:
-    """The mean's denominator, [] float64: the sum of ``shares``; for probabilities that of row_weight, 1 each without."""
+    """The mean's denominator, [] float64: the sum of ``shares``; for probabilities that of row_weight, or the rows."""
     if target.is_floating_point():
         if row_weight is not None and target.shape[dim] != 0:
             return row_weight.sum(dtype=torch.float64)
@@ -266,7 +266,9 @@ class Rows:
         nll = self.y.sum(-1) * mean_u - (self.y * u).sum(-1) + _product(t, -self.log_p).sum(-1)
         centred = torch.where(self.p == 0, 0.0, self.z - self.mean.unsqueeze(-1))
         entropy = -(u * self.p * centred).sum(-1)
-        return RowGradients(torch.where(self.live, self._weighed(loss), 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy)
+        return RowGradients(
+            torch.where(self.live, self._weighed(loss), 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy
+        )
 
     # ---- second derivatives ----
 
@@ -344,7 +346,7 @@ def cross_entropy(
     options: Options,
     dtype: torch.dtype | None,
     stats: bool,
-    row_weight: Tensor | None,
+    row_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """(loss,) or, with ``stats``, (loss, lse, nll, entropy, prediction), differentiable to any order, in weight too."""
     if dtype == torch.float64:

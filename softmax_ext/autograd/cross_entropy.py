@@ -287,9 +287,7 @@ def _sum_per_sample(rows: Tensor) -> Tensor:
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
 
 
-def _weight_per_sample(
-    target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None
-) -> Tensor:
+def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None) -> Tensor:
     """``total_weight`` of each sample target[i], row_weight[i]. ``options`` are those of one sample."""
     if target.is_floating_point():
         if row_weight is not None and target.shape[options.dim + 1] != 0:
