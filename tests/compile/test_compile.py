@@ -597,10 +597,12 @@ def test_row_weight(backend, function):
 def test_row_weight_of_any_number_of_rows():
     counter = CompileCounterWithBackend("aot_eager")
     f = compiled(lambda x, y, w: cross_entropy(x, y, row_weight=w), backend=counter, dynamic=True)
+    counts = set()
     for rows in (3, 7, 20):
         x, y, w = randn(rows, 4), torch.arange(rows) % 4, randn(rows)
         assert_close(f(x, y, w), cross_entropy(x, y, row_weight=w))
-    assert counter.frame_count == 1
+        counts.add(counter.frame_count)
+    assert len(counts) == 1, counts
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
