@@ -110,7 +110,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         ``denominator`` is what the sum of the losses is divided by, ``row_weight`` a factor of each row's loss. They
         are no options of the module, as they change with each batch.
         """
-        return functional.cross_entropy(  # type: ignore[call-overload, no-any-return]
+        return functional.cross_entropy(  # type: ignore[call-overload, misc, no-any-return]
             input,
             target,
             self.weight,

@@ -218,6 +218,7 @@ def test_factors_that_add_up_to_zero(early):
 def test_the_probability_is_a_constant(reduction, extra, early):
     """As though it had been given; but the mean is that of all rows."""
     x, y = (3 * logits(7, 9)).requires_grad_(), target_of(7, 9)
+    extra = {k: v.to(x.device) if isinstance(v, Tensor) else v for k, v in extra.items()}
     shape = {k: v for k, v in extra.items() if k in ("softcap", "logit_scale")}
     p = (-cross_entropy(x.detach(), y, reduction="none", **shape)).exp()
     divisor = None
