@@ -218,7 +218,10 @@ class Rows:
 
     def loss(self) -> Tensor:
         """The loss of each row; 0 for an ignored row."""
-        loss = _weighted_cost(self.weights, self.mass, -self.log_p).sum(-1)
+        surprise = -self.log_p
+        if self.row_weight is not None:  # a factor of 0 makes nothing of an infinite one, in any derivative
+            surprise = torch.where((self.row_weight == 0).unsqueeze(-1) & (surprise == torch.inf), 0.0, surprise)
+        loss = _weighted_cost(self.weights, self.mass, surprise).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
             loss = loss + self.options.z_loss * self.lse.square()
         return torch.where(self.live, self._weighed(loss), 0.0)

@@ -357,6 +357,18 @@ def test_weight_that_requires_grad():
     assert_close(*results)
 
 
+def test_a_factor_of_zero_beside_a_weight_that_requires_grad():
+    """An infinite loss that does not count has no derivative in the class weights either."""
+    x, weight = logits(2, 3), torch.rand(3, dtype=torch.float64).requires_grad_()
+    x[0, 1] = -torch.inf
+    q = logits(2, 3).softmax(1)
+    factors = torch.tensor([0.0, 2.0])
+    loss = cross_entropy(x, q, weight, row_weight=factors)
+    alone = cross_entropy(x[1:], q[1:], weight)
+    assert_close(loss, alone)
+    assert_close(*(torch.autograd.grad(t, weight) for t in (loss, alone)))
+
+
 @pytest.mark.parametrize("row_weight", ["given", "probability"])
 def test_the_formulas_are_the_kernels(row_weight):
     x, y = logits(5, 9), target_of(5, 9)
