@@ -21,6 +21,7 @@ struct OptionsOf {
   Number z_loss;
   Number softcap;  // 0: none
   Number logit_scale;
+  bool weighs_by_probability;  // the loss of a row is multiplied by the probability of its target class
 };
 using Options = OptionsOf<double>;
 
@@ -33,7 +34,8 @@ OptionsOf<T> rounded_to(const Options& o) {
           static_cast<T>(o.label_smoothing),
           static_cast<T>(o.z_loss),
           static_cast<T>(o.softcap),
-          static_cast<T>(o.logit_scale)};
+          static_cast<T>(o.logit_scale),
+          o.weighs_by_probability};
 }
 
 // One value for each row, or one for all: data[row * stride] / *divisor. The CPU multiplies by 1 / *divisor.
@@ -64,7 +66,7 @@ enum CrossEntropyOperand { kLogits, kGradLogits, kProbabilities, kGradProbabilit
 // log-sum-exp is max + log1p(rest). Were it saved instead, it would be rounded at the magnitude of the maximum. As the
 // 1 is no part of the sum, log1p(rest) has its full relative precision when one class has nearly all the probability,
 // and so has p - 1 = -rest / (1 + rest) of that class. With probability targets the state has two more: sum b_c and sum
-// q_c.
+// q_c. With weighs_by_probability it has one more: p of the target class.
 template <typename T>
 struct CrossEntropyParams {
   const void* logits;
@@ -83,13 +85,14 @@ struct CrossEntropyParams {
   int64_t first_class, all_classes;
   const T* weight;           // of all classes, its first element that of first_class; null: ones
   const double* weight_sum;  // over all classes; null: their number
+  const T* row_weight;       // [rows], a factor of the loss; null: 1, or in forward by probability
   OptionsOf<T> options;
 
   bool forward;
   int64_t rows;
   void* loss;  // forward: [rows] of loss_type, null where only the sum is wanted
   DType loss_type;
-  T* state;             // [2 or 4, rows]; forward writes it unless null, backward reads it
+  T* state;             // [2, 3 or 4, rows]; forward writes it unless null, backward reads it
   double* part;         // [fields, rows]; forward writes it and nothing else, unless null
   const double* parts;  // [part_count, fields, rows]; without `part` forward reads no logits, unless null
   int64_t part_count;

@@ -53,6 +53,7 @@ template <typename Number>
 struct RowRules {
   bool has_probabilities;  // the target, otherwise class indices
   bool has_weight;
+  bool weighs_rows;
   bool has_entropy_gradient;
   bool writes_second;  // the gradient of the probabilities
   bool is_capped;
@@ -76,11 +77,18 @@ struct RowLoss {
   Value lse, nll, loss;
 };
 
+// p of the target class, from exp(z - max) of its logit: the row weight by probability.
+template <typename Math, typename Value = typename Math::Value>
+SOFTMAX_EXT_KERNEL_INLINE Value target_probability(const Value& exp_d, const Value& rest) {
+  return Math::divide(exp_d, Value(1) + rest);
+}
+
 // The loss of a row that is not ignored. Of the row it asks, where its rules need it:
 //
 //   max(), rest()                            the state (params.h)
 //   log_sum()                                log1p(rest)
 //   z(), weight()                            of the target class
+//   row_weight()                             the factor of the loss; 0 where the row is ignored
 //   dot()                                    sum b_c (z_c - max); with class indices the part of smoothing alone,
 //                                            sum w_c (z_c - max)
 //   weight_sum()                             sum w_c
@@ -100,6 +108,7 @@ SOFTMAX_EXT_KERNEL_INLINE RowLoss<typename Math::Value> row_loss(const RowRules<
       of.loss = of.loss + Value(rules.share) * cost<Math>(Value(row.weight_sum()), log_sum, row.dot());
   }
   if (rules.z_loss != 0) of.loss = of.loss + Value(rules.z_loss) * lse * lse;
+  if (rules.weighs_rows) of.loss = Math::multiply_or_zero(row.row_weight(), of.loss);
   return of;
 }
 
@@ -140,7 +149,8 @@ SOFTMAX_EXT_KERNEL_INLINE GradientCoefficients<typename Math::Value> gradient_co
     const RowRules<Number>& rules, const Row& row) {
   using Value = typename Math::Value;
   const Value zero(0), one(1), scale(rules.scale), max = row.max(), rest = row.rest();
-  const Value g_loss = row.g_loss(), g_nll = row.g_nll(), g_entropy = row.g_entropy();
+  const Value g_loss = rules.weighs_rows ? row.g_loss() * row.row_weight() : row.g_loss();
+  const Value g_nll = row.g_nll(), g_entropy = row.g_entropy();
   const bool needs_log = rules.z_loss != 0 || rules.has_entropy_gradient || rules.writes_second;
   GradientCoefficients<Value> k{zero, zero, zero, zero, zero, g_nll, zero, zero};
   if (needs_log) k.log_sum = row.log_sum();

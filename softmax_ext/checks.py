@@ -219,6 +219,36 @@ def check_options(
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 
+def check_row_weight(
+    op: str, input: Tensor, target: Tensor, row_weight: Tensor | str, options: Options
+) -> tuple[Tensor | None, Options]:
+    """The factors of the rows' losses as the operators take them, and the options to be used with them.
+
+    The factors are a tensor, or of "probability" the option ``weighs_by_probability``.
+    """
+    need = 'be a Tensor, "probability" or None'
+    if isinstance(row_weight, str):
+        if row_weight != "probability":
+            refuse(ValueError, op, "row_weight", need, repr(row_weight))
+        if target.is_floating_point():
+            refuse(ValueError, op, "row_weight", "be a Tensor or None with a target of probabilities", repr(row_weight))
+        return None, options._replace(weighs_by_probability=True)
+    if not isinstance(row_weight, Tensor):
+        refuse(TypeError, op, "row_weight", need, describe(row_weight))
+    check_dense(op, "row_weight", row_weight)
+    rows = [size for d, size in enumerate(input.shape) if d != options.dim]
+    if list(row_weight.shape) != rows:
+        refuse(RuntimeError, op, "row_weight", f"have shape {rows}, one value for each row", describe(row_weight))
+    if row_weight.dtype not in _FLOATING:
+        way_out = "Use row_weight.to(input.dtype)."
+        refuse(RuntimeError, op, "row_weight", "be floating", describe(row_weight), way_out)
+    check_device(op, "row_weight", row_weight, input)
+    if internals.requires_grad(row_weight) or has_tangent(row_weight):
+        way_out = 'It gets no gradient. Use row_weight.detach(), or multiply the losses of reduction="none" yourself.'
+        refuse(TypeError, op, "row_weight", "have no derivative", "a tensor that is differentiated", way_out)
+    return row_weight, options
+
+
 # Numbers that are not known while a program is traced, like a size.
 _SYMBOLIC: tuple[type, ...] = (torch.SymInt, torch.SymFloat)
 

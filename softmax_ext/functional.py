@@ -119,6 +119,7 @@ def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Te
 
 
 class _Keywords(Keywords, total=False):
+    row_weight: Tensor | Literal["probability"] | None
     precompute_grad: bool
     inplace: bool
 
@@ -170,6 +171,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     denominator: float | Tensor | None = None,
+    row_weight: Tensor | Literal["probability"] | None = None,
     precompute_grad: bool = False,
     inplace: bool = False,
     return_stats: bool = False,
@@ -226,6 +228,12 @@ def cross_entropy(
             with ``weight`` the sum of weight[target] over these. A number, or a tensor of one element, on the input's
             device or a 0-dimensional one on the CPU. It gets no gradient. The host does not wait for its value. 0 gives
             inf, or NaN where every row is ignored; ignored rows have a gradient of 0 even so.
+        row_weight: a factor of each row's loss and gradient, z_loss and smoothing included. A floating tensor of the
+            shape of class indices, the input's without C; it gets no gradient. The mean divides by the sum of
+            row_weight over the rows that are not ignored, each times weight[target] where there are both. A row of
+            factor 0 has loss 0 even where its loss is inf or NaN. Of an ignored row the factor does not matter. Or
+            "probability": the probability of the row's target class, as a constant; for class indices only. The mean
+            divides as it does without (dynamic fine-tuning, arXiv:2508.05629). The statistics are not multiplied.
         precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
             multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
@@ -238,15 +246,16 @@ def cross_entropy(
         without C. With ``return_stats`` the tuple (loss, stats).
 
     Raises:
-        TypeError: an argument is not a Tensor, a number or an int where one is needed; a number or ``denominator`` is a
-            tensor that requires grad.
+        TypeError: an argument is not a Tensor, a number or an int where one is needed; a number, ``denominator`` or
+            ``row_weight`` is a tensor that requires grad.
         ValueError: the batch sizes differ; an unknown reduction; an option out of range; a ``denominator`` of several
-            elements or with reduction "none"; ``inplace`` with a leaf that requires grad or with overlapping elements.
+            elements or with reduction "none"; a ``row_weight`` of another text, or "probability" with a target of
+            probabilities; ``inplace`` with a leaf that requires grad or with overlapping elements.
         IndexError: a class out of range; the text names the position and the value. On CUDA only where
             SOFTMAX_EXT_CHECK_TARGETS is set in the environment (to anything but 0), since the host must wait for the
             answer; the loss is NaN otherwise.
-        RuntimeError: other shapes or dtypes of target and weight, ``label_smoothing`` out of range, different
-            devices; a second backward after ``inplace``.
+        RuntimeError: other shapes or dtypes of target, weight and row_weight, ``label_smoothing`` out of range,
+            different devices; a second backward after ``inplace``.
         NotImplementedError: logits of another dtype or layout.
     """
     op = "cross_entropy"
@@ -272,9 +281,12 @@ def cross_entropy(
     divisor = None
     if denominator is not None:
         divisor, options = checks.check_denominator(op, input, denominator, options)
+    factors = None
+    if row_weight is not None:
+        factors, options = checks.check_row_weight(op, input, target, row_weight, options)
     if dtype is None and (probabilities or input.dtype.itemsize == 2):
         dtype = default_loss_dtype(input, target, weight)
-    results = _run(input, target, weight, divisor, options, dtype, return_stats, precompute_grad, inplace)
+    results = _run(input, target, weight, divisor, factors, options, dtype, return_stats, precompute_grad, inplace)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
 
 
@@ -292,6 +304,7 @@ def _run(
     target: Tensor,
     weight: Tensor | None,
     denominator: Tensor | None,
+    row_weight: Tensor | None,
     options: Options,
     dtype: torch.dtype | None,
     stats: bool,
@@ -301,22 +314,22 @@ def _run(
     """The loss first and, with ``stats``, the statistics last; chooses the way that the call and its context need."""
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if (transformed or weight is not None) and needs_plain_formulas(target, weight, transformed, compiling):
-        plain = reference.cross_entropy(input, target, weight, denominator, options, dtype, stats)
+        plain = reference.cross_entropy(input, target, weight, denominator, options, dtype, stats, row_weight)
         if transformed or not compiling:
             return plain
         return [refusals.refusing_backward(t, "cross_entropy") if t.is_floating_point() else t for t in plain]
     results: Sequence[Tensor]
     if transformed:
-        results = CrossEntropy.apply(input, target, weight, denominator, options, dtype, stats)
+        results = CrossEntropy.apply(input, target, weight, denominator, options, dtype, stats, row_weight)
     elif compiling:
-        arguments = (*options, dtype, stats, False, denominator, ops.VERSION)
+        arguments = (*options, dtype, stats, False, denominator, row_weight, ops.VERSION)
         results = compiled.cross_entropy(input, target, weight, *arguments)
     elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):
-        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator)
+        results = ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator, row_weight)
     else:
         if precompute_grad or inplace:
             may = _may_overwrite(input, target, precompute_grad, inplace)
             precompute_grad, inplace = precompute_grad and may, inplace and may
-        call = (options, dtype, stats, precompute_grad, inplace, denominator)
+        call = (options, dtype, stats, precompute_grad, inplace, denominator, row_weight)
         results = eager_cross_entropy(input, target, weight, *call)
     return results

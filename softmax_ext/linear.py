@@ -276,6 +276,7 @@ def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) 
     input, linear_weight, linear_bias, target, weight = operands
     keywords = call.options._asdict()
     del keywords["dim"]
+    keywords["row_weight"] = "probability" if keywords.pop("weighs_by_probability") else None
     code = keywords.pop("reduction")
     loss, stats = cross_entropy(
         logits_of(input, linear_weight, linear_bias),

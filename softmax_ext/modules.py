@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +98,19 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.return_stats = return_stats
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        denominator: float | Tensor | None = None,
+        row_weight: Tensor | Literal["probability"] | None = None,
     ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
         """Logits ``(N, C, ...)`` and target -> the loss, or (loss, stats) with ``return_stats``.
 
-        ``denominator`` is what the sum of the losses is divided by. It is no option of the module, as it changes with
-        each batch.
+        ``denominator`` is what the sum of the losses is divided by, ``row_weight`` a factor of each row's loss. They
+        are no options of the module, as they change with each batch.
         """
-        return functional.cross_entropy(  # type: ignore[call-overload, no-any-return]
+        return functional.cross_entropy(  # type: ignore[call-overload, misc, no-any-return]
             input,
             target,
             self.weight,
@@ -116,6 +122,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             denominator=denominator,
+            row_weight=row_weight,
             precompute_grad=self.precompute_grad,
             inplace=self.inplace,
             return_stats=self.return_stats,

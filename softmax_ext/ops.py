@@ -47,18 +47,23 @@ if library is not None:
     load_error = _choose_isa(library)
 
 
+def _state_values(probabilities: bool, options: Options) -> int:
+    """How many the state has for each row (csrc/params.h)."""
+    return 4 if probabilities else 3 if options.weighs_by_probability else 2
+
+
 def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
     """The results of cross_entropy, without data."""
-    options, (dtype, stats, precompute_grad, *denominator) = Options.split(arguments)
+    options, (dtype, stats, precompute_grad, *rest) = Options.split(arguments)
     dim = options.dim % input.dim()
     batch = [*input.shape[:dim], *input.shape[dim + 1 :]]
     loss_dtype = dtype or input.dtype
     probabilities = target.is_floating_point()
     arithmetic = arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
-    has_total = options.reduction == MEAN or any(d is not None for d in denominator)  # it may be left out
+    has_total = options.reduction == MEAN or any(d is not None for d in rest[:1])  # the denominator may be left out
     outputs = [
         input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
-        input.new_empty([4 if probabilities else 2, *batch], dtype=arithmetic),
+        input.new_empty([_state_values(probabilities, options), *batch], dtype=arithmetic),
         input.new_empty([] if has_total else [0], dtype=torch.float64),
     ]
     if stats:
@@ -70,8 +75,8 @@ def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *ar
 
 
 def _fake_cross_entropy_(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    options, (dtype, stats, *denominator) = Options.split(arguments)
-    arguments = (*options, dtype, stats, False, *denominator)
+    options, (dtype, stats, *rest) = Options.split(arguments)
+    arguments = (*options, dtype, stats, False, *rest)
     loss, state, *results = fake_cross_entropy(input, target, weight, *arguments)
     no_state = state.new_empty([0])  # no backward can follow, because the logits are lost
     return (loss, no_state, *results, *(input.new_empty([0]) for _ in range(5 - len(results))))
@@ -93,13 +98,13 @@ def _fake_cross_entropy_part(input: Tensor, target: Tensor, weight: Tensor | Non
 def _fake_cross_entropy_of_parts(
     parts: Tensor, target: Tensor | None, weight: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
-    options, (dtype, wide, stats, denominator, _) = Options.split(arguments)
+    options, (dtype, wide, stats, denominator, *_) = Options.split(arguments)
     batch = parts.shape[2:]
     arithmetic = torch.float64 if wide else torch.float32
     has_total = options.reduction == MEAN or denominator is not None
     outputs = [
         parts.new_empty(batch if options.reduction == NONE else [], dtype=dtype),
-        parts.new_empty([4 if target is None else 2, *batch], dtype=arithmetic),
+        parts.new_empty([_state_values(target is None, options), *batch], dtype=arithmetic),
         parts.new_empty([] if has_total else [0], dtype=torch.float64),
     ]
     if stats:
@@ -110,7 +115,7 @@ def _fake_cross_entropy_of_parts(
 
 def _fake_cross_entropy_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     _, _, _, _, input, target, *_ = arguments  # behind four upstream gradients
-    # State, total_weight and entropy come before the options, and the range of the classes may be left out.
+    # State, total_weight and entropy come before the options, and what follows may be left out.
     _, (needs_input, needs_target, *_) = Options.split(arguments[10:])
     return (
         torch.empty_like(input) if needs_input else input.new_empty([0]),

@@ -14,7 +14,10 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
 
 class Options(NamedTuple):
-    """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes."""
+    """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes.
+
+    ``weighs_by_probability`` is row_weight="probability".
+    """
 
     dim: int
     reduction: int
@@ -23,6 +26,7 @@ class Options(NamedTuple):
     z_loss: float
     softcap: float | None
     logit_scale: float
+    weighs_by_probability: bool = False
 
     @staticmethod
     def split(arguments: Sequence[Any]) -> tuple[Options, Sequence[Any]]:
@@ -32,7 +36,8 @@ class Options(NamedTuple):
 
 
 SCHEMA = (
-    "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
+    "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
+    "bool weighs_by_probability"
 )
 """The fields of Options in the schema of an operator. csrc/ops/schema.cpp has the same for the C++ operators."""
 

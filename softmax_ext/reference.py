@@ -94,21 +94,32 @@ def class_index(target: Tensor, live: Tensor, classes: int) -> Tensor:
     return index.clamp(0, max(classes - 1, 0)) if index.is_cuda else index
 
 
-def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The share of each row in the mean's denominator: weight[target] or 1, and 0 (or False) for an ignored row."""
+def shares(target: Tensor, weight: Tensor | None, ignore_index: int, row_weight: Tensor | None = None) -> Tensor:
+    """The share of each row in the mean's denominator, for class indices; 0 (or False) for an ignored row.
+
+    It is weight[target] or 1, times ``row_weight``.
+    """
     live = is_live(target, ignore_index)
-    if weight is None or weight.shape[0] == 0:
+    share = live
+    if weight is not None and weight.shape[0] != 0:
+        share = weight.double()[class_index(target, live, weight.shape[0])]
+    elif row_weight is None:
         return live
-    picked = weight.double()[class_index(target, live, weight.shape[0])]
-    return torch.where(live, picked, 0.0)
+    if row_weight is not None:
+        share = row_weight.double() * share
+    return torch.where(live, share, 0.0)
 
 
-def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor:
-    """The mean's denominator, [] float64: the sum of ``row_weights``; for probabilities the number of rows."""
+def total_weight(
+    target: Tensor, weight: Tensor | None, dim: int, ignore_index: int, row_weight: Tensor | None = None
+) -> Tensor:
+    """The mean's denominator, [] float64: the sum of ``shares``; for probabilities that of row_weight, or the rows."""
     if target.is_floating_point():
+        if row_weight is not None and target.shape[dim] != 0:
+            return row_weight.sum(dtype=torch.float64)
         rows = target.numel() // max(target.shape[dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
-    return row_weights(target, weight, ignore_index).sum(dtype=torch.float64)
+    return shares(target, weight, ignore_index, row_weight).sum(dtype=torch.float64)
 
 
 def _logits(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -154,9 +165,12 @@ class Rows:
             input's shape.
         weight: [C] or None.
         options: the other arguments.
+        row_weight: of the input's shape without ``options.dim``, or None: a factor of each row's loss, and a constant.
     """
 
-    def __init__(self, input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
+    def __init__(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None = None
+    ) -> None:
         self.options = options
         self.dtype = input.dtype
         double = torch.float64 in (input.dtype, target.dtype)
@@ -190,15 +204,27 @@ class Rows:
         self.b = weights * self.mass
         self.b_sum = self.b.sum(-1)
         self.mean = _product(self.p, self.z).sum(-1)  # E = sum p z
+        self.row_weight = row_weight
+        if options.weighs_by_probability:
+            self.row_weight = (self.p * self.y).sum(-1).detach()
+        elif row_weight is not None:
+            self.row_weight = torch.where(self.live, row_weight.to(arithmetic), 0.0)
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """One value of each row, times its row_weight."""
+        return rows if self.row_weight is None else _product(self.row_weight, rows)
 
     # ---- values, one per row ----
 
     def loss(self) -> Tensor:
         """The loss of each row; 0 for an ignored row."""
-        loss = _weighted_cost(self.weights, self.mass, -self.log_p).sum(-1)
+        surprise = -self.log_p
+        if self.row_weight is not None:  # a factor of 0 makes nothing of an infinite one, in any derivative
+            surprise = torch.where((self.row_weight == 0).unsqueeze(-1) & (surprise == torch.inf), 0.0, surprise)
+        loss = _weighted_cost(self.weights, self.mass, surprise).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
             loss = loss + self.options.z_loss * self.lse.square()
-        return torch.where(self.live, loss, 0.0)
+        return torch.where(self.live, self._weighed(loss), 0.0)
 
     def nll(self) -> Tensor:
         """The difference lse - z_y, unweighted and unsmoothed; 0 for an ignored row."""
@@ -243,7 +269,9 @@ class Rows:
         nll = self.y.sum(-1) * mean_u - (self.y * u).sum(-1) + _product(t, -self.log_p).sum(-1)
         centred = torch.where(self.p == 0, 0.0, self.z - self.mean.unsqueeze(-1))
         entropy = -(u * self.p * centred).sum(-1)
-        return RowGradients(torch.where(self.live, loss, 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy)
+        return RowGradients(
+            torch.where(self.live, self._weighed(loss), 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy
+        )
 
     # ---- second derivatives ----
 
@@ -285,13 +313,17 @@ class Rows:
         upstream: Sequence[Tensor | None],
         total_weight: Tensor,
     ) -> RowGradients:
-        """The upstream gradients of each row, from those of the reduced loss and the statistics; None counts as 0."""
+        """The upstream gradients of each row, from those of the reduced loss and the statistics; None counts as 0.
+
+        That of the loss is for the loss before it is multiplied by row_weight.
+        """
         loss, lse, nll, entropy = upstream
         zero = torch.zeros_like(self.lse)
         if loss is not None and self.options.reduction == MEAN:
             loss = loss.to(zero.dtype) / total_weight.to(zero.dtype)
         g = RowGradients(*(zero if t is None else zero + t.to(zero.dtype) for t in (loss, lse, nll, entropy)))
-        return g._replace(loss=torch.where(self.live, g.loss, 0.0), nll=torch.where(self.live, g.nll, 0.0))
+        loss = g.loss if self.row_weight is None else g.loss * self.row_weight
+        return g._replace(loss=torch.where(self.live, loss, 0.0), nll=torch.where(self.live, g.nll, 0.0))
 
     def reduce(self, rows: Tensor, total_weight: Tensor) -> Tensor:
         """The reduction of one value per row."""
@@ -317,15 +349,16 @@ def cross_entropy(
     options: Options,
     dtype: torch.dtype | None,
     stats: bool,
+    row_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """(loss,) or, with ``stats``, (loss, lse, nll, entropy, prediction), differentiable to any order, in weight too."""
     if dtype == torch.float64:
         input = input.double()
-    rows = Rows(input, target, weight, options)
+    rows = Rows(input, target, weight, options, row_weight)
     # A copy, because backward divides by what it was.
     total = None if denominator is None else denominator.clone()
     if total is None:
-        total = total_weight(target, weight, options.dim, options.ignore_index)
+        total = total_weight(target, weight, options.dim, options.ignore_index, row_weight)
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
     if not stats:
         return (loss,)

@@ -14,8 +14,11 @@ template <typename T>
 Kind kind_for(const CrossEntropyParams<T>& p) {
   if (p.has_probabilities || sizeof(T) == 8) return Kind::kAll;
   const bool smoothing = p.options.label_smoothing != 0 && (p.forward || p.weight);
+  const bool by_probability = p.forward && p.options.weighs_by_probability;
   const bool statistics = p.stats || p.grad_lse.given || p.grad_nll.given || p.grad_entropy.given;
-  return smoothing || statistics || p.part || !LogitTransform(p.options).is_identity() ? Kind::kOptions : Kind::kPlain;
+  return smoothing || by_probability || statistics || p.part || !LogitTransform(p.options).is_identity()
+             ? Kind::kOptions
+             : Kind::kPlain;
 }
 
 template <typename T>

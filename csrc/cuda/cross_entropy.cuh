@@ -15,9 +15,10 @@ struct CrossEntropyCoefficients : GradientCoefficients<T> {
 
 // What a kernel can do, each with what the one before it can. The more there is, the more registers it takes.
 //
-//   kPlain      the sum of exponentials is all that it needs of the classes: class indices, class weights, z_loss,
-//               and in backward smoothing without weights
-//   kOptions    a transformation of the logits, smoothing, statistics and their gradients, sums of a part of the classes
+//   kPlain      the sum of exponentials is all that it needs of the classes: class indices, class weights, row weights,
+//               z_loss, and in backward smoothing without weights
+//   kOptions    a transformation of the logits, smoothing, row weights by probability, statistics and their gradients,
+//               sums of a part of the classes
 //   kAll        probability targets and their gradient; arithmetic in double, which is not for speed
 enum class Kind { kPlain, kOptions, kAll };
 
@@ -48,6 +49,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     int64_t y;                                  // the class, counted from that of the first logit
     T max, rest;                                // of the state, in backward
     T g;                                        // upstream gradient of the loss
+    T weight;                                   // the row's own; by probability the logit of the target class
   };
   using Coefficients = CrossEntropyCoefficients<T>;
 
@@ -87,8 +89,14 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       row.rest = this->state[this->rows + row.number];
     }
     if (writes_anything()) row.g = row_value<T>(this->grad_loss, row.number);
+    // Of an ignored row 0. By probability every thread needs the target's logit, and reads it before any is overwritten:
+    // there is a reduction in between.
+    if (this->row_weight && is_live(row)) row.weight = this->row_weight[row.number];
+    if (weighs_by_probability() && target(row) >= 0)
+      row.weight = logit(widen(input(0)[at.offset[kLogits] + row.y * layout.class_stride[kLogits]]));
     return row;
   }
+  DEVICE bool weighs_by_probability() const { return kGeneral && reduces && this->options.weighs_by_probability; }
   DEVICE bool has_classes() const { return !(kHasProbabilities && this->has_probabilities); }
   DEVICE bool is_live(const Row& row) const {
     return !has_classes() || row.y + this->first_class != this->options.ignore_index;
@@ -177,6 +185,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     RowRules<T> rules;
     rules.has_probabilities = kHasProbabilities && this->has_probabilities;
     rules.has_weight = this->weight;
+    rules.weighs_rows = this->row_weight || weighs_by_probability();
     rules.has_entropy_gradient = has_entropy_gradient();
     rules.writes_second = kHasProbabilities && this->grad_probabilities;
     rules.is_capped = kGeneral && transform.is_capped();
@@ -193,13 +202,14 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     const Row& row;
     const Sums& sums;
     bool leader;
-    T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_logit, target_weight;
+    T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_logit, target_weight, own_weight;
 
     DEVICE T max() const { return state_max; }
     DEVICE T rest() const { return state_rest; }
     DEVICE T log_sum() const { return log_of_sum; }
     DEVICE T z() const { return target_logit; }
     DEVICE T weight() const { return target_weight; }
+    DEVICE T row_weight() const { return own_weight; }
     DEVICE T weight_sum() const {
       return op.weight_sum ? static_cast<T>(*op.weight_sum) : static_cast<T>(op.all_classes);
     }
@@ -226,7 +236,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
   DEVICE Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z, bool leader,
                              Totals& total_share) const {
-    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1};
+    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1, row.weight};
     if (!reduces) s.state_max = row.max, s.state_rest = row.rest;
     if (is_skipped(row)) s.state_max = s.state_rest = 0;
     if constexpr (kHasProbabilities)
@@ -242,6 +252,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         write_part(s, outcome);
         return {};
       }
+    if (weighs_by_probability())
+      s.own_weight =
+          has_class(row) ? target_probability<Math>(exp((leader ? z : row.weight) - s.state_max), s.state_rest) : T(0);
     if (reduces && leader) total_share = write_row(s, outcome.prediction);
     if (!writes_anything()) return {};
     Coefficients k{gradient_coefficients<Math>(rules(), s), s.state_max};
@@ -280,6 +293,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     if (this->state) {
       this->state[row] = s.state_max;
       this->state[rows + row] = s.state_rest;
+      if (weighs_by_probability()) this->state[2 * rows + row] = s.own_weight;
       if (!has_classes()) {
         this->state[2 * rows + row] = s.state_b_sum;
         this->state[3 * rows + row] = s.state_q_sum;
@@ -293,7 +307,8 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         this->prediction[row] = prediction < 0 ? -1 - prediction : prediction;
       }
     const bool counts = live && !out_of_range && this->all_classes > 0;
-    return {static_cast<double>(loss), counts ? static_cast<double>(s.target_weight) : 0};
+    const double own = this->row_weight ? s.own_weight : T(1);
+    return {static_cast<double>(loss), counts ? own * static_cast<double>(s.target_weight) : 0};
   }
   DEVICE void add_to_total(const Totals& totals, unsigned unit, bool has) const { total.add(totals, unit, has); }
 

@@ -64,8 +64,8 @@ constexpr int64_t kSumScratch = kMostShares;
 template <typename T>
 void sum_weights(const T* weight, int64_t n, double* sum, double* scratch, Stream stream);
 
-// *sum = the sum of weight[target] (1 each without weights) over the rows that are not ignored, the mean's denominator.
-// With probabilities, the number of rows.
+// *sum = the sum of weight[target] (1 each without weights), times the row's own weight, over the rows that are not
+// ignored: the mean's denominator. With probabilities, the number of rows, or the sum of their weights.
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* sum, double* scratch, Stream stream);
 

@@ -21,19 +21,22 @@ struct Weights {
   __device__ double operator()(int64_t c) const { return static_cast<double>(weight[c]); }
 };
 
-// weight[target], 1 without weights or with probabilities; 0 of a class out of range, whose row is NaN anyway.
+// weight[target], 1 without weights or with probabilities, times the row's own weight; 0 of a class out of range, whose
+// row is NaN anyway.
 template <typename T>
 struct TargetWeights {
   const int64_t* index;
   const uint8_t* index_u8;
   const T* weight;
   int64_t classes, ignore_index;
+  const T* row_weight;
 
+  __device__ double own(int64_t row) const { return row_weight ? static_cast<double>(row_weight[row]) : 1; }
   __device__ double operator()(int64_t row) const {
-    if (!index && !index_u8) return classes > 0 ? 1 : 0;
+    if (!index && !index_u8) return classes > 0 ? own(row) : 0;
     const int64_t y = index ? index[row] : index_u8[row];
     if (y == ignore_index || static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes)) return 0;
-    return weight ? static_cast<double>(weight[y]) : 1;
+    return own(row) * (weight ? static_cast<double>(weight[y]) : 1);
   }
 };
 
@@ -88,7 +91,8 @@ void sum_weights(const T* weight, int64_t n, double* total, double* scratch, Str
 
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* total, double* scratch, Stream stream) {
-  const TargetWeights<T> weights{params.index, params.index_u8, params.weight, classes, params.options.ignore_index};
+  const TargetWeights<T> weights{params.index,     params.index_u8, params.weight, classes, params.options.ignore_index,
+                                 params.row_weight};
   sum("sum_targets", weights, params.rows, total, scratch, stream);
 }
 

@@ -21,13 +21,15 @@ struct Argument {
 
 template <>
 struct Argument<Options> {
-  static constexpr uint64_t kCount = 7;
+  static constexpr uint64_t kCount = 8;
   static Options take(StableIValue*& next) {
     const auto whole = [&] { return Argument<int64_t>::take(next); };
     const auto real = [&] { return Argument<double>::take(next); };
     const auto real_or_zero = [&] { return Argument<std::optional<double>>::take(next).value_or(0); };
-    // dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale: braces are evaluated in order.
-    return {whole(), whole(), whole(), real(), real(), real_or_zero(), real()};
+    const auto truth = [&] { return Argument<bool>::take(next); };
+    // dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, weighs_by_probability: braces are
+    // evaluated in order.
+    return {whole(), whole(), whole(), real(), real(), real_or_zero(), real(), truth()};
   }
 };
 

@@ -56,6 +56,17 @@ void check_weight(const Call& call) {
   dtype_of(*call.weight, call.op, "weight");
 }
 
+// Takes the factors of the rows in the type of the arithmetic.
+void set_row_weight(Call& call, const std::optional<Tensor>& row_weight, ScalarType arithmetic) {
+  STD_TORCH_CHECK(!call.options.weighs_by_probability || (!call.probabilities && !row_weight), call.op,
+                  ": weighs_by_probability needs class indices, and no row_weight.");
+  if (!row_weight) return;
+  check_device(*row_weight, call.input, call.op, "row_weight");
+  STD_TORCH_CHECK(sizes_of(*row_weight) == call.batch, call.op, ": row_weight must have one value for each row.");
+  dtype_of(*row_weight, call.op, "row_weight");
+  call.row_weight = as_contiguous(converted(*row_weight, arithmetic));
+}
+
 Call checked_call(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                   const Options& options, const ClassRange& range = {}) {
   Call call{op, input, target, weight, options};
@@ -76,7 +87,7 @@ Call checked_call(const char* op, const Tensor& input, const Tensor& target, con
 
 std::vector<int64_t> state_sizes(const Call& call) {
   std::vector<int64_t> sizes = call.batch;
-  sizes.insert(sizes.begin(), call.probabilities ? 4 : 2);
+  sizes.insert(sizes.begin(), call.probabilities ? 4 : call.options.weighs_by_probability ? 3 : 2);
   return sizes;
 }
 
@@ -126,8 +137,9 @@ std::vector<Tensor> results(const Forward& out) {
 
 std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, Options options,
                                   std::optional<ScalarType> dtype, bool stats, bool precompute_grad,
-                                  std::optional<Tensor> denominator) {
-  const Call call = checked_call("cross_entropy", input, target, weight, options);
+                                  std::optional<Tensor> denominator, std::optional<Tensor> row_weight) {
+  Call call = checked_call("cross_entropy", input, target, weight, options);
+  set_row_weight(call, row_weight, arithmetic_for(call, dtype));
   std::optional<Tensor> grad;
   if (precompute_grad) grad = softmax_ext::empty_like(input, input.scalar_type());
   const Forward out =
@@ -138,8 +150,9 @@ std::vector<Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Ten
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_(
     Tensor input, Tensor target, std::optional<Tensor> weight, Options options, std::optional<ScalarType> dtype,
-    bool stats, std::optional<Tensor> denominator) {
-  const Call call = checked_call("cross_entropy_", input, target, weight, options);
+    bool stats, std::optional<Tensor> denominator, std::optional<Tensor> row_weight) {
+  Call call = checked_call("cross_entropy_", input, target, weight, options);
+  set_row_weight(call, row_weight, arithmetic_for(call, dtype));
   std::vector<Tensor> none;  // before the input is written: allocations may fail. Results must not share memory.
   for (int i = 0; i < 4 && !stats; i++) none.push_back(empty({0}, input.scalar_type(), input));
   const Forward out =
@@ -171,7 +184,8 @@ Tensor cross_entropy_part(Tensor input, Tensor target, std::optional<Tensor> wei
 
 std::vector<Tensor> cross_entropy_of_parts(Tensor parts, std::optional<Tensor> target, std::optional<Tensor> weight,
                                            Options options, ScalarType dtype, bool wide, bool stats,
-                                           std::optional<Tensor> denominator, int64_t all_classes) {
+                                           std::optional<Tensor> denominator, int64_t all_classes,
+                                           std::optional<Tensor> row_weight) {
   Call call{"cross_entropy_of_parts", parts, target.value_or(parts), weight, options};
   STD_TORCH_CHECK(
       parts.scalar_type() == ScalarType::Double && parts.is_contiguous() && parts.dim() >= 2 && parts.size(0) > 0,
@@ -190,6 +204,7 @@ std::vector<Tensor> cross_entropy_of_parts(Tensor parts, std::optional<Tensor> t
   const PartFields fields{call.probabilities || options.label_smoothing != 0, call.probabilities, stats};
   STD_TORCH_CHECK(parts.size(1) == fields.count(), call.op, ": these options make parts of ", fields.count(),
                   " fields; got ", parts.size(1), ".");
+  set_row_weight(call, row_weight, wide ? ScalarType::Double : ScalarType::Float);
   const Forward out =
       outputs(call, dtype, wide ? ScalarType::Double : ScalarType::Float, stats, std::nullopt, denominator, false);
   device::cross_entropy_of_parts(call, out);
@@ -212,15 +227,16 @@ RowValues checked_upstream(const Call& call, std::optional<Tensor>& grad, bool p
   return row_values(*grad, dtype_of(*grad, call.op, argument), per_row);
 }
 
-void backward(const Call& call, UpstreamGradients grads, const Tensor& state, const Tensor& total_weight,
+void backward(Call& call, UpstreamGradients grads, const Tensor& state, const Tensor& total_weight,
               const std::optional<Tensor>& entropy, const std::optional<Tensor>& grad_input,
-              const std::optional<Tensor>& grad_target) {
+              const std::optional<Tensor>& grad_target, const std::optional<Tensor>& row_weight) {
   check_device(state, call.input, call.op, "state");
   check_device(total_weight, call.input, call.op, "total_weight");
   const ScalarType arithmetic = state.scalar_type();
   STD_TORCH_CHECK(sizes_of(state) == state_sizes(call) && state.is_contiguous() &&
                       (arithmetic == ScalarType::Double || arithmetic == ScalarType::Float),
                   call.op, ": state must come from cross_entropy.");
+  set_row_weight(call, row_weight, arithmetic);
   STD_TORCH_CHECK(call.options.reduction != kMean ||
                       (total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double),
                   call.op, ": total_weight must come from cross_entropy.");
@@ -242,15 +258,16 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(std::optional<Tensor> grad_los
                                                   Tensor input, Tensor target, std::optional<Tensor> weight,
                                                   Tensor state, Tensor total_weight, std::optional<Tensor> entropy,
                                                   Options options, bool needs_input, bool needs_target,
-                                                  int64_t first_class, std::optional<int64_t> all_classes) {
-  const Call call = checked_call("cross_entropy_backward", input, target, weight, options, {first_class, all_classes});
+                                                  int64_t first_class, std::optional<int64_t> all_classes,
+                                                  std::optional<Tensor> row_weight) {
+  Call call = checked_call("cross_entropy_backward", input, target, weight, options, {first_class, all_classes});
   STD_TORCH_CHECK(call.probabilities || !needs_target, call.op, ": class indices have no gradient.");
   std::optional<Tensor> grad_input, grad_target;
   if (needs_input) grad_input = softmax_ext::empty_like(input, input.scalar_type());
   if (needs_target) grad_target = softmax_ext::empty_like(target, target.scalar_type());
   if (needs_input || needs_target)
-    backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, grad_input,
-             grad_target);
+    backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, grad_input, grad_target,
+             row_weight);
   const auto or_empty = [](const std::optional<Tensor>& grad, const Tensor& like) {
     return grad ? *grad : empty({0}, like.scalar_type(), like);
   };
@@ -261,9 +278,10 @@ void cross_entropy_backward_(std::optional<Tensor> grad_loss, std::optional<Tens
                              std::optional<Tensor> grad_nll, std::optional<Tensor> grad_entropy, Tensor input,
                              Tensor target, std::optional<Tensor> weight, Tensor state, Tensor total_weight,
                              std::optional<Tensor> entropy, Options options, int64_t first_class,
-                             std::optional<int64_t> all_classes) {
-  const Call call = checked_call("cross_entropy_backward_", input, target, weight, options, {first_class, all_classes});
-  backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input, std::nullopt);
+                             std::optional<int64_t> all_classes, std::optional<Tensor> row_weight) {
+  Call call = checked_call("cross_entropy_backward_", input, target, weight, options, {first_class, all_classes});
+  backward(call, {grad_loss, grad_lse, grad_nll, grad_entropy}, state, total_weight, entropy, input, std::nullopt,
+           row_weight);
 }
 
 }  // namespace

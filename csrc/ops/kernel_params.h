@@ -35,6 +35,7 @@ CrossEntropyParams<T> cross_entropy_params(const Call& call) {
   p.options = rounded_to<T>(call.options);
   p.first_class = call.first_class;
   p.all_classes = call.all_classes;
+  if (call.row_weight) p.row_weight = const_values_of<T>(*call.row_weight);
   return p;
 }
 
@@ -82,6 +83,7 @@ template <typename T>
 CrossEntropyParams<T> backward_params(const Call& call, const Backward& operands, const double* divisor) {
   CrossEntropyParams<T> p = cross_entropy_params<T>(call);
   p.state = values_of<T>(operands.state);
+  if (call.options.weighs_by_probability) p.row_weight = p.state + 2 * p.rows;
   if (operands.entropy_values) p.entropy = values_of<T>(*operands.entropy_values);
   if (operands.grad_input) p.grad_logits = operands.grad_input->data_ptr();
   if (operands.grad_target) p.grad_probabilities = operands.grad_target->data_ptr();

@@ -32,8 +32,9 @@ struct Call {
 
   DType input_type{};
   bool probabilities = false;
-  bool byte_target = false;  // class indices of uint8, otherwise of int64
-  DType target_type{};       // of probabilities
+  bool byte_target = false;            // class indices of uint8, otherwise of int64
+  DType target_type{};                 // of probabilities
+  std::optional<Tensor> row_weight{};  // contiguous, in the type of the arithmetic
   std::vector<int64_t> batch{};
   int64_t rows = 0, classes = 0;
   int64_t first_class = 0, all_classes = 0;  // of a row; the input has `classes` of them
@@ -44,7 +45,7 @@ struct Forward {
   ScalarType arithmetic;
   DType loss_type;
   Tensor loss;                 // [*batch] or []
-  Tensor state;                // [2 or 4, *batch], or [0]: no backward follows
+  Tensor state;                // [2, 3 or 4, *batch], or [0]: no backward follows
   Tensor total_weight;         // [] float64: the mean's denominator; or [0]: there is none
   std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
   std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input

@@ -51,6 +51,11 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 
 Tensor as_contiguous(const Tensor& tensor);
 
+// The tensor itself where it has the type already, a copy otherwise.
+inline Tensor converted(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
 std::vector<int64_t> sizes_of(const Tensor& tensor);
 
 // Sizes without dimension `dim`.

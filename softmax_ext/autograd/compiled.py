@@ -35,9 +35,9 @@ def _fake_cross_entropy(*arguments: Any) -> list[Tensor]:
 
 def _keep_for_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, target, weight, *arguments = inputs
-    options, (dtype, stats, _, denominator, _) = Options.split(arguments)
+    options, (dtype, stats, _, denominator, row_weight, _) = Options.split(arguments)
     ctx.inputs = len(inputs)
-    CrossEntropy.setup_context(ctx, (input, target, weight, denominator, options, dtype, stats), output)
+    CrossEntropy.setup_context(ctx, (input, target, weight, denominator, options, dtype, stats, row_weight), output)
 
 
 def _cross_entropy_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -48,7 +48,7 @@ def _cross_entropy_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tenso
 cross_entropy = refusals.define(
     "cross_entropy_traced",
     f"(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, ScalarType? dtype, bool stats, bool precompute_grad, "
-    "Tensor? denominator, int version) -> Tensor[]",
+    "Tensor? denominator, Tensor? row_weight, int version) -> Tensor[]",
     _cross_entropy,
     _fake_cross_entropy,
 )

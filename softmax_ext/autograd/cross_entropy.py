@@ -21,7 +21,7 @@ from torch.autograd import Function
 from .. import internals, ops
 from ..dtypes import arithmetic_dtype
 from ..options import MEAN, NONE, Options
-from ..reference import Rows, Upstream, row_weights, total_weight
+from ..reference import Rows, Upstream, shares, total_weight
 from . import refusals
 from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread, to_front
 
@@ -44,6 +44,7 @@ class BackwardCall(NamedTuple):
     options: Any = None
     needs_input: Any = None
     needs_target: Any = None
+    row_weight: Any = None
 
     @property
     def upstream(self) -> Upstream:
@@ -59,22 +60,22 @@ class CrossEntropyBackward(Function):
         call = BackwardCall(*args)
         tensors = (call.input, call.target, call.weight, call.state, call.total_weight, call.entropy)
         needs = (call.needs_input, call.needs_target)
-        grads = ops.cross_entropy_backward(*call.upstream, *tensors, *call.options, *needs)
+        grads = ops.cross_entropy_backward(*call.upstream, *tensors, *call.options, *needs, row_weight=call.row_weight)
         return tuple(grad for grad, needed in zip(grads, needs, strict=True) if needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         call = BackwardCall(*inputs)
         ctx.options, ctx.needs = call.options, (call.needs_input, call.needs_target)
-        kept = (*call.upstream, call.input, call.target, call.weight, call.total_weight)
+        kept = (*call.upstream, call.input, call.target, call.weight, call.total_weight, call.row_weight)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *upstream, input, target, weight, total = ctx.saved_tensors
-        rows = Rows(input, target, weight, ctx.options)
+        *upstream, input, target, weight, total, row_weight = ctx.saved_tensors
+        rows = Rows(input, target, weight, ctx.options, row_weight)
         g = rows.row_gradients(upstream, total)
         along_input, along_target = spread(grads, ctx.needs)
         slopes = rows.derivative(along_input, along_target)
@@ -92,8 +93,8 @@ class CrossEntropyBackward(Function):
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        *upstream, input, target, weight, total = saved
-        rows = Rows(input, target, weight, ctx.options)
+        *upstream, input, target, weight, total, row_weight = saved
+        rows = Rows(input, target, weight, ctx.options, row_weight)
         g = rows.row_gradients(upstream, total)
         along = BackwardCall(*tangents)
         dg = rows.row_gradients(along.upstream, total)
@@ -133,6 +134,7 @@ class CrossEntropyBackward(Function):
                 options._replace(dim=options.dim + 1, reduction=NONE),
                 call.needs_input,
                 call.needs_target,
+                None if call.row_weight is None else to_front(call.row_weight, dims.row_weight, size),
             )
         )
         return grads, (0,) * len(grads)
@@ -161,12 +163,13 @@ def formula_gradients(
     total: Tensor,
     options: Options,
     needs: Sequence[bool],
+    row_weight: Tensor | None = None,
 ) -> list[Tensor | None]:
     """(grad_input, grad_target) by torch's operations, for batched gradients that are differentiated again.
 
     Where autograd batches gradients, torch's operations have a graph and tangents, but a Function silently loses both.
     """
-    rows = Rows(input, target, weight, options)
+    rows = Rows(input, target, weight, options, row_weight)
     of_rows = rows.row_gradients(upstream, total)
     needs_input, needs_target = needs
     grad_target = rows.target_gradient(of_rows).to(target.dtype) if needs_target else None
@@ -181,7 +184,7 @@ def _gradients(
         return None, None
     needs_input, needs_target = needs = ctx.needs_input_grad[:2]
     # Only once, because non-reentrant checkpoints free a saved tensor when it is unpacked.
-    input, target, weight, state, total, entropy_values = ctx.saved_tensors
+    input, target, weight, state, total, entropy_values, row_weight = ctx.saved_tensors
     if refusals.is_backward_traced():
         given = next(g for g in (loss, lse, nll, entropy) if g is not None)
         total = refusals.refusing(total, given, "cross_entropy")
@@ -189,9 +192,9 @@ def _gradients(
     if not is_plain_backward():
         upstream = Upstream(loss, lse, nll, entropy)
         if is_batched(upstream):
-            return formula_gradients(upstream, input, target, weight, total, ctx.options, needs)
-        return spread(CrossEntropyBackward.apply(*tensors, ctx.options, needs_input, needs_target), needs)
-    grad_input, grad_target = ops.cross_entropy_backward(*tensors, *ctx.options, needs_input, needs_target)
+            return formula_gradients(upstream, input, target, weight, total, ctx.options, needs, row_weight)
+        return spread(CrossEntropyBackward.apply(*tensors, ctx.options, *needs, row_weight), needs)
+    grad_input, grad_target = ops.cross_entropy_backward(*tensors, *ctx.options, *needs, row_weight=row_weight)
     return grad_input if needs_input else None, grad_target if needs_target else None
 
 
@@ -211,19 +214,23 @@ class Results(NamedTuple):
 
 
 class CrossEntropy(Function):
-    """(input, target, weight, denominator, options, dtype, stats) -> Results: all seven with ``stats``, else three."""
+    """The loss with all derivatives.
+
+    (input, target, weight, denominator, options, dtype, stats, row_weight) -> Results: all seven with ``stats``, else
+    three.
+    """
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        input, target, weight, denominator, options, dtype, stats = args
-        return tuple(ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator))
+        input, target, weight, denominator, options, dtype, stats, row_weight = args
+        return tuple(ops.cross_entropy(input, target, weight, *options, dtype, stats, False, denominator, row_weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        input, target, weight, _, ctx.options, _, ctx.stats = inputs
+        input, target, weight, _, ctx.options, _, ctx.stats, row_weight = inputs
         results = Results(*output)
         ctx.dtypes = (results.loss.dtype, results.state.dtype)
-        kept = (input, target, weight, results.state, results.total_weight, results.entropy)
+        kept = (input, target, weight, results.state, results.total_weight, results.entropy, row_weight)
         ctx.save_for_backward(*kept)
         ctx.save_for_forward(*kept)
         prediction = [results.prediction] if ctx.stats else []
@@ -234,16 +241,16 @@ class CrossEntropy(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         given = Results(*grads)  # type: ignore[arg-type]
         grad_input, grad_target = _gradients(ctx, given.loss, given.lse, given.nll, given.entropy)
-        return grad_input, grad_target, None, None, None, None, None
+        return grad_input, grad_target, None, None, None, None, None, None
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, target, weight, _, total, _ = saved
+        input, target, weight, _, total, _, row_weight = saved
         along_input, along_target, along_weight, *_ = tangents
         if along_weight is not None:
             raise RuntimeError("cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
-        rows = Rows(input, target, weight, ctx.options)
+        rows = Rows(input, target, weight, ctx.options, row_weight)
         along = rows.derivative(along_input, along_target)
         loss_dtype, stats_dtype = ctx.dtypes
         loss = rows.reduce_slope(along.loss, total).to(loss_dtype)
@@ -254,17 +261,18 @@ class CrossEntropy(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size = info.batch_size
-        input, target, weight, denominator, options, dtype, stats = args
-        input_dim, target_dim, weight_dim, denominator_dim, *_ = in_dims
+        input, target, weight, denominator, options, dtype, stats, row_weight = args
+        input_dim, target_dim, weight_dim, denominator_dim, *_, row_weight_dim = in_dims
         if weight_dim is not None:
             return one_by_one(CrossEntropy, size, in_dims, args)
         x, y = to_front(input, input_dim, size), to_front(target, target_dim, size)
+        factors = None if row_weight is None else to_front(row_weight, row_weight_dim, size)
         loss_dtype = dtype or x.dtype
         wide = arithmetic_dtype(loss_dtype, x.dtype)
         row_options = options._replace(dim=options.dim + 1, reduction=NONE)
-        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, None, row_options, wide, stats)
+        loss, state, _, *rest = CrossEntropy.apply(x, y, weight, None, row_options, wide, stats, factors)
         if denominator is None:
-            total = _weight_per_sample(y, weight, options)
+            total = _weight_per_sample(y, weight, options, factors)
         else:
             total = to_front(denominator, denominator_dim, size).clone()  # a result must not be an argument
         if options.reduction != NONE:
@@ -279,12 +287,14 @@ def _sum_per_sample(rows: Tensor) -> Tensor:
     return rows.flatten(1).sum(1) if rows.dim() > 1 else rows
 
 
-def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options) -> Tensor:
-    """``total_weight`` of each sample target[i]. ``options`` are those of one sample."""
+def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None) -> Tensor:
+    """``total_weight`` of each sample target[i], row_weight[i]. ``options`` are those of one sample."""
     if target.is_floating_point():
+        if row_weight is not None and target.shape[options.dim + 1] != 0:
+            return _sum_per_sample(row_weight.double())
         sample = target.new_empty(()).expand(target.shape[1:])
         return total_weight(sample, weight, options.dim, options.ignore_index).expand(target.shape[0])
-    return _sum_per_sample(row_weights(target, weight, options.ignore_index).double())
+    return _sum_per_sample(shares(target, weight, options.ignore_index, row_weight).double())
 
 
 # torch binds the arguments of ``forward`` to its signature at every call. With the signature stored here, inspect does
@@ -323,7 +333,7 @@ class _EarlyGradient:
 class EagerCrossEntropy(Function):
     """(input, target, weight, call) -> loss, or a tuple with statistics.
 
-    ``call`` is (options, dtype, stats, precompute_grad, inplace, denominator).
+    ``call`` is (options, dtype, stats, precompute_grad, inplace, denominator, row_weight).
 
     On a small input the code around the kernels takes most of the time. This form of CrossEntropy has less of it:
     ``forward`` sees ``ctx``, returns only the caller's results, saves nothing for forward mode, and has few arguments.
@@ -337,25 +347,25 @@ class EagerCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, call: tuple[Any, ...]) -> Any:
-        ctx.options, dtype, stats, precompute_grad, inplace, denominator = call
+        ctx.options, dtype, stats, precompute_grad, inplace, *factors = call
         ctx.set_materialize_grads(False)
         results: list[Tensor]
         if precompute_grad and inplace:
-            results = _overwrite(input, target, weight, *ctx.options, dtype, stats, denominator)
+            results = _overwrite(input, target, weight, *ctx.options, dtype, stats, *factors)
             input = input.detach()  # it holds the gradient now, so it must not be saved as an input of the graph
             ctx.early = _EarlyGradient(inplace=True, unscaled=True, overwritten=True)
         else:
-            results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad, denominator)
+            results = ops.cross_entropy(input, target, weight, *ctx.options, dtype, stats, precompute_grad, *factors)
             if precompute_grad:
                 ctx.early = _EarlyGradient(gradient=[results.pop()])
             else:
                 ctx.early = _EarlyGradient(inplace=True) if inplace else None
         if not stats:
             loss, state, total = results[:3]
-            ctx.save_for_backward(input, target, weight, state, total, None)
+            ctx.save_for_backward(input, target, weight, state, total, None, factors[1])
             return loss
         loss, state, total, lse, nll, entropy, prediction = results
-        ctx.save_for_backward(input, target, weight, state, total, entropy)
+        ctx.save_for_backward(input, target, weight, state, total, entropy, factors[1])
         ctx.mark_non_differentiable(prediction)
         return loss, lse, nll, entropy, prediction
 
@@ -408,14 +418,15 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
         raise RuntimeError(
             f"cross_entropy: inplace=True {writes} the gradient over the logits, so {refused}. Use inplace=False."
         )
-    input, target, weight, state, total, entropy = ctx.saved_tensors
+    input, target, weight, state, total, entropy, row_weight = ctx.saved_tensors
     gradient: Tensor = input.detach()
     written = True
     try:
         if early.unscaled:
             _scale(ctx, gradient, upstream.loss)
         else:
-            ops.cross_entropy_backward_(*upstream, gradient, target, weight, state, total, entropy, *ctx.options)
+            tensors = (*upstream, gradient, target, weight, state, total, entropy)
+            ops.cross_entropy_backward_(*tensors, *ctx.options, row_weight=row_weight)
     except Exception as error:
         written = _may_have_written(error, input)
         raise
@@ -429,7 +440,7 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
 def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
     """Multiplies a precomputed gradient by its upstream gradient, in place."""
     if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # forward did not divide it by the total
-        *_, total, _ = ctx.saved_tensors
+        *_, total, _, _ = ctx.saved_tensors
         grad_loss = grad_loss.to(total.dtype) / total
     ops.scale_rows_(gradient, grad_loss, ctx.options.dim)
 

@@ -68,7 +68,7 @@ def _gradients_through_logits(
         of_logits, of_target = formula_gradients(upstream, logits, target, weight, total, options, (True, needs.target))
     else:
         denominator = total if options.reduction == MEAN else None
-        results = Results(*CrossEntropy.apply(logits, target, weight, denominator, options, wide, True))
+        results = Results(*CrossEntropy.apply(logits, target, weight, denominator, options, wide, True, None))
         kept = (logits, target, weight, results.state, results.total_weight, results.entropy)
         gradients = CrossEntropyBackward.apply(*BackwardCall(*upstream, *kept, options, True, needs.target))
         of_logits, of_target = spread(gradients, (True, needs.target))

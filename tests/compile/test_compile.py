@@ -540,14 +540,89 @@ def test_bad_class_in_a_compiled_transform():
         (lambda x: cross_entropy(x, Y, label_smoothing=2.0), "label_smoothing must lie in"),
         (lambda x: cross_entropy(x, Y, denominator=W), "denominator must have one element"),
         (lambda x: cross_entropy(x, Y, denominator=x.sum()), r"Use denominator\.detach\(\)"),
+        (lambda x: cross_entropy(x, Y, row_weight=W), r"row_weight must have shape \[3\]"),
+        (lambda x: cross_entropy(x, Y, row_weight=x[:, 0]), r"Use row_weight\.detach\(\)"),
+        (lambda x: cross_entropy(x, Y, row_weight="p"), 'row_weight must be a Tensor, "probability" or None'),
         (lambda x: softmax_ext.softmax(x, 2), r"dim must lie in \[-2, 1\]"),
     ],
-    ids=["rows", "dtype", "option", "denominator", "denominator with a gradient", "dim"],
+    ids=[
+        "rows",
+        "dtype",
+        "option",
+        "denominator",
+        "denominator with a gradient",
+        "row_weight",
+        "row_weight with a gradient",
+        "row_weight of another text",
+        "dim",
+    ],
 )
 def test_misuse_is_found_while_tracing(call, text):
     """The type is Dynamo's; the text must still be there."""
     with pytest.raises(Exception, match=text):
         compiled(call)(randn(3, 4).requires_grad_())
+
+
+# ---- row_weight ----------------------------------------------------------------------------------------------------
+
+FACTORS = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
+WEIGHED: dict[str, Callable[..., Any]] = {
+    "given": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, z_loss=0.1),
+    "given, with class weights": lambda x, f: cross_entropy(x * 1, Y, W, row_weight=f),
+    "given, inplace": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, inplace=True, precompute_grad=True),
+    "given, none": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, reduction="none"),
+    "given, to a module": lambda x, f: CrossEntropyLoss(W)(x, Y, row_weight=f, denominator=3),
+    "given, with statistics": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, return_stats=True, **ALL),
+    "computed": lambda x, f: cross_entropy(x * 1, Y, row_weight=x.detach().sum(1) * f),
+    "probability": lambda x, f: cross_entropy(x * 1, Y, row_weight="probability"),
+    "probability, none": lambda x, f: cross_entropy(x * 1, Y, row_weight="probability", reduction="none"),
+    "probability, with statistics": lambda x, f: cross_entropy(
+        x * 1, Y, row_weight="probability", return_stats=True, **ALL
+    ),
+}
+
+
+@pytest.mark.parametrize("function", WEIGHED.values(), ids=WEIGHED)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_row_weight(backend, function):
+    results = []
+    for call in (compiled(function, backend=backend), function):
+        x = randn(3, 4).requires_grad_()
+        found = torch.utils._pytree.tree_leaves(call(x, FACTORS))
+        total = sum(t.cos().sum() for t in found if t.requires_grad)
+        results.append((*(t.detach() for t in found), *torch.autograd.grad(total, x)))
+    assert_close(*results)
+
+
+def test_row_weight_of_any_number_of_rows():
+    counter = CompileCounterWithBackend("aot_eager")
+    f = compiled(lambda x, y, w: cross_entropy(x, y, row_weight=w), backend=counter, dynamic=True)
+    counts = set()
+    for rows in (3, 7, 20):
+        x, y, w = randn(rows, 4), torch.arange(rows) % 4, randn(rows)
+        assert_close(f(x, y, w), cross_entropy(x, y, row_weight=w))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1, counts
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.hessian])
+@pytest.mark.parametrize("given", [FACTORS, "probability"], ids=["given", "probability"])
+def test_row_weight_within_a_compiled_transform(given, transform):
+    def function(x: Tensor) -> Tensor:
+        return cross_entropy(x, Y, row_weight=given)
+
+    assert_close(compiled(lambda x: transform(function)(x))(randn(3, 4)), transform(function)(randn(3, 4)))
+
+
+class Weighed(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(x * 1, y, row_weight=w), cross_entropy(x * 1, y, row_weight="probability")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_row_weight(strict):
+    program = torch.export.export(Weighed(), (randn(3, 4), Y, FACTORS), strict=strict)
+    assert_close(program.module()(randn(3, 4, seed=7), Y, -FACTORS), Weighed()(randn(3, 4, seed=7), Y, -FACTORS))
 
 
 # ---- export --------------------------------------------------------------------------------------------------------
@@ -762,7 +837,8 @@ def test_opcheck_cross_entropy_traced(name, with_grad):
     """It has a derivative, which is checked where an input requires grad."""
     arguments = {**INPUTS, **EXPANDED}[name]()
     check_operator(
-        OPS.cross_entropy_traced.default, (*(requiring_grad(arguments) if with_grad else arguments), False, None, 1)
+        OPS.cross_entropy_traced.default,
+        (*(requiring_grad(arguments) if with_grad else arguments), False, None, None, 1),
     )
 
 
@@ -777,7 +853,7 @@ def test_opcheck_with_a_denominator(name):
         check_operator(OPS.cross_entropy.default, (*arguments, precompute_grad, DENOMINATOR))
         without_data(OPS.cross_entropy.default, (*arguments, precompute_grad, DENOMINATOR))
     check_operator(OPS.cross_entropy_.default, (*arguments, DENOMINATOR))
-    traced = (*requiring_grad(arguments), False, DENOMINATOR, 1)
+    traced = (*requiring_grad(arguments), False, DENOMINATOR, None, 1)
     check_operator(OPS.cross_entropy_traced.default, traced)
     plain, divided = OPS.cross_entropy(*arguments, True), OPS.cross_entropy(*arguments, True, DENOMINATOR)
     total = plain[2] if plain[2].dim() == 0 else 1.0
@@ -785,6 +861,30 @@ def test_opcheck_with_a_denominator(name):
         divided[-1].double() * 3, plain[-1].double() * total, rtol=1e-6 if name[:2] != "bf" else 1e-2, atol=1e-6
     )
     assert divided[2] == 3
+
+
+@pytest.mark.parametrize("name", ["classes", "none", "image", "probabilities", "bfloat16 to float32", "no rows"])
+def test_opcheck_with_row_weight(name):
+    arguments = INPUTS[name]()
+    x, target, weight, *options = arguments
+    batch = [n for d, n in enumerate(x.shape) if d != 1]
+    kinds: list[tuple[tuple[Any, ...], Tensor | None]] = [(arguments, torch.rand(batch))]
+    if not target.is_floating_point():
+        by_probability = Options(*options[:-2])._replace(weighs_by_probability=True)
+        kinds.append(((x, target, weight, *by_probability, *options[-2:]), None))
+    for call, factors in kinds:
+        for precompute_grad in (False, True):
+            check_operator(OPS.cross_entropy.default, (*call, precompute_grad, None, factors))
+            without_data(OPS.cross_entropy.default, (*call, precompute_grad, None, factors))
+        check_operator(OPS.cross_entropy_.default, (*call, None, factors))
+        check_operator(OPS.cross_entropy_traced.default, (*requiring_grad(call), False, None, factors, 1))
+        x, target, weight, *options, _, stats = call
+        loss, state, total, *rest = OPS.cross_entropy(*call, False, None, factors)
+        upstream = [torch.rand_like(loss)] + ([torch.rand_like(t) for t in rest[:3]] if stats else [None] * 3)
+        backward = (*upstream, x, target, weight, state, total, rest[2] if stats else None, *options)
+        further = (0, None, factors)
+        check_operator(OPS.cross_entropy_backward.default, (*backward, True, target.is_floating_point(), *further))
+        check_operator(OPS.cross_entropy_backward_.default, (*backward, *further))
 
 
 @pytest.mark.parametrize(

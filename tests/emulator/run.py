@@ -22,6 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 SAMPLE = {
     "unit/test_cross_entropy.py": (4, 60),
     "unit/test_denominator.py": (2, 30),
+    "unit/test_row_weight.py": (2, 30),
     "unit/test_softmax.py": (2, 30),
     "unit/test_layouts.py": (1, 15),
     "unit/test_numerics.py": (1, 15),

@@ -121,12 +121,15 @@ class Rows:
         self.smooth_mass = torch.where(self.one_hot > 0, share * weights, self.mass).abs()  # without the target class's
         self.true_mass = (self.target_weight * self.one_hot).abs()
         each = self.live.double() if target.is_floating_point() else self.one_hot * weights
+        self._weigh(options["row_weight"])
+        if not isinstance(options["row_weight"], str):
+            each = each * self.row_weight
         self.total = each.sum()
         if options["denominator"] is not None:
             self.options = {**options, "reduction": "mean"}
             self.total = torch.tensor(options["denominator"], dtype=torch.float64)
         self.no_weight = bool(self.options["reduction"] == "mean" and self.total == 0 and self.live.any())
-        self.massless = self.unflat((z == -torch.inf) & (self.mass == 0) & m.isfinite())
+        self.massless = self.unflat((z == -torch.inf) & ((self.mass == 0) | (self.row_weight == 0)) & m.isfinite())
         self.dead = self.unflat((~self.live).expand_as(x))
         self.shape = x.shape[:-1]
 
@@ -138,6 +141,16 @@ class Rows:
         # -inf and inf are exact; what becomes infinite on the way is not.
         self.lost = (big.sum(-1, keepdim=True) > limit) if classes else torch.zeros_like(self.live)
 
+    def _weigh(self, row_weight: Tensor | str | None) -> None:
+        """What each row's loss is multiplied by, [M, 1], and its relative error, in units."""
+        self.row_weight, self.row_weight_error = self.live.double(), torch.zeros_like(self.m)
+        if isinstance(row_weight, str):
+            self.row_weight = (self.one_hot * self.p).sum(-1, keepdim=True)
+            relative = (1 + self.log_sum_error + finite(self.minus_log_p) + 2 * self.off) * self.inflation
+            self.row_weight_error = (self.one_hot * relative).sum(-1, keepdim=True)
+        elif row_weight is not None:
+            self.row_weight = torch.where(self.live, row_weight.reshape(self.live.shape), 0)
+
     def flat(self, t: Tensor) -> Tensor:
         return t.movedim(self.dim, -1)
 
@@ -148,7 +161,8 @@ class Rows:
         """A bound of results from their magnitude, and from that of what float64 adds up."""
         tiny = torch.finfo(self.work).smallest_normal * 64
         allowed = self.unit * finite(magnitude) + FLOAT64 * finite(float64) + tiny * (1 + finite(float64))
-        nothing = self.sick & (self.mass == 0).all(-1, keepdim=True) & self.live  # 0 or NaN
+        no_mass = (self.mass == 0).all(-1, keepdim=True) | (self.row_weight == 0)
+        nothing = self.sick & no_mass & self.live  # 0 or NaN
         return torch.where(self.lost | nothing, torch.inf, allowed)
 
     # ---- values ----
@@ -161,7 +175,8 @@ class Rows:
         size = size + z_loss * (2 * finite(self.lse).abs() * self.lse_error + square) * self.live
         mass = self.mass.abs()
         naive = (mass * (1 + self.minus_log_p)).sum(-1, keepdim=True) + z_loss * square
-        return self._allow(size, naive)
+        size = size + self.row_weight_error * naive
+        return self._allow(size * self.row_weight.abs(), naive * self.row_weight.abs())
 
     def reduced(self, exact: Tensor, dtype: torch.dtype) -> Bounded:
         """Of the loss, as the reduction makes it."""
@@ -205,7 +220,7 @@ class Rows:
         f = upstream.abs().unsqueeze(-1) if upstream.dim() else upstream.abs().expand_as(self.m)
         if self.options["reduction"] == "mean":
             f = f / self.total.abs()
-        return finite(f) * self.live
+        return finite(f) * self.row_weight.abs()
 
     def gradient_error(self, exact: Tensor, upstream: list[Tensor | None]) -> Tensor:
         """Of the gradient of each logit, before it is rounded to its dtype; in the logits' shape.
@@ -230,6 +245,7 @@ class Rows:
         size = size + g_entropy * self.p * (self.e + entropy_error) + f * self.smooth_mass + g_nll * q
         certainty = finite(-torch.expm1(self.log_p))
         size = size + of_target * (certainty + self.p * self.e)
+        size = size + self.row_weight_error * f * (self.p * pull + self.mass.abs())
         size = finite(size)
         size = size.amax(-1, keepdim=True) if size.shape[-1] else size
         naive = pull + f * self.mass.abs().sum(-1, keepdim=True) + g_nll * self.q.abs().sum(-1, keepdim=True)
@@ -253,6 +269,7 @@ class Rows:
         f = torch.zeros_like(self.m) if loss is None else (loss.unsqueeze(-1) if loss.dim() else loss.expand_as(self.m))
         if self.options["reduction"] == "mean":
             f = f / self.total
+        f = f * self.row_weight
         g = f * self.target_weight + (0 if nll is None else nll.unsqueeze(-1))
         infinite = (self.log_p == -torch.inf) & ~self.sick
         exact = torch.where((g == 0) & infinite, 0, -g * self.log_p)
@@ -277,6 +294,7 @@ class Rows:
         infinite = (self.log_p == -torch.inf) & ~self.sick & (self.target_weight == 0) & (terms.reshape(mass.shape) > 0)
         if upstream is not None:
             sign = upstream.sign() if not upstream.dim() else upstream.sign().unsqueeze(-1)
+            sign = sign * self.row_weight.sign() * (self.total.sign() if self.options["reduction"] == "mean" else 1)
             exact = exact + torch.where(infinite, torch.inf * sign * mass, 0).reshape(terms.shape).sum(0)
         e, mlp = (t.reshape(-1, t.shape[-1]) for t in (self.e + 1, self.minus_log_p))
         allowed = (self.unit * (terms * (e + mlp)) + FLOAT64 * terms * (1 + mlp)).sum(0) * 2
@@ -315,7 +333,7 @@ def exact_loss(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows
     # Nothing of the target class's own term, also where that is infinite.
     uniform = torch.full_like(z, 1 / z.shape[dim])
     each = oracle.cross_entropy_loss(z, uniform, weight, reduction="none", z_loss=options["z_loss"])
-    each = torch.where(rows.live.squeeze(-1), each, 0)
+    each = torch.where((rows.row_weight != 0).squeeze(-1), each * rows.row_weight.squeeze(-1), 0)
     if options["reduction"] == "none":
         return each
     return each.sum() / (rows.total if options["reduction"] == "mean" else 1)
@@ -340,4 +358,5 @@ PLAIN: dict[str, Any] = {
     "softcap": None,
     "logit_scale": 1.0,
     "denominator": None,
+    "row_weight": None,
 }

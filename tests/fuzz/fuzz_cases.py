@@ -262,6 +262,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class RowWeight:
+    """Factors of the rows; ``seed`` None: by probability."""
+
+    dtype: torch.dtype
+    seed: int | None
+    memory: Memory
+
+    def draw(self, rows: tuple[int, ...]) -> Tensor:
+        values = torch.tensor([1.0, 0.5, -2.0, 0.0, 3.0], dtype=self.dtype)
+        return values[(5 * uniform(self.seed or 0, rows)).long().clamp(max=4)]
+
+
+@dataclass(frozen=True)
 class Weight:
     """Class weights."""
 
@@ -318,6 +331,7 @@ class LossCase:
     softcap: float | None
     logit_scale: float
     denominator: float | None
+    row_weight: RowWeight | None
     precompute_grad: bool
     inplace: bool
     return_stats: bool
@@ -371,6 +385,11 @@ class LossCase:
             memory["weight"] = self.weight.memory
         if self.linear is not None:
             memory |= {"linear_weight": self.linear.matrix_memory, "linear_bias": self.linear.bias_memory}
+        if self.row_weight is not None and self.row_weight.seed is not None and self.shape:
+            tensors["row_weight"] = self.row_weight.draw((*self.shape[: self.dim], *self.shape[self.dim + 1 :]))
+            memory["row_weight"] = self.row_weight.memory
+            if self.ruined and not self.target.probabilities:
+                tensors["row_weight"][target.long() == self.ignored_class] = torch.nan
         self._mistaken(tensors)
         return {
             name: (memory[name] if len(memory[name].order) == t.dim() else contiguous(t.dim())).place(t, device)
@@ -462,6 +481,14 @@ def weights(draw: Any, dtype: torch.dtype, calm: bool, differentiable: bool, alw
 
 
 @st.composite
+def row_weights(draw: Any, logits_shape: tuple[int, ...], target: Target) -> RowWeight:
+    by_probability = not target.probabilities and draw(sometimes(3))
+    return RowWeight(
+        draw(DTYPES), None if by_probability else draw(SEEDS), draw(memories(max(len(logits_shape) - 1, 0)))
+    )
+
+
+@st.composite
 def layers(draw: Any, classes: int, calm: bool, has_bias: bool) -> Linear:
     features = draw(st.sampled_from([1, 2, 3] if calm else [0, 1, 2, 3, 5, 8, 16, 17, 40]))
     further = ()
@@ -525,6 +552,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake
     used = tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))) if stats and draw(sometimes(2)) else (True,) * 4
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     smoothing = draw(smoothings())
+    row_weight = draw(row_weights(shape, target)) if not is_linear and draw(sometimes(3)) else None
     case_values = draw(values(calm or (is_linear and not draw(sometimes(4)))))
     if is_linear and case_values.kind in EXTREME:
         case_values = Values("normal", case_values.seed, case_values.special)
@@ -551,6 +579,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake
         softcap=draw(mostly(None, [0.5, 5.0, 30.0], 4)),
         logit_scale=draw(mostly(1.0, [0.5, -1.5, 0.01, 3.0], 4)),
         denominator=None if reduction == "none" else draw(mostly(None, [1, 3.5, -7, 1000], 4)),
+        row_weight=row_weight,
         precompute_grad=precompute,
         inplace=inplace,
         return_stats=stats,

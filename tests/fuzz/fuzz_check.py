@@ -125,6 +125,7 @@ class Call:
             "input": case.requires_grad,
             "target": case.target.requires_grad,
             "weight": case.weight is not None and case.weight.requires_grad,
+            "row_weight": False,
             "linear_weight": linear is not None and linear.requires_grad[0],
             "linear_bias": linear is not None and linear.requires_grad[1],
         }
@@ -170,11 +171,22 @@ class Call:
             "denominator": case.denominator,
             "return_stats": case.return_stats,
         }
+        factors = self.row_weight(tensors)
+        tensors.pop("row_weight", None)
+        if factors is not None:
+            options["row_weight"] = factors
         if case.linear is not None:
             return softmax_ext.linear_cross_entropy(**tensors, **options, chunk_rows=case.linear.chunk_rows)
         return softmax_ext.cross_entropy(
             **tensors, **options, precompute_grad=case.precompute_grad, inplace=case.inplace
         )
+
+    def row_weight(self, tensors: dict[str, Tensor]) -> Tensor | str | None:
+        by_probability = self.case.row_weight is not None and self.case.row_weight.seed is None
+        return "probability" if by_probability else tensors.get("row_weight")
+
+    def options(self, wide: dict[str, Tensor]) -> dict[str, Any]:
+        return {**self.case.options(), "row_weight": self.row_weight(wide)}
 
     def torchs(self) -> Tensor:
         """What torch makes of the arguments that it has; with int64 and the input's dtype, where it needs them.
@@ -297,7 +309,7 @@ def _check_results(call: Call, results: Any) -> None:
     logits = wide["input"] if layer is None else layer.logits
     target = wide["target"] if layer is None else layer.target
     error = None if layer is None else layer.error
-    rows = Rows(logits, target, wide.get("weight"), case.options(), of_rows, error, "weight" in call.leaves)
+    rows = Rows(logits, target, wide.get("weight"), call.options(wide), of_rows, error, "weight" in call.leaves)
 
     if rows.no_weight and (case.linear is not None or case.z_loss or case.label_smoothing):
         assert not loss.isfinite().any()  # x/0, of which nobody promises more
@@ -490,7 +502,7 @@ def check_second_derivatives(case: SoftmaxCase | LossCase, device: torch.device)
     layer = Layer(case, wide, case.return_stats) if case.linear is not None else None
     logits = wide["input"] if layer is None else layer.logits
     target = wide["target"] if layer is None else layer.target
-    rows = Rows(logits, target, wide.get("weight"), case.options(), torch.float64)
+    rows = Rows(logits, target, wide.get("weight"), call.options(wide), torch.float64)
     if rows.no_weight:
         return
     theirs = [fuzz_bounds.exact_loss(logits, target, wide.get("weight"), rows)]

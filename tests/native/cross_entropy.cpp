@@ -20,6 +20,7 @@ struct Case {
   bool at_end, non_temporal;
   Target target;
   bool weighted, stats, sum_only;
+  bool row_weighted, by_probability;
   int64_t ignore_index;
   double smoothing, z_loss, softcap, logit_scale;
   // Where the gradient is written: in the visit of the forward pass, over a copy of the logits too, or in backward.
@@ -41,6 +42,8 @@ std::string text_of(const Case& o) {
   const std::pair<bool, const char*> flags[] = {{o.at_end, "at the end"},
                                                 {o.non_temporal, "non-temporal"},
                                                 {o.weighted, "weighted"},
+                                                {o.row_weighted, "row weights"},
+                                                {o.by_probability, "by probability"},
                                                 {o.stats, "stats"},
                                                 {o.sum_only, "sum only"},
                                                 {o.in_place, "in place"},
@@ -65,6 +68,8 @@ Case draw(Random& random) {
   o.target = random.pick({Target::kInt64, Target::kUint8, Target::kProbabilities});
   if (o.target == Target::kUint8 && o.shape.classes > 256) o.target = Target::kInt64;
   o.weighted = random.one_in(3);
+  o.row_weighted = random.one_in(4);
+  o.by_probability = !o.row_weighted && !o.probabilities() && random.one_in(4);
   o.stats = random.one_in(3);
   o.sum_only = random.one_in(4);
   o.ignore_index = random.pick<int64_t>({-100, 0});
@@ -101,6 +106,7 @@ struct Inputs {
   Array<uint8_t> index_u8;
   Array<T> weight;
   double weight_sum = 0;
+  Array<T> row_weight;
   Array<T> grad_loss, grad_lse, grad_nll, grad_entropy;
 
   Inputs(const Case& o, Random& random)
@@ -109,6 +115,7 @@ struct Inputs {
         index(o.shape.rows()),
         index_u8(o.shape.rows()),
         weight(o.shape.classes + kWeightPadding),
+        row_weight(o.shape.rows()),
         grad_loss(o.shape.rows()),
         grad_lse(o.shape.rows()),
         grad_nll(o.shape.rows()),
@@ -132,6 +139,7 @@ struct Inputs {
         probabilities.set(row, c, std::exp(logits.get(row, classes - 1 - c) / 3) / sum);
       for (const Array<T>* upstream : {&grad_loss, &grad_lse, &grad_nll, &grad_entropy})
         (*upstream)[row] = static_cast<T>(random.normal());
+      row_weight[row] = static_cast<T>(random.pick({0.0, 0.5, 1.0, -2.0}));
     }
   }
 
@@ -152,7 +160,7 @@ struct Outputs {
       : grad_logits(o.shape, o.logits_type, o.gap, o.at_end),
         grad_probabilities(o.shape, o.probabilities_type, o.gap, o.at_end),
         loss(o.shape.rows() * Operand::bytes_of(o.loss_type)),
-        state((o.probabilities() ? 4 : 2) * o.shape.rows()),
+        state((o.probabilities() ? 4 : 3) * o.shape.rows()),
         lse(o.shape.rows()),
         nll(o.shape.rows()),
         entropy(o.shape.rows()),
@@ -169,6 +177,7 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   CrossEntropy<T> k{};
   k.layout = layout;
   k.rows = o.shape.rows();
+  k.all_classes = o.shape.classes;
   k.logits = logits.data();
   k.logits_type = o.logits_type;
   k.has_probabilities = o.probabilities();
@@ -179,7 +188,9 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   k.non_temporal = o.non_temporal && !o.in_place;
   k.weight = o.weighted ? in.weight.values() : nullptr;
   k.weight_sum = o.weighted ? &in.weight_sum : nullptr;
-  k.options = rounded_to<T>(Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale});
+  k.options = rounded_to<T>(
+      Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale, o.by_probability});
+  if (o.row_weighted) k.row_weight = in.row_weight.values();
   k.state = out.state.values();
   k.entropy = out.entropy.values();
   const double divisor = 2;
@@ -200,6 +211,7 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   if (o.precompute) return;
 
   k.forward = k.stats = false;
+  if (o.by_probability) k.row_weight = out.state.values() + 2 * k.rows;
   k.grad_logits = out.grad_logits.data();
   k.grad_probabilities = o.grad_probabilities ? out.grad_probabilities.data() : nullptr;
   k.grad_lse = each(in.grad_lse, o.grad_lse);
@@ -219,6 +231,7 @@ struct ExactRow {
   int64_t row, y, argmax = 0;
   bool ignored;
   std::vector<double> z, p, q, b;
+  double factor = 1;  // of the loss
   double lse, not_p_of_max, loss = 0, nll = 0, entropy = 0, b_sum = 0, q_sum = 0, size = 1;
 
   ExactRow(const Case& options, const Inputs<T>& inputs, int64_t number)
@@ -251,13 +264,16 @@ struct ExactRow {
       if (std::isfinite(z[c])) size = std::max(size, std::abs(z[c]));
     }
     loss += o.z_loss * lse * lse;
+    if (o.row_weighted) factor = in.row_weight[row];
+    if (o.by_probability && !ignored) factor = p[y];
+    loss *= factor;
     if (ignored) loss = nll = 0;
   }
 
   double upstream(const Array<T>& values, bool wanted) const { return wanted ? 0.5 * values[row] : 0; }
 
   std::vector<double> gradient() const {
-    const double g = ignored ? 0 : upstream(in.grad_loss, true),
+    const double g = ignored ? 0 : factor * upstream(in.grad_loss, true),
                  g_nll = ignored ? 0 : upstream(in.grad_nll, o.grad_nll);
     const double g_lse = upstream(in.grad_lse, o.grad_lse), g_entropy = upstream(in.grad_entropy, o.grad_entropy);
     const double all = g * (b_sum + 2 * o.z_loss * lse) + g_lse + g_nll * q_sum;
@@ -274,8 +290,8 @@ struct ExactRow {
 
   double probability_gradient(int64_t c) const {
     const double weight = o.weighted ? static_cast<double>(in.weight[c]) : 1.0;
-    const double factor = 0.5 * in.grad_loss[row] * weight * (1 - static_cast<T>(o.smoothing));
-    return times(factor + upstream(in.grad_nll, o.grad_nll), lse - z[c]);
+    const double of_loss = 0.5 * factor * in.grad_loss[row] * weight * (1 - static_cast<T>(o.smoothing));
+    return times(of_loss + upstream(in.grad_nll, o.grad_nll), lse - z[c]);
   }
 };
 

@@ -56,6 +56,15 @@ def bounds_for(input: Tensor, target: Tensor, weight: Tensor | None, upstream: T
     exact = oracle.cross_entropy(input, target, weight, upstream=upstream, **options)
     dim, dtype = oracle.class_dim(input), input.dtype
     rounded_z = oracle.conditioning(input, **options)
+    row_weight = options.get("row_weight")
+    if row_weight is not None:
+        x, y = oracle.double(input), oracle.double(target)
+        transformation = {k: v for k, v in options.items() if k in ("ignore_index", "softcap", "logit_scale")}
+        factors = oracle.row_factors(x, y, row_weight, **transformation)
+        by_probability = isinstance(row_weight, str)
+        if by_probability:  # an error of nll is one of its exponential
+            rounded_z = rounded_z * (1 - factors.log().clamp(min=-100))
+        options |= {"factors": factors, "total_factors": 1 if by_probability else factors}
     scale = oracle.gradient_scale(exact.grad, target, weight, upstream=upstream, **options) * rounded_z.unsqueeze(dim)
     grads = [oracle.tolerance("grad", exact.grad, dtype, scale=scale, roundings=n) for n in (1, 2)]
     grad_target = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -178,8 +178,21 @@ def cross_entropy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     denominator: float | None = None,
+    row_weight: Tensor | str | None = None,
 ) -> Tensor:
     """Torch's loss of the transformed logits, and z_loss lse^2 for each row. Differentiable to any order."""
+    if row_weight is not None:
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options |= {"softcap": softcap, "logit_scale": logit_scale, "reduction": "none"}
+        rows = cross_entropy_loss(input, target, weight, **options)
+        factors = row_factors(input, target, row_weight, ignore_index, softcap=softcap, logit_scale=logit_scale)
+        rows = torch.where(factors == 0, 0, factors * torch.where(factors == 0, 0, rows))
+        if reduction == "none":
+            return rows
+        if denominator is None:
+            shares = 1 if isinstance(row_weight, str) else factors
+            denominator = total_weight(target, weight, class_dim(input), ignore_index, shares)
+        return rows.sum() / (denominator if reduction == "mean" else 1)
     if denominator is not None:
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         options |= {"softcap": softcap, "logit_scale": logit_scale, "reduction": "sum"}
@@ -201,12 +214,26 @@ def cross_entropy_loss(
     return loss + penalty.sum() / total_weight(target, weight, dim, ignore_index)
 
 
-def total_weight(target: Tensor, weight: Tensor | None, dim: int, ignore_index: int) -> Tensor | int:
+def row_factors(
+    input: Tensor, target: Tensor, row_weight: Tensor | str, ignore_index: int = -100, **transformation: Any
+) -> Tensor:
+    """What each row's loss is multiplied by, a constant; 0 where it is ignored."""
+    live = torch.ones_like(row_weight) if target.is_floating_point() else target != ignore_index
+    if isinstance(row_weight, str):
+        log_p = transformed(input.detach(), **transformation).log_softmax(-1)
+        row_weight = log_p.gather(-1, torch.where(live, target, 0).unsqueeze(-1)).squeeze(-1).exp()
+    return torch.where(live.bool(), double(row_weight), 0)
+
+
+def total_weight(
+    target: Tensor, weight: Tensor | None, dim: int, ignore_index: int, factors: Tensor | float = 1
+) -> Tensor:
     """What the mean divides by: the rows, or for classes the weights of those which are not ignored."""
     if target.is_floating_point():
-        return target.numel() // max(target.shape[dim], 1)
+        return (torch.ones(target.movedim(dim, -1).shape[:-1], dtype=torch.float64) * factors).sum()
     live = target != ignore_index
-    return (live if weight is None else torch.where(live, weight[torch.where(live, target, 0)], 0)).sum()
+    shares = live.double() if weight is None else torch.where(live, weight[torch.where(live, target, 0)], 0)
+    return (shares * factors).sum()
 
 
 def cross_entropy(
@@ -294,12 +321,15 @@ def gradient_scale(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     denominator: float | None = None,
+    factors: Tensor | None = None,
+    total_factors: Tensor | float = 1,
     **_: object,
 ) -> Tensor:
     """What errors of a gradient with respect to the logits are relative to.
 
     The largest gradient of the same row. Where the gradient A p - b has a b that is not one-hot, its largest
     value is added: both terms are rounded, and for a p near b, or a single class, the gradient is their difference.
+    ``factors`` are those of the rows, ``total_factors`` what they are in the mean's denominator.
     """
     dim = class_dim(grad)
     y, w = double(target), double(weight)
@@ -313,7 +343,9 @@ def gradient_scale(
     if denominator is not None:
         factor = factor / abs(denominator)
     elif reduction == "mean":
-        factor = factor / total_weight(y, w, dim, ignore_index)
+        factor = factor / total_weight(y, w, dim, ignore_index, total_factors)
+    if factors is not None:
+        factor = factor * factors.abs()
     terms = (factor.unsqueeze(-1) * mass.abs()).movedim(-1, dim)
     of_row = largest(grad, dim)
     room = _room(of_row / factor.unsqueeze(dim), TOLERANCE["grad"][torch.float32])

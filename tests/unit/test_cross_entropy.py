@@ -378,6 +378,7 @@ def test_positional_arguments_are_torchs():
         "softcap",
         "logit_scale",
         "denominator",
+        "row_weight",
         "precompute_grad",
         "inplace",
         "return_stats",

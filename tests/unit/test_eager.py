@@ -41,18 +41,24 @@ def _target(kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["classes", "probabilities"])
 @pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("divisor", [None, 3.0])
-def test_the_short_function_is_the_long_one(options, kind, stats, divisor):
+@pytest.mark.parametrize("row_weight", [None, "given", "probability"])
+def test_the_short_function_is_the_long_one(row_weight, options, kind, stats, divisor):
     """Values, first and second derivatives to the last bit."""
     if divisor is not None:
         options = options._replace(reduction=MEAN)
+    if row_weight == "probability":
+        if kind == "probabilities":
+            return
+        options = options._replace(weighs_by_probability=True)
     denominator = None if divisor is None else torch.tensor(divisor, dtype=torch.float64)
+    factors = torch.rand(8) if row_weight == "given" else None
     x, target, weight = _logits(8, 10), _target(kind), torch.rand(10)
     target.requires_grad_(kind == "probabilities")
     inputs = (x, target) if target.requires_grad else (x,)
     state_and_total = slice(1, 3)
-    long = list(CrossEntropy.apply(x, target, weight, denominator, options, None, stats))
+    long = list(CrossEntropy.apply(x, target, weight, denominator, options, None, stats, factors))
     del long[state_and_total]
-    call = (options, None, stats, False, False, denominator)
+    call = (options, None, stats, False, False, denominator, factors)
     short = list(eager_cross_entropy(x, target, weight, *call))
     by_torch = EagerCrossEntropy.apply(x, target, weight, call)
     by_torch = list(by_torch) if stats else [by_torch]

@@ -321,6 +321,60 @@ OPTIONS = {
     "denominator none deprecated": Misuse(
         loss(X, Y, denominator=3, reduce=False), ValueError, ('denominator must be None with reduction="none"',), OURS
     ),
+    "row_weight text": Misuse(
+        loss(X, Y, row_weight="p"),
+        ValueError,
+        ('row_weight must be a Tensor, "probability" or None', "got 'p'"),
+        OURS,
+    ),
+    "row_weight probability of probabilities": Misuse(
+        loss(X, X.softmax(1), row_weight="probability"),
+        ValueError,
+        ("row_weight must be a Tensor or None with a target of probabilities", "got 'probability'"),
+        OURS,
+    ),
+    "row_weight number": Misuse(
+        loss(X, Y, row_weight=0.5), TypeError, ("row_weight must be a Tensor,", "got 0.5 (float)"), OURS
+    ),
+    "row_weight list": Misuse(
+        loss(X, Y, row_weight=[1.0, 1.0, 1.0]), TypeError, ("row_weight must be a Tensor,", "(list)"), OURS
+    ),
+    "row_weight one": Misuse(
+        loss(X, Y, row_weight=torch.ones(1)),
+        RuntimeError,
+        ("row_weight must have shape [3], one value for each row", "got float32 [1]"),
+        OURS,
+    ),
+    "row_weight of classes": Misuse(
+        loss(X, Y, row_weight=torch.ones(4)), RuntimeError, ("row_weight must have shape [3]", "got float32 [4]"), OURS
+    ),
+    "row_weight int": Misuse(
+        loss(X, Y, row_weight=torch.ones(3, dtype=torch.int64)),
+        RuntimeError,
+        ("row_weight must be floating", "got int64 [3]", "Use row_weight.to(input.dtype)"),
+        OURS,
+    ),
+    "row_weight bool": Misuse(
+        loss(X, Y, row_weight=torch.ones(3, dtype=torch.bool)),
+        RuntimeError,
+        ("row_weight must be floating", "got bool [3]"),
+        OURS,
+    ),
+    "row_weight sparse": Misuse(
+        loss(X, Y, row_weight=torch.ones(3).to_sparse()), NotImplementedError, ("row_weight must be a dense",), OURS
+    ),
+    "row_weight meta": Misuse(
+        loss(X, Y, row_weight=torch.ones(3, device="meta")),
+        RuntimeError,
+        ("row_weight must be on the input's device, cpu", "got meta", "Use row_weight.to(input.device)"),
+        OURS,
+    ),
+    "row_weight requires grad": Misuse(
+        loss(X, Y, row_weight=torch.nn.Parameter(torch.ones(3))),
+        TypeError,
+        ("row_weight must have no derivative", "a tensor that is differentiated", "Use row_weight.detach()"),
+        OURS,
+    ),
     "softcap 0": Misuse(loss(X, Y, softcap=0.0), ValueError, ("softcap must be finite and positive", "got 0.0"), OURS),
     "softcap < 0": Misuse(
         loss(X, Y, softcap=-1.0), ValueError, ("softcap must be finite and positive", "got -1.0"), OURS
@@ -977,6 +1031,15 @@ def test_a_denominator_has_no_derivative(how, linear):
         return cross_entropy(X, Y, denominator=value)
 
     with pytest.raises(TypeError, match="denominator must have no derivative"):
+        DIFFERENTIATED[how](function, torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("how", sorted({*DIFFERENTIATED} - {"vmap"}))
+def test_a_row_weight_has_no_derivative(how):
+    def function(value: Tensor) -> Tensor:
+        return cross_entropy(X, Y, row_weight=value.expand(3))
+
+    with pytest.raises(TypeError, match="row_weight must have no derivative"):
         DIFFERENTIATED[how](function, torch.tensor(0.5))
 
 

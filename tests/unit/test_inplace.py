@@ -568,7 +568,7 @@ def test_failure_or_interruption(monkeypatch, error, precompute_grad, on_a_card)
         pytest.skip("the CPU's")
     written = MAY_HAVE_WRITTEN.get(error, True) if on_a_card else error is KeyboardInterrupt
 
-    def fails(*arguments: Any) -> None:
+    def fails(*arguments: Any, **further: Any) -> None:
         raise error
 
     needs_x = x.square().sum()

@@ -45,7 +45,7 @@ def test_signature_of_cross_entropy(ours, theirs):
         assert our[name].default == their[name].default, name
         assert our[name].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
     rest = {name: p for name, p in our.items() if name not in shared}
-    of_a_call = {} if ours is CrossEntropyLoss else {"denominator": None}
+    of_a_call = {} if ours is CrossEntropyLoss else {"denominator": None, "row_weight": None}
     assert {name: p.default for name, p in rest.items()} == {**OPTIONS, **of_a_call}
     assert all(p.kind == inspect.Parameter.KEYWORD_ONLY for p in rest.values())
 

@@ -35,6 +35,7 @@ double visit_all_parts(const CrossEntropy<T>& p, int64_t begin, int64_t end) {
     batch.rows = std::min(kTile, end - first);
     for (int64_t r = 0; r < batch.rows; r++) batch.number[r] = first + r;
     load_targets(p, batch);
+    load_row_weights(p, batch);
     load_parts(p, batch);
     close_batch(batch);
     loss.add(finish_rows(p, batch));

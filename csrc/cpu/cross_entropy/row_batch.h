@@ -18,10 +18,11 @@ struct RowBatch {
   bool consecutive = true;  // their numbers are number[0], number[0] + 1, ...
   bool any_ignored = false;
   int64_t number[kTile];
-  int64_t y[kTile];                  // class, of those that the logits have; -1: none, ignored, or in another part
-  alignas(64) double live[kTile];    // 0 where ignored, else 1
-  alignas(64) T z[kTile];            // logit of class y
-  alignas(64) double weight[kTile];  // of class y
+  int64_t y[kTile];                      // class, of those that the logits have; -1: none, ignored, or in another part
+  alignas(64) double live[kTile];        // 0 where ignored, else 1
+  alignas(64) T z[kTile];                // logit of class y
+  alignas(64) double weight[kTile];      // of class y
+  alignas(64) double row_weight[kTile];  // where rows are weighed; 0 where ignored
   BatchSums<T> sums;
 
   // Sums over the classes, as row_math.h asks for them.
@@ -56,11 +57,17 @@ inline bool has_terms(const CrossEntropy<T>& p) {
 }
 
 template <typename T>
+inline bool weighs_rows(const CrossEntropy<T>& p) {
+  return p.row_weight || p.options.weighs_by_probability;
+}
+
+template <typename T>
 inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
   const OptionsOf<T>& o = p.options;
   RowRules<double> rules;
   rules.has_probabilities = p.has_probabilities;
   rules.has_weight = p.weight;
+  rules.weighs_rows = weighs_rows(p);
   rules.has_entropy_gradient = p.grad_entropy.given;
   rules.writes_second = p.grad_probabilities;
   rules.is_capped = LogitTransform(o).is_capped();
@@ -115,6 +122,7 @@ inline void store_state(const CrossEntropy<T>& p, const RowBatch<T>& batch) {
   if (!p.state) return;
   scatter(batch, batch.sums.max, p.state);
   scatter(batch, batch.sums.rest, p.state + p.rows);
+  if (p.options.weighs_by_probability) scatter(batch, batch.row_weight, p.state + 2 * p.rows);
   if (!p.has_probabilities) return;
   scatter(batch, batch.b_sum, p.state + 2 * p.rows);
   scatter(batch, batch.q_sum, p.state + 3 * p.rows);
@@ -163,7 +171,7 @@ inline DoubleVec zero_where(const DoubleVec& condition, const DoubleVec& v) {
 // With statistics too, so that they do not change the loss's last bit.
 template <typename T>
 inline bool sums_at_once(const CrossEntropy<T>& p) {
-  return !p.loss && !p.has_probabilities && !p.weight && p.options.z_loss == 0;
+  return !p.loss && !p.has_probabilities && !p.weight && p.options.z_loss == 0 && !weighs_rows(p);
 }
 
 inline double sum_of(const DoubleVec& losses) {
@@ -210,6 +218,7 @@ struct RowLanes {
   DoubleVec log_sum() const { return VectorMath<double>::log1p(rest()); }
   DoubleVec z() const { return load_double(batch.z + r); }
   DoubleVec weight() const { return load_double(batch.weight + r); }
+  DoubleVec row_weight() const { return load_double(batch.row_weight + r); }
   DoubleVec dot() const { return load_double(batch.dot + r); }
   DoubleVec b_sum() const { return load_double(batch.b_sum + r); }
   DoubleVec q_dot() const { return load_double(batch.q_dot + r); }
@@ -218,6 +227,16 @@ struct RowLanes {
   double weight_sum() const { return p.weight_sum ? static_cast<T>(*p.weight_sum) : static_cast<T>(p.all_classes); }
   DoubleVec ignored() const { return load_double(batch.live + r) == DoubleVec(0); }
 };
+
+template <typename T>
+void weigh_by_probability(RowBatch<T>& batch) {
+  constexpr int64_t L = kLanes<double>;
+  for (int64_t r = 0; r < batch.rows; r += L) {
+    const DoubleVec d = load_double(batch.z + r) - load_double(batch.sums.max + r);
+    const DoubleVec p = target_probability<VectorMath<double>>(exp_nonpositive(d), load_double(batch.sums.rest + r));
+    zero_where(load_double(batch.live + r) == DoubleVec(0), p).store(batch.row_weight + r);
+  }
+}
 
 // Writes what forward writes of each row and returns the sum of the losses.
 template <typename T>
@@ -232,6 +251,7 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   DoubleVec total(0);
   for (int64_t r = 0; r < batch.rows; r++)
     batch.sums.rest[r] = std::isfinite(batch.sums.max[r]) ? batch.sums.rest[r] + batch.sums.lost[r] : kNaN;
+  if (p.options.weighs_by_probability) weigh_by_probability(batch);
   if (sums_at_once(p) && !p.stats) {
     store_state(p, batch);
     return sum_losses(p, batch);

@@ -139,6 +139,7 @@ double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const E
     batch.consecutive = batch.consecutive && batch.number[r] == batch.number[0] + r;
   }
   load_targets(p, batch);
+  load_row_weights(p, batch);
   load_target_logits(p, batch, logits_at);
   const bool skips_ignored = ignored_has_no_gradient(p) && !p.stats;
   const auto skipped = [&](int64_t r) { return skips_ignored && batch.live[r] == 0; };

@@ -42,6 +42,12 @@ void load_classes(const CrossEntropy<T>& p, RowBatch<T>& batch, const Index* ind
     set_classes(p, batch, [&](int64_t r) { return static_cast<int64_t>(index[batch.number[r]]); });
 }
 
+template <typename T>
+void load_row_weights(const CrossEntropy<T>& p, RowBatch<T>& batch) {
+  if (!p.row_weight) return;
+  for (int64_t r = 0; r < batch.rows; r++) batch.row_weight[r] = batch.live[r] == 0 ? 0 : p.row_weight[batch.number[r]];
+}
+
 // The targets of a batch whose `rows` and `number` are set, without their logits.
 template <typename T>
 void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
@@ -79,7 +85,7 @@ void close_batch(RowBatch<T>& batch) {
   const int64_t padded = round_up(batch.rows, std::max(kLanes<double>, kLanes<T>));
   for (int64_t r = batch.rows; r < padded; r++) {
     batch.z[r] = batch.sums.max[r] = 0;
-    batch.live[r] = batch.weight[r] = batch.sums.rest[r] = batch.sums.lost[r] = 0;
+    batch.live[r] = batch.weight[r] = batch.row_weight[r] = batch.sums.rest[r] = batch.sums.lost[r] = 0;
     batch.dot[r] = batch.b_sum[r] = batch.q_dot[r] = batch.q_sum[r] = batch.sums.weighted[r] = 0;
   }
 }

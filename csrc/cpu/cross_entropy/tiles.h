@@ -198,6 +198,7 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileScratch<T>& 
   batch.consecutive = p.layout.inner_stride[kRow] == 1;
   for (int64_t r = 0; r < at.rows; r++) batch.number[r] = at.offset[kRow] + r * p.layout.inner_stride[kRow];
   load_targets(p, batch);
+  load_row_weights(p, batch);
   load_tile_blocks(p, at, 0, std::min(buffers.classes(), p.layout.classes), buffers);
   load_tile_target_logits(p, at, batch, buffers);
   double loss = 0;

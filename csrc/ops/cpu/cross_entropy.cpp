@@ -42,9 +42,15 @@ ClassScan scan_kernel(const uint8_t* index, int64_t n, int64_t classes, int64_t 
   return kernels().scan_classes_u8(index, n, classes, ignore_index);
 }
 
-// Checks every class and returns the sum of weight[target] over the rows not ignored.
+template <typename T>
+const T* row_weights(const Call& call) {
+  return call.row_weight ? const_values_of<T>(*call.row_weight) : nullptr;
+}
+
+// Checks every class and returns the sum of weight[target], times row_weight, over the rows not ignored.
 template <typename T, typename Index>
 double scan_classes(const Call& call, const Index* classes, const T* weight) {
+  const T* const own = row_weights<T>(call);
   const Groups groups(call.rows, 1);
   std::vector<double> sums(groups.count());
   std::vector<int64_t> bad(groups.count(), call.rows);  // the first row of a class out of range
@@ -57,10 +63,10 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
     sums[group] = static_cast<double>(found.live);
     if (found.out_of_range) {
       for (bad[group] = begin; !out_of_range(bad[group]);) bad[group]++;
-    } else if (weight) {
+    } else if (weight || own) {
       double sum = 0;
       for (int64_t row = begin; row < end; row++)
-        if (!ignored(row)) sum += weight[classes[row]];
+        if (!ignored(row)) sum += (weight ? static_cast<double>(weight[classes[row]]) : 1) * (own ? own[row] : 1);
       sums[group] = sum;
     }
   });
@@ -72,10 +78,20 @@ double scan_classes(const Call& call, const Index* classes, const T* weight) {
   return total;
 }
 
+// With probabilities: the number of rows, or the sum of their weights.
+template <typename T>
+double sum_of_rows(const Call& call) {
+  const T* const own = row_weights<T>(call);
+  if (!own) return static_cast<double>(call.rows);
+  double sum = 0;
+  for (int64_t row = 0; row < call.rows; row++) sum += own[row];
+  return sum;
+}
+
 // Checks the target and returns the mean's denominator.
 template <typename T>
 double scan_targets(const Call& call, const Weights<T>& weights) {
-  if (call.probabilities) return static_cast<double>(call.all_classes > 0 ? call.rows : 0);  // numel / classes
+  if (call.probabilities) return call.all_classes > 0 ? sum_of_rows<T>(call) : 0;
   const void* data = call.target.const_data_ptr();
   return call.byte_target ? scan_classes(call, static_cast<const uint8_t*>(data), weights.weight_data())
                           : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());

@@ -67,7 +67,7 @@ void check_classes(const Call& call, const CrossEntropyParams<T>& p, cuda::Strea
 template <typename T>
 void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor& total, const Workspace<T>& workspace,
                  cuda::Stream stream) {
-  if (call.probabilities)
+  if (call.probabilities && !call.row_weight)
     torch::stable::fill_(total, static_cast<double>(call.all_classes > 0 ? call.rows : 0));  // numel / classes
   else
     cuda::sum_targets(p, call.all_classes, values_of<double>(total), workspace.doubles(), stream);
