@@ -94,21 +94,30 @@ class _Chunks:
         operands: the tensors.
         ignore_index: the class index of ignored rows.
         plan: says how many rows a chunk has.
+        logits_dtype: that of the logits; None: the input's.
         drops_ignored: whether ignored rows may be left out.
     """
 
-    def __init__(self, operands: Operands, ignore_index: int, plan: LinearPlan, drops_ignored: bool) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        ignore_index: int,
+        plan: LinearPlan,
+        logits_dtype: torch.dtype | None,
+        drops_ignored: bool,
+    ) -> None:
         input, linear_weight, linear_bias, *_ = operands
         self.operands, self.ignore_index = operands, ignore_index
         self.matrix = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
         self.plan, self.rows = plan, plan.chunk
+        self.logits_dtype = logits_dtype or input.dtype
         self.live = self._live_rows() if drops_ignored else None
         if self.live is not None:
             self.rows = self._rows_with_copies()
         self.count = input.shape[0] if self.live is None else self.live.numel()
         self.rows = max(min(self.rows, self.count), 1)
-        self.buffer = input.new_empty(self.rows, self.matrix.shape[0])
+        self.buffer = input.new_empty(self.rows, self.matrix.shape[0], dtype=self.logits_dtype)
 
     def _live_rows(self) -> Tensor | None:
         """The numbers of the rows that are not ignored, or None for all.
@@ -125,7 +134,7 @@ class _Chunks:
     def _rows_with_copies(self) -> int:
         """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient."""
         input = self.operands.input
-        row = self.matrix.shape[0] * input.element_size()
+        row = self.matrix.shape[0] * self.logits_dtype.itemsize
         copies = input.shape[1] * (input.element_size() + plans.gradient_dtype(input.dtype).itemsize)
         return self.plan.chunk * row // max(row + copies, 1)
 
@@ -175,14 +184,15 @@ class _GradientSums:
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:
         """Adds a chunk's part, from its input and the gradient of its logits, which this may overwrite."""
-        dz = gradient.flatten(1)
+        logits = gradient.flatten(1)
+        if self.bias is not None:
+            self.bias += logits.sum(0, dtype=self.bias.dtype)
+        dz = matmul.narrowed(logits, x.dtype)
         if self.input is not None:
             part = self.input[rows] if self.chunks.live is None else self.input.new_empty(x.shape)
             matmul.add_product(part, dz, self.chunks.matrix, True)
             if self.chunks.live is not None:
                 self.chunks.put(rows, part, self.input)
-        if self.bias is not None:
-            self.bias += dz.sum(0, dtype=self.bias.dtype)
         if self.weight is None:
             return
         # The product would round the targets' part. On CUDA it does not: there it is added in float32.
@@ -222,10 +232,9 @@ def forward(
     needs: Sequence[bool],
     denominator: Tensor | None,
     plan: LinearPlan,
+    logits_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """The results of every position, their state, and the gradients of the sum of the losses over ``denominator``.
-
-    In float16 the gradients are not divided.
 
     Args:
         operands: the tensors.
@@ -235,6 +244,7 @@ def forward(
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         denominator: [] float64, or None for 1.
         plan: *whole* or *rows*.
+        logits_dtype: that of the logits; None: the input's.
 
     Returns:
         ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; what :func:`gradients` takes as
@@ -243,7 +253,7 @@ def forward(
     """
     input, linear_weight, _, target, weight = operands
     check_classes(target, linear_weight.shape[0], options.ignore_index)
-    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, logits_dtype, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     shape = (input.shape[0], *linear_weight.shape[1:-1])
@@ -274,6 +284,7 @@ def gradients(
     needs: Sequence[bool],
     needs_target: bool,
     plan: LinearPlan,
+    logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Those gradients of input, linear_weight, linear_bias and target that are needed; computes the logits again.
 
@@ -288,11 +299,12 @@ def gradients(
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         needs_target: whether the target's gradient is needed.
         plan: *whole* or *rows*.
+        logits_dtype: that of the logits; None: the input's.
     """
     target, weight = operands.target, operands.weight
     # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
     stats = upstream.lse is not None or upstream.entropy is not None
-    chunks = _Chunks(operands, options.ignore_index, plan, not stats)
+    chunks = _Chunks(operands, options.ignore_index, plan, logits_dtype, not stats)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     grad_target = target.new_empty(target.shape) if needs_target else None

@@ -47,26 +47,36 @@ class _Sweeps:
         operands: the tensors.
         ignore_index: the class index of ignored rows.
         plan: says how many columns of logits a chunk has, and how many chunks are kept.
+        logits_dtype: that of the logits; None: the input's.
         drops_ignored: whether ignored rows may be left out.
     """
 
-    def __init__(self, operands: Operands, ignore_index: int, plan: LinearPlan, drops_ignored: bool) -> None:
+    def __init__(
+        self,
+        operands: Operands,
+        ignore_index: int,
+        plan: LinearPlan,
+        logits_dtype: torch.dtype | None,
+        drops_ignored: bool,
+    ) -> None:
         input, self.linear_weight, self.linear_bias, target, self.weight = operands
         self.classes, *positions, _ = self.linear_weight.shape
         self.shape, self.columns = (input.shape[0], *positions), math.prod(positions)
-        self.live = self._live_rows(operands, ignore_index, plan.chunk * plan.kept) if drops_ignored else None
+        dtype = logits_dtype or input.dtype
+        logits_bytes = plan.chunk * plan.kept * dtype.itemsize
+        self.live = self._live_rows(operands, ignore_index, logits_bytes) if drops_ignored else None
         self.x, self.target = self.pick(input), self.pick(target)
         step = plan.chunk // self.columns
         begins = range(0, self.classes, step)
         self.chunks = [_Chunk(number, begin, min(begin + step, self.classes)) for number, begin in enumerate(begins)]
         self.recomputed = len(self.chunks) - plan.kept
-        self.buffers = [self.x.new_empty(self.x.shape[0] * plan.chunk) for _ in range(plan.kept)]
+        self.buffers = [self.x.new_empty(self.x.shape[0] * plan.chunk, dtype=dtype) for _ in range(plan.kept)]
 
-    def _live_rows(self, operands: Operands, ignore_index: int, columns: int) -> Tensor | None:
+    def _live_rows(self, operands: Operands, ignore_index: int, logits_bytes: int) -> Tensor | None:
         """The numbers of the rows that are not ignored, or None for all.
 
         None where so few rows are ignored that to leave them out, which takes copies of the input and of its gradient,
-        would take more memory than the plan has.
+        would take more memory than the plan has: ``logits_bytes`` for each row.
         """
         live = live_row_numbers(operands, ignore_index)
         if live is None:
@@ -74,7 +84,7 @@ class _Sweeps:
         rows, features = operands.input.shape
         size = operands.input.element_size()
         copies = features * (size + plans.gradient_dtype(operands.input.dtype).itemsize)
-        return live if live.numel() * (columns * size + copies) <= rows * columns * size else None
+        return live if live.numel() * (logits_bytes + copies) <= rows * logits_bytes else None
 
     def pick(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor [N, ...] that are not left out."""
@@ -145,11 +155,12 @@ class _GradientSums:
     def add(self, chunk: _Chunk, gradient: Tensor) -> None:
         """Takes the gradient [rows, columns] of a chunk's logits, which this may overwrite."""
         sweeps = self.sweeps
-        if self.weight is not None:
-            matmul.add_outer(self.weight[chunk.begin : chunk.end].flatten(0, -2), gradient, sweeps.x, True)
         if self.bias is not None:
             of_bias = gradient.sum(0, dtype=self.bias.dtype)
             self.bias[chunk.begin : chunk.end] = of_bias.view(-1, *self.bias.shape[1:])
+        gradient = matmul.narrowed(gradient, sweeps.x.dtype)
+        if self.weight is not None:
+            matmul.add_outer(self.weight[chunk.begin : chunk.end].flatten(0, -2), gradient, sweeps.x, True)
         if self.input is None:
             return
         # The product would round the targets' part. On CUDA it does not: there it is added in float32.
@@ -191,18 +202,18 @@ def forward(
     needs: Sequence[bool],
     denominator: Tensor | None,
     plan: LinearPlan,
+    logits_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """As chunks.forward, with the plan *classes*."""
     target, weight = operands.target, operands.weight
     check_classes(target, operands.linear_weight.shape[0], options.ignore_index)
-    sweeps = _Sweeps(operands, options.ignore_index, plan, not stats)
+    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, not stats)
     loss, state, statistics = _finished(sweeps, options, wide, stats)
     sums = _GradientSums(sweeps, needs)
     results = [sweeps.put(values) for values in (loss, *statistics)]
     if not any(needs):
         return results, sweeps.put(state.movedim(0, -1)).movedim(-1, 0).contiguous(), []
-    divides = denominator is not None and operands.input.dtype != torch.float16
-    options = options._replace(reduction=MEAN if divides else SUM)
+    options = options._replace(reduction=SUM if denominator is None else MEAN)
     one = state.new_ones(())
     total = denominator if denominator is not None else state.new_ones((), dtype=torch.float64)
     for chunk, logits in sweeps.second(True):
@@ -223,11 +234,12 @@ def gradients(
     needs: Sequence[bool],
     needs_target: bool,
     plan: LinearPlan,
+    logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """As chunks.gradients, with the plan *classes*. With a state there is no first sweep."""
     target, weight = operands.target, operands.weight
     drops = upstream.lse is None and upstream.entropy is None  # through these an ignored row has a gradient
-    sweeps = _Sweeps(operands, options.ignore_index, plan, drops)
+    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, drops)
     options = options._replace(reduction=NONE)
     of_rows = [None if g is None else sweeps.pick(g).contiguous() for g in upstream]
     has_first = state is None

@@ -96,6 +96,7 @@ class _Keywords(Keywords, total=False):
     options: object
     chunk_rows: int | None
     memory: int | None
+    logits_dtype: torch.dtype | None
 
 
 @overload
@@ -139,6 +140,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     chunk_rows: int | None = None,
     memory: int | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of the output of a linear layer, in the memory that it is given.
 
@@ -154,10 +156,13 @@ def linear_cross_entropy(
     - whole: the logits of all rows at once. It is the fastest.
     - rows: the logits of a chunk of rows at a time. In bfloat16 and float16 the chunks add up dW in float32, which
       takes time, and 4 bytes for each element of the weight.
+    - classes: the logits of a chunk of classes at a time, once for the sums of the rows and once for the gradients. As
+      many chunks as fit are kept from the first time to the second. It takes the least memory, and up to four products.
 
     Without a budget it is whole if that takes no more memory than rows. In bfloat16 that is so up to about
-    ``2 * in_features`` rows, in other dtypes if all rows are one chunk. With a budget it is whole if it fits, else rows
-    with the largest chunk that fits.
+    ``2 * in_features`` rows, in other dtypes if all rows are one chunk. With a budget it is whole if it fits; else rows
+    with the largest chunk that fits, if that has 128 rows or more (1024 on a GPU); else rows or classes, whichever can
+    have the larger chunk.
 
     The logits are computed twice, in the forward and in the backward:
 
@@ -204,6 +209,10 @@ def linear_cross_entropy(
             dW leaves room for them.
         memory: the most bytes that forward and backward may take beyond the gradients. None: as many as rows takes with
             its default chunk. All logits at once (above), and what compiled code adds, do not keep to it.
+        logits_dtype: torch.float32: the logits of half-typed operands are not rounded to their dtype, and take twice
+            the memory. Log-sum-exp, loss and statistics then lose nothing to that rounding. The logits' gradient is
+            rounded once, for its products. On a CPU the product is computed in float32, which takes longer. None: the
+            operands' dtype.
 
     Returns:
         The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
@@ -213,14 +222,13 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
             Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
             probabilities; ValueError for ``chunk_rows`` below 1, for ``memory`` together with ``chunk_rows``, and for
-            a ``memory`` that no plan fits into, where the text names the least.
+            a ``memory`` that no plan fits into, where the text names the least; and for another ``logits_dtype``.
     """
     _check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
     if dtype is not None:
         checks.check_dtype(_OP, dtype)
-    chunk_rows, memory = plans.check_limits(_OP, chunk_rows, memory)
     batch = input.shape[:-1]
     given_target, target = target, _check_target(input, linear_weight, target, ignore_index)
     if weight is not None:
@@ -235,7 +243,8 @@ def linear_cross_entropy(
     _check_dtypes(x, ("linear_weight", matrix), ("linear_bias", bias))
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
-    call = Call(options_of_loss, dtype, return_stats, chunk_rows, memory)
+    limits = plans.check_limits(_OP, x.dtype, chunk_rows, memory, logits_dtype)
+    call = Call(options_of_loss, dtype, return_stats, limits)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
         results = _run(Operands(x, matrix, bias, target, weight), divisor, call)
@@ -258,8 +267,8 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
     precomputes = any(needs) and call.options.reduction != NONE and not call.stats and not target.requires_grad
-    if call.memory is not None and not compiling:  # before forward, where the gradients are computed later
-        plans.choose(operands.problem(needs[:3], needs[3]), *call.limits)
+    if call.limits.memory is not None and not compiling:  # before forward, where the gradients are computed later
+        plans.choose(operands.problem(needs[:3], needs[3]), call.limits)
     if compiling or not (any(needs) or transformed):
         needed = needs[:3] if precomputes else NOTHING
         results = linear_ops.forward(*operands, *call.arguments(needed, True, denominator))
@@ -279,11 +288,11 @@ def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) 
     keywords["row_weight"] = "probability" if keywords.pop("weighs_by_probability") else None
     code = keywords.pop("reduction")
     loss, stats = cross_entropy(
-        logits_of(input, linear_weight, linear_bias),
+        logits_of(input, linear_weight, linear_bias, call.limits.logits_dtype),
         target,
         weight,
         reduction=next(name for name, value in REDUCTIONS.items() if value == code),
-        dtype=call.dtype,
+        dtype=call.dtype or input.dtype,
         denominator=denominator,
         return_stats=True,
         **keywords,

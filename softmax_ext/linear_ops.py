@@ -16,6 +16,7 @@ from .autograd import refusals
 from .chunks import Operands
 from .dtypes import arithmetic_dtype
 from .options import MEAN, NONE, SCHEMA, Options
+from .plans import LIMITS_SCHEMA, Limits
 from .reference import Upstream, total_weight
 
 _FORWARD = {plans.WHOLE: chunks.forward, plans.ROWS: chunks.forward, plans.CLASSES: class_chunks.forward}
@@ -28,13 +29,7 @@ class Call(NamedTuple):
     options: Options
     dtype: torch.dtype | None
     stats: bool
-    chunk_rows: int | None
-    memory: int | None
-
-    @property
-    def limits(self) -> tuple[int | None, int | None]:
-        """The arguments that the plan depends on."""
-        return self.chunk_rows, self.memory
+    limits: Limits
 
     def arguments(self, needs: Sequence[bool], rounds: bool, denominator: Tensor | None) -> tuple[Any, ...]:
         """The arguments of ``forward`` behind the operands."""
@@ -50,18 +45,20 @@ def _forward(
     *arguments: Any,
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
-    options, (dtype, stats, chunk_rows, memory, needs, rounds, denominator, _) = Options.split(arguments)
+    options, (dtype, stats, *others) = Options.split(arguments)
+    limits, (needs, rounds, denominator, _) = Limits.split(others)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
-    plan = plans.choose(operands.problem(needs, False), chunk_rows, memory)
+    plan = plans.choose(operands.problem(needs, False), limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     if denominator is None:
         total = total_weight(target, weight, options.dim, options.ignore_index)
     else:
         total = denominator.clone()
-    divisor = total if options.reduction == MEAN else None
+    divisor = total if options.reduction == MEAN and input.dtype != torch.float16 else None  # see chunks.py
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         run = _FORWARD[plan.name]
-        (loss, *of_rows), state, gradients = run(operands, options, wide, stats, needs, divisor, plan)
+        arguments = (wide, stats, needs, divisor, plan, limits.logits_dtype)
+        (loss, *of_rows), state, gradients = run(operands, options, *arguments)
     if rounds:
         chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
@@ -79,7 +76,8 @@ def _fake_forward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (dtype, stats, _, _, needs, *_) = Options.split(arguments)
+    options, (dtype, stats, *others) = Options.split(arguments)
+    _, (needs, *_) = Limits.split(others)
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     results = [
@@ -111,7 +109,8 @@ def _backward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (chunk_rows, memory, needs) = Options.split(arguments)
+    options, others = Options.split(arguments)
+    limits, (needs,) = Limits.split(others)
     # The gradients of loss and statistics are float64 if forward computed in float64.
     given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy, state) if t is not None]
     wide = arithmetic_dtype(input.dtype, target.dtype, *given)
@@ -123,10 +122,11 @@ def _backward(
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     *parameters, needs_target = needs
-    plan = plans.choose(operands.problem(parameters, needs_target), chunk_rows, memory)
+    plan = plans.choose(operands.problem(parameters, needs_target), limits)
     with torch.autocast(input.device.type, enabled=False):
         run = _GRADIENTS[plan.name]
-        results = run(operands, options, wide, upstream, state, entropy, parameters, needs_target, plan)
+        kept = (upstream, state, entropy)
+        results = run(operands, options, wide, *kept, parameters, needs_target, plan, limits.logits_dtype)
     differentiable = (input, linear_weight, linear_bias, target)
     chunks.convert(
         results, [t.dtype for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
@@ -168,7 +168,7 @@ forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
-    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, SymInt? chunk_rows, SymInt? memory, "
+    schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, {LIMITS_SCHEMA}, "
     "bool[] needs, bool rounds, Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
@@ -179,7 +179,7 @@ backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, SymInt? chunk_rows, "
-    "SymInt? memory, bool[] needs) -> Tensor[]",
+    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, "
+    f"{LIMITS_SCHEMA}, bool[] needs) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

@@ -186,6 +186,14 @@ def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first
             total.index_add_(0, columns[s, k], values[s, k : k + 1] * x[s])
 
 
+def projecting_bytes(rows: int, features: int, classes: int, device: str) -> int:
+    """The most memory that ``project`` takes besides, where its result is float32 and its factors are of half types."""
+    if device != "cpu" and internals.product_of_halves is not None:
+        return 0
+    of_slice = min(_converted_step(rows, features * 4), classes) * (rows + features) * 4
+    return rows * features * 4 + of_slice
+
+
 def scratch_bytes(
     rows: int,
     features: int,

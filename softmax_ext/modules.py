@@ -153,6 +153,7 @@ class LinearCrossEntropyLoss(nn.Module):
         chunk_rows: the number of rows whose logits exist at once; None: the plan is chosen.
         memory: the most bytes that forward and backward may take beyond the gradients; None: as many as the plan rows
             takes by default. :func:`softmax_ext.linear_cross_entropy` has the plans.
+        logits_dtype: torch.float32: logits of half types are not rounded; None: they have the operands' dtype.
 
     Shapes, formulas and errors are those of :func:`softmax_ext.linear_cross_entropy`. The parameters are those of
     ``self.linear``, an :class:`torch.nn.Linear`, with ``C * d1 * ...`` rows.
@@ -181,6 +182,7 @@ class LinearCrossEntropyLoss(nn.Module):
         return_stats: bool = False,
         chunk_rows: int | None = None,
         memory: int | None = None,
+        logits_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -198,6 +200,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.return_stats = return_stats
         self.chunk_rows = chunk_rows
         self.memory = memory
+        self.logits_dtype = logits_dtype
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the linear layer."""
@@ -230,4 +233,5 @@ class LinearCrossEntropyLoss(nn.Module):
             return_stats=self.return_stats,
             chunk_rows=self.chunk_rows,
             memory=self.memory,
+            logits_dtype=self.logits_dtype,
         )

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     problem = plans.Problem(given.rows, given.in_features, given.num_classes, given.dtype, device)
     try:
-        chosen = plans.choose(problem, None, given.memory)
+        chosen = plans.choose(problem, plans.Limits(memory=given.memory))
     except ValueError as error:
         parser.error(str(error))
     print(f"  {'plan':8}{'chunk':>10}{'chunks':>8}{'products':>10}{'MiB':>12}   on {device}")

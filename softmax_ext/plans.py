@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,8 +55,26 @@ class LinearPlan(NamedTuple):
     bytes: int
 
 
+class Limits(NamedTuple):
+    """The keywords of a call that its plan depends on; see linear_cross_entropy."""
+
+    chunk_rows: int | None = None
+    memory: int | None = None
+    logits_dtype: torch.dtype | None = None
+
+    @staticmethod
+    def split(arguments: Sequence[Any]) -> tuple[Limits, Sequence[Any]]:
+        """Splits arguments that begin with the limits into these and the other arguments."""
+        count = len(Limits._fields)
+        return Limits(*arguments[:count]), arguments[count:]
+
+
+LIMITS_SCHEMA = "SymInt? chunk_rows, SymInt? memory, ScalarType? logits_dtype"
+"""The fields of Limits in the schema of an operator."""
+
+
 class Problem(NamedTuple):
-    """What a plan depends on.
+    """What a plan depends on besides the limits.
 
     Attributes:
         rows: N.
@@ -68,6 +86,7 @@ class Problem(NamedTuple):
         needs_weight: whether the weight's gradient is computed.
         target_bytes: the size of an element of the target's gradient; 0 if that is not computed.
         positions: K.
+        logits_dtype: that of the logits; None: ``dtype``.
     """
 
     rows: int
@@ -79,11 +98,17 @@ class Problem(NamedTuple):
     needs_weight: bool = True
     target_bytes: int = 0
     positions: int = 1
+    logits_dtype: torch.dtype | None = None
+
+    @property
+    def logit_bytes(self) -> int:
+        """The size of a logit."""
+        return (self.logits_dtype or self.dtype).itemsize
 
     @property
     def row_bytes(self) -> int:
         """The size of a row of logits."""
-        return self.classes * self.dtype.itemsize
+        return self.classes * self.logit_bytes
 
 
 def default_chunk_rows(rows: int, row_bytes: int, device: str) -> int:
@@ -144,20 +169,22 @@ def converting_bytes(counts: Sequence[int], wide: int, narrow: int) -> int:
 
 def _bytes(problem: Problem, name: str, chunk: int, kept: int = 1) -> int:
     """The ``bytes`` of a plan with ``kept`` chunks of ``chunk`` rows or classes at once."""
-    rows, features, classes, dtype, device, needs_input, needs_weight, target_bytes, positions = problem
+    rows, features, classes, dtype, device, needs_input, needs_weight, target_bytes, positions, _ = problem
     of_input = input_sum_dtype(name, dtype) if needs_input else dtype
     of_weight = weight_sum_dtype(name, dtype) if needs_weight else dtype
     # The number of elements of each sum that is wider than its gradient.
     wide = [rows * features] * (of_input != dtype) + [classes * features] * (of_weight != dtype)
     shape = (rows, chunk) if name == CLASSES else (chunk, classes)
     logits = shape[0] * shape[1]
-    buffers = kept * logits * dtype.itemsize
+    buffers = kept * logits * problem.logit_bytes
     if target_bytes:  # the kernel writes both gradients into new memory
-        buffers += logits * (dtype.itemsize + target_bytes)
+        buffers += logits * (problem.logit_bytes + target_bytes)
     if name == CLASSES:
         buffers += 2 * rows * positions * _PART_BYTES
     widest = max(of_input, of_weight, key=_size)
     scratch = matmul.scratch_bytes(shape[0], features, shape[1], dtype, widest, device, name == CLASSES)
+    if problem.logit_bytes > dtype.itemsize:
+        scratch = max(scratch, matmul.projecting_bytes(shape[0], features, shape[1], device))
     computing = buffers + scratch + sum(wide) * (4 - dtype.itemsize)
     return max(computing, converting_bytes(wide, 4, dtype.itemsize)) if rows else 0
 
@@ -223,14 +250,16 @@ def _rows_plan(problem: Problem) -> LinearPlan:
 
 
 @lru_cache(maxsize=1024)
-def choose(problem: Problem, chunk_rows: int | None, memory: int | None) -> LinearPlan:
-    """The plan of a call; ValueError if no plan fits into ``memory``.
+def choose(problem: Problem, limits: Limits) -> LinearPlan:
+    """The plan of a call; ValueError if no plan fits into the memory.
 
     Args:
         problem: the shapes and dtypes.
-        chunk_rows: the rows of a chunk, for *rows*; None: the plan is chosen.
-        memory: the most bytes that the plan may take. None: as many as *rows* takes with its default chunk.
+        limits: ``chunk_rows`` stands for *rows*. ``memory``, the most bytes that the plan may take, is by default as
+            many as *rows* takes with its default chunk.
     """
+    chunk_rows, memory, logits_dtype = limits
+    problem = problem._replace(logits_dtype=logits_dtype)
     if chunk_rows is not None:
         return _plan(problem, ROWS, chunk_rows)
     whole = _plan(problem, WHOLE, problem.rows)
@@ -256,7 +285,7 @@ def all_plans(problem: Problem, memory: int | None) -> list[LinearPlan]:
     """Each plan as it would be with this ``memory``, whether it is chosen or not, the fastest first."""
     rows = _rows_plan(problem)
     budget = rows.bytes if memory is None else memory
-    chosen = choose(problem, None, memory)
+    chosen = choose(problem, Limits(memory=memory))
     found = [_plan(problem, WHOLE, problem.rows), chosen if chosen.name == ROWS else rows]
     classes = _classes_plan(problem, budget)
     return [*found, classes] if classes is not None else found
@@ -270,6 +299,7 @@ def linear_plan(
     *,
     memory: int | None = None,
     chunk_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> LinearPlan:
     """The plan by which :func:`softmax_ext.linear_cross_entropy` computes a call.
@@ -284,6 +314,7 @@ def linear_plan(
         dtype: that of input and weight; under autocast that of autocast.
         memory: as in :func:`softmax_ext.linear_cross_entropy`.
         chunk_rows: as in :func:`softmax_ext.linear_cross_entropy`.
+        logits_dtype: as in :func:`softmax_ext.linear_cross_entropy`.
         device: that of the input; only its type matters.
 
     Returns:
@@ -295,7 +326,7 @@ def linear_plan(
         ValueError: for a negative size, and as in :func:`softmax_ext.linear_cross_entropy`.
     """
     problem = checked_problem("linear_plan", rows, in_features, num_classes, dtype, device)
-    return choose(problem, *check_limits("linear_plan", chunk_rows, memory))
+    return choose(problem, check_limits("linear_plan", dtype, chunk_rows, memory, logits_dtype))
 
 
 def checked_problem(
@@ -313,8 +344,10 @@ def checked_problem(
     return Problem(sizes[0], sizes[1], sizes[2], dtype, torch.device(device).type)
 
 
-def check_limits(op: str, chunk_rows: int | None, memory: int | None) -> tuple[int | None, int | None]:
-    """``chunk_rows`` and ``memory`` as ints or None, or the exceptions of :func:`linear_plan`."""
+def check_limits(
+    op: str, dtype: torch.dtype, chunk_rows: int | None, memory: int | None, logits_dtype: torch.dtype | None
+) -> Limits:
+    """The limits of a call with operands of ``dtype``, or the exceptions of :func:`linear_plan`."""
     if chunk_rows is not None:
         chunk_rows = checks.integer(op, "chunk_rows", chunk_rows)
         if chunk_rows < 1:
@@ -326,4 +359,10 @@ def check_limits(op: str, chunk_rows: int | None, memory: int | None) -> tuple[i
         memory = checks.integer(op, "memory", memory)
         if memory < 0:
             checks.refuse(ValueError, op, "memory", "not be negative", f"{memory}")
-    return chunk_rows, memory
+    if logits_dtype is not None:
+        if not isinstance(logits_dtype, torch.dtype):
+            checks.refuse(TypeError, op, "logits_dtype", "be torch.float32 or None", checks.describe(logits_dtype))
+        if logits_dtype != torch.float32 or dtype == torch.float64:
+            need = "be None with float64 operands" if dtype == torch.float64 else "be torch.float32 or None"
+            checks.refuse(ValueError, op, "logits_dtype", need, f"{logits_dtype}")
+    return Limits(chunk_rows, memory, logits_dtype)

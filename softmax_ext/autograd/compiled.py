@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import linear_ops, ops
 from ..chunks import Operands
 from ..options import SCHEMA, Options
+from ..plans import Limits
 from . import linear, refusals
 from .cross_entropy import CrossEntropy
 from .softmax import Softmax
@@ -89,8 +90,9 @@ torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward
 
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, linear_weight, linear_bias, target, weight, *arguments = inputs
-    options, (dtype, stats, chunk_rows, memory, ctx.needs, *_) = Options.split(arguments)
-    ctx.call = linear_ops.Call(options, dtype, stats, chunk_rows, memory)
+    options, (dtype, stats, *others) = Options.split(arguments)
+    limits, (ctx.needs, *_) = Limits.split(others)
+    ctx.call = linear_ops.Call(options, dtype, stats, limits)
     ctx.inputs = len(inputs)
     kept, computed = linear.kept_of(output, stats), []
     if any(ctx.needs):

@@ -36,8 +36,13 @@ NOTHING = (False, False, False)
 """No gradient of input, linear_weight and linear_bias is needed."""
 
 
-def logits_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """The output of the linear layer, [N, C, *K]."""
+def logits_of(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The output of the linear layer, [N, C, *K], computed in ``dtype`` if it is given."""
+    if dtype is not None:
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
     *classes, features = linear_weight.shape  # reshape and not flatten, which autograd's own vmap does not have
     bias = None if linear_bias is None else linear_bias.reshape(math.prod(classes))
     logits = F.linear(input, linear_weight.reshape(math.prod(classes), features), bias)
@@ -61,7 +66,7 @@ def _gradients_through_logits(
 ) -> list[Tensor | None]:
     """The gradients from all logits at once, by operations that can be differentiated and batched again."""
     input, linear_weight, linear_bias, target, weight = operands
-    logits = logits_of(input, linear_weight, linear_bias)
+    logits = logits_of(input, linear_weight, linear_bias, call.limits.logits_dtype)
     options = call.options
     wide = arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
     if is_batched(upstream) and not is_plain_backward():
@@ -73,7 +78,7 @@ def _gradients_through_logits(
         gradients = CrossEntropyBackward.apply(*BackwardCall(*upstream, *kept, options, True, needs.target))
         of_logits, of_target = spread(gradients, (True, needs.target))
     assert of_logits is not None
-    dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1]))
+    dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1])).to(input.dtype)
     return [
         dz @ linear_weight.reshape(dz.shape[1], input.shape[1]) if needs.input else None,
         (dz.mT @ input).view(linear_weight.shape) if needs.linear_weight else None,
@@ -232,12 +237,13 @@ class LinearCrossEntropy(Function):
         of_input, of_linear_weight, of_linear_bias, of_target, of_weight, *_ = tangents
         if of_weight is not None:
             raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
-        logits = logits_of(input, linear_weight, linear_bias)
+        wide = ctx.call.limits.logits_dtype
+        logits = logits_of(input, linear_weight, linear_bias, wide)
         along = torch.zeros_like(logits)
         if of_input is not None:
-            along = along + logits_of(of_input, linear_weight, None)
+            along = along + logits_of(of_input, linear_weight, None, wide)
         if of_linear_weight is not None:
-            along = along + logits_of(input, of_linear_weight, None)
+            along = along + logits_of(input, of_linear_weight, None, wide)
         if of_linear_bias is not None:
             along = along + of_linear_bias
         rows = Rows(logits, target, weight, ctx.call.options)

@@ -47,7 +47,7 @@ def limits_for(name: str, size: tuple[int, int, int], dtype: torch.dtype, positi
         return {"chunk_rows": max(rows // 4, 1)}
     problem = plans.Problem(rows, features, classes * positions, dtype, "cpu", positions=positions)
     memory = plans._bytes(problem, "classes", classes // 7 * positions)
-    assert plans.choose(problem, None, memory).name == "classes"
+    assert plans.choose(problem, plans.Limits(memory=memory)).name == "classes"
     return {"memory": memory}
 
 
@@ -379,6 +379,113 @@ def test_no_less_exact_than_whole_logits(name, dtype, size, scale, upstream):
     assert of_weight <= (1.3 if twice and name != "rows" else 1.05)
 
 
+# ---- logits in float32 ----
+
+
+def wide_limits(name: str, size: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
+    limits: dict[str, Any] = limits_for(name, size, dtype) | {"logits_dtype": torch.float32}
+    if name == "classes":
+        problem = plans.Problem(*size, dtype, "cpu", logits_dtype=torch.float32)
+        limits["memory"] = plans._bytes(problem, "classes", size[2] // 7)
+    assert linear_plan(*size, dtype, **limits).name == name
+    return limits
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_logits_lose_nothing(name, dtype):
+    """Log-sum-exp and losses as exact as float32's, of operands in half types."""
+    size = (40, 64, 3000)
+    x, w, y = operands(*size, dtype)
+    bias = torch.randn(3000).to(dtype)
+    limits = wide_limits(name, size, dtype)
+    _, stats = linear_cross_entropy(x, w, y, linear_bias=bias, return_stats=True, reduction="none", **limits)
+    loss = linear_cross_entropy(x, w, y, linear_bias=bias, reduction="none", dtype=torch.float32, **limits)
+    logits = F.linear(x.double(), w.double(), bias.double())
+    lse = logits.logsumexp(1)
+    assert (stats.lse.double() - lse).square().mean().sqrt() < 5e-7 * lse.mean()
+    assert_close(loss.double(), F.cross_entropy(logits, y, reduction="none"), rtol=2e-6, atol=2e-6)
+    rounded = linear_cross_entropy(x, w, y, linear_bias=bias, reduction="none", dtype=torch.float32)
+    assert (rounded.double() - F.cross_entropy(logits, y, reduction="none")).abs().max() > 1e-4, "by default it does"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_float32_logits(name, dtype, reduction):
+    size = (60, 32, 1000)
+    x, w, y = operands(*size, dtype, scale=1.0)
+    y[::5] = -100
+    b = torch.randn(1000).to(dtype).requires_grad_()
+    limits = wide_limits(name, size, dtype)
+    ours = both(lambda *p: linear_cross_entropy(*p[:2], y, linear_bias=p[2], reduction=reduction, **limits), x, w, b)
+    leaves = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    torch.manual_seed(1)
+    up = torch.rand_like(ours[0]).double()
+    right = F.cross_entropy(F.linear(*leaves), y, reduction=reduction)
+    for mine, exact in zip(ours[1:], torch.autograd.grad(right, leaves, up), strict=True):
+        assert (mine.double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_float32_logits_elsewhere():
+    """Second derivatives, forward mode, torch.compile, the module; and float32 operands, for which it says nothing."""
+    torch._dynamo.reset()
+    x, w, y = operands(20, 16, 97, torch.bfloat16)
+    wide = {"logits_dtype": torch.float32, "dtype": torch.float32}
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(x, w, y, **wide)
+
+    right = F.cross_entropy(F.linear(x.double(), w.double()), y)
+    compiled = torch.compile(lambda x, w: loss(x * 1, w), backend="aot_eager", fullgraph=True)
+    for f in (loss, compiled):
+        assert_close(f(x, w).double(), right, rtol=1e-6, atol=1e-6)
+    assert_close(both(compiled, x, w), both(loss, x, w))
+    along = torch.randn_like(x)
+    _, slope = torch.func.jvp(lambda x: loss(x, w), (x,), (along,))
+    assert_close(slope.double(), (torch.autograd.grad(right, x)[0] * along).double().sum(), rtol=0.02, atol=1e-4)
+    (first,) = torch.autograd.grad(loss(x, w), x, create_graph=True)
+    (second,) = torch.autograd.grad((first * along).sum(), x)
+    xd = x.detach().double().requires_grad_()
+    (of_x,) = torch.autograd.grad(F.cross_entropy(F.linear(xd, w.double()), y), xd, create_graph=True)
+    (exact,) = torch.autograd.grad((of_x * along).sum(), xd)
+    assert (second.double() - exact).norm() <= 0.02 * exact.norm()
+    module = LinearCrossEntropyLoss(16, 97, bias=False, dtype=torch.bfloat16, logits_dtype=torch.float32)
+    ours = module(x, y)
+    expected = F.cross_entropy(F.linear(x.double(), module.linear.weight.double()), y)
+    assert_close(ours, expected.to(torch.bfloat16), rtol=0, atol=0)
+    xs, ws = x.detach().float(), w.detach().float()
+    assert torch.equal(linear_cross_entropy(xs, ws, y, logits_dtype=torch.float32), linear_cross_entropy(xs, ws, y))
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_of_float32_logits(name):
+    size = (512, 512, 8192)
+    limits = wide_limits(name, size, torch.bfloat16)
+    tensors = operands(*size, torch.bfloat16)
+    seen = footprint(*tensors, **limits)
+    gradients = 2 * sum(t.numel() for t in tensors[:2])
+    assert seen.peak - gradients == pytest.approx(linear_plan(*size, torch.bfloat16, **limits).bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "given", "error", "text"),
+    [
+        (torch.bfloat16, torch.float64, ValueError, "logits_dtype must be torch.float32 or None; got torch.float64"),
+        (torch.bfloat16, torch.bfloat16, ValueError, "logits_dtype must be torch.float32 or None"),
+        (torch.bfloat16, "float32", TypeError, "logits_dtype must be torch.float32 or None; got 'float32'"),
+        (torch.float64, torch.float32, ValueError, "logits_dtype must be None with float64 operands"),
+    ],
+)
+def test_errors_of_logits_dtype(dtype, given, error, text):
+    x, w, y = operands(4, 3, 5, dtype)
+    with pytest.raises(error, match=text):
+        linear_cross_entropy(x, w, y, logits_dtype=given)
+    with pytest.raises(error, match=text):
+        linear_plan(4, 3, 5, dtype, logits_dtype=given)
+
+
 # ---- what autograd and torch.compile can do ----
 
 
@@ -456,7 +563,7 @@ def test_the_module_hands_it_on(monkeypatch):
     monkeypatch.setattr(plans, "choose", lambda *a: given.append(a) or choose(*a))
     module = LinearCrossEntropyLoss(8, 11, memory=12345)
     assert module(torch.randn(6, 8), torch.arange(6)).isfinite()
-    assert {memory for _, _, memory in given} == {12345}
+    assert {limits.memory for _, limits in given} == {12345}
 
 
 @pytest.mark.parametrize("name", NAMES)
