@@ -58,8 +58,9 @@ def linear_block(records: list[Record], environment: Environment, directory: str
     if not figures.records:
         raise ValueError("the results hold none of the cases; run make bench-linear.")
     others = (cases.EAGER, cases.COMPILE, cases.CHUNKED)
-    ours = (cases.DEFAULT, *cases.MEMORY_OF_PLAN)
-    head = ["rows x width x classes", *others, "softmax_ext", *cases.MEMORY_OF_PLAN, "x less"]
+    plans = [name for name in cases.MEMORY_OF_PLAN if any(record.variant == name for record in figures.records)]
+    ours = (cases.DEFAULT, *plans)
+    head = ["rows x width x classes", *others, "softmax_ext", *plans, "x less"]
     rows = []
     for case in figures.cases:
         row = [case, *(figure(figures.median(case, cases.LOSS, name)) or "-" for name in (*others, *ours))]

@@ -920,6 +920,35 @@ def test_opcheck_cross_entropy_backward_inplace(name):
     check_operator(OPS.cross_entropy_backward_.default, backward_arguments(name))
 
 
+@pytest.mark.parametrize("name", [*INPUTS, "by probability"])
+def test_opcheck_parts(name):
+    """A part of the classes alone and behind another, and the results of both."""
+    x, target, weight, *options, dtype, stats = INPUTS["classes" if name == "by probability" else name]()
+    options = Options(*options)._replace(dim=options[0] % x.dim())
+    if name == "by probability":
+        options = options._replace(weighs_by_probability=True)
+    classes, dim = x.shape[options.dim], options.dim
+    wide = torch.float64 in (x.dtype, dtype, target.dtype)
+    parts, part = [], None
+    for begin, end in ((0, classes // 2), (classes // 2, classes)):
+        indices = target.narrow(dim, begin, end - begin) if target.is_floating_point() else target
+        logits = x.narrow(dim, begin, end - begin)
+        arguments = (logits, indices, weight, *options, dtype, stats, begin, classes)
+        check_operator(OPS.cross_entropy_part.default, arguments)
+        parts.append(OPS.cross_entropy_part(*arguments))
+        if part is not None:
+            check_operator(OPS.cross_entropy_part.default, (*arguments, part))
+        part = OPS.cross_entropy_part(*arguments, part)
+    indices = None if target.is_floating_point() else target
+    arguments = (indices, weight, *options, dtype or x.dtype, wide, stats, None, classes)
+    for stack in (torch.stack(parts), part.unsqueeze(0)):
+        check_operator(OPS.cross_entropy_of_parts.default, (stack, *arguments))
+        found = OPS.cross_entropy_of_parts(stack, *arguments)
+        expected = OPS.cross_entropy(x, target, weight, *options, dtype, stats, False)
+        assert [t.shape for t in found] == [t.shape for t in expected]
+        assert_close(found[0], expected[0], rtol=1e-5 if found[0].dtype != torch.bfloat16 else 1e-2, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", SOFTMAX_INPUTS)
 def test_opcheck_softmax(name):
     x, dim, log, dtype = SOFTMAX_INPUTS[name]()
@@ -959,6 +988,8 @@ WITH_OPTIONS = [
     "cross_entropy_",
     "cross_entropy_backward",
     "cross_entropy_backward_",
+    "cross_entropy_of_parts",
+    "cross_entropy_part",
     "cross_entropy_traced",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
@@ -983,6 +1014,8 @@ def test_every_operator_is_checked():
         "cross_entropy_",
         "cross_entropy_backward",
         "cross_entropy_backward_",
+        "cross_entropy_of_parts",
+        "cross_entropy_part",
         "cross_entropy_traced",
         "linear_cross_entropy",  # test_linear.py
         "linear_cross_entropy_backward",

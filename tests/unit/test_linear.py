@@ -28,6 +28,7 @@ from softmax_ext import (
     plans,
 )
 from softmax_ext.options import Options
+from softmax_ext.plans import Limits
 
 FEATURES, CLASSES = 12, 37
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -622,14 +623,14 @@ def test_operator(denominator, needs, target):
     numbers = Options(
         dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=None, logit_scale=1.0
     )
-    options = (*numbers, torch.float32, not any(needs), 4, None, needs, True, denominator, 1)
+    options = (*numbers, torch.float32, not any(needs), *Limits(4), needs, True, denominator, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
-    options = (*numbers, 4, None, [*needs, inputs.target.is_floating_point()])
+    options = (*numbers, *Limits(4), [*needs, inputs.target.is_floating_point()])
     _, _, state, *statistics = linear_ops.forward(
-        *operands, *numbers, torch.float32, True, 4, None, [False] * 3, True, None, 1
+        *operands, *numbers, torch.float32, True, *Limits(4), [False] * 3, True, None, 1
     )
     kept = (None, None) if any(needs) else (state, statistics[2])
     torch.library.opcheck(
