@@ -27,7 +27,9 @@ SAMPLE = {
     "unit/test_layouts.py": (1, 15),
     "unit/test_numerics.py": (1, 15),
     "unit/test_inplace.py": (1, 15),
+    "unit/test_parts.py": (2, 15),
     "unit/test_linear.py": (4, 60),
+    "unit/test_linear_plans.py": (8, 120),
     "gpu/test_cuda_kernels.py": (1, 5),
     "gpu/test_cuda.py": (1, 5),
 }
