@@ -283,6 +283,7 @@ def gradients(
     entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
+    drops_ignored: bool,
     plan: LinearPlan,
     logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
@@ -298,13 +299,13 @@ def gradients(
             state.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
         needs_target: whether the target's gradient is needed.
+        drops_ignored: whether ignored rows may be left out.
         plan: *whole* or *rows*.
         logits_dtype: that of the logits; None: the input's.
     """
     target, weight = operands.target, operands.weight
-    # An ignored row has gradients through its lse and entropy, so it may be left out only without these.
-    stats = upstream.lse is not None or upstream.entropy is not None
-    chunks = _Chunks(operands, options.ignore_index, plan, logits_dtype, not stats)
+    stats = upstream.entropy is not None
+    chunks = _Chunks(operands, options.ignore_index, plan, logits_dtype, drops_ignored)
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     grad_target = target.new_empty(target.shape) if needs_target else None

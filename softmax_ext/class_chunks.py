@@ -233,13 +233,13 @@ def gradients(
     entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
+    drops_ignored: bool,
     plan: LinearPlan,
     logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """As chunks.gradients, with the plan *classes*. With a state there is no first sweep."""
     target, weight = operands.target, operands.weight
-    drops = upstream.lse is None and upstream.entropy is None  # through these an ignored row has a gradient
-    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, drops)
+    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, drops_ignored)
     options = options._replace(reduction=NONE)
     of_rows = [None if g is None else sweeps.pick(g).contiguous() for g in upstream]
     has_first = state is None

@@ -244,7 +244,7 @@ def linear_cross_entropy(
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
     limits = plans.check_limits(_OP, x.dtype, chunk_rows, memory, logits_dtype)
-    call = Call(options_of_loss, dtype, return_stats, limits)
+    call = Call(options_of_loss, dtype, return_stats, limits, (False,) * 4)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
         results = _run(Operands(x, matrix, bias, target, weight), divisor, call)
@@ -267,8 +267,9 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
     precomputes = any(needs) and call.options.reduction != NONE and not call.stats and not target.requires_grad
-    if call.limits.memory is not None and not compiling:  # before forward, where the gradients are computed later
-        plans.choose(operands.problem(needs[:3], needs[3]), call.limits)
+    # Where a transform differentiates, nobody knows what.
+    may_need = (True, True, linear_bias is not None, target.is_floating_point()) if transformed else needs
+    call = call._replace(later=(may_need[0], may_need[1], may_need[2], may_need[3]))
     if compiling or not (any(needs) or transformed):
         needed = needs[:3] if precomputes else NOTHING
         results = linear_ops.forward(*operands, *call.arguments(needed, True, denominator))

@@ -30,10 +30,17 @@ class Call(NamedTuple):
     dtype: torch.dtype | None
     stats: bool
     limits: Limits
+    later: tuple[bool, bool, bool, bool]
+    """Which gradients of input, linear_weight, linear_bias and target a backward may compute from new logits."""
 
     def arguments(self, needs: Sequence[bool], rounds: bool, denominator: Tensor | None) -> tuple[Any, ...]:
         """The arguments of ``forward`` behind the operands."""
-        return (*self.options, self.dtype, self.stats, *self.limits, list(needs), rounds, denominator, ops.VERSION)
+        flags = (list(needs), list(self.later), rounds)
+        return (*self.options, self.dtype, self.stats, *self.limits, *flags, denominator, ops.VERSION)
+
+    def backward_arguments(self, needs: Sequence[bool]) -> tuple[Any, ...]:
+        """The arguments of ``backward`` behind the operands."""
+        return (*self.options, self.stats, *self.limits, list(needs), list(self.later))
 
 
 def _forward(
@@ -46,9 +53,9 @@ def _forward(
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
     options, (dtype, stats, *others) = Options.split(arguments)
-    limits, (needs, rounds, denominator, _) = Limits.split(others)
+    limits, (needs, later, rounds, denominator, _) = Limits.split(others)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
-    plan = plans.choose(operands.problem(needs, False), limits)
+    plan = plans.choose(operands.problem(*((needs, False) if any(needs) else (later[:3], later[3]))), limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     if denominator is None:
         total = total_weight(target, weight, options.dim, options.ignore_index)
@@ -109,8 +116,8 @@ def _backward(
     weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, others = Options.split(arguments)
-    limits, (needs,) = Limits.split(others)
+    options, (stats, *others) = Options.split(arguments)
+    limits, (needs, later) = Limits.split(others)
     # The gradients of loss and statistics are float64 if forward computed in float64.
     given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy, state) if t is not None]
     wide = arithmetic_dtype(input.dtype, target.dtype, *given)
@@ -122,11 +129,16 @@ def _backward(
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = Operands(input, linear_weight, linear_bias, target, weight)
     *parameters, needs_target = needs
-    plan = plans.choose(operands.problem(parameters, needs_target), limits)
+    # A state is of forward's logits. The same products, of the same rows in the same chunks, give their bits again, and
+    # so the largest logit is the state's maximum again.
+    of_forward = (later[:3], later[3]) if state is not None else (parameters, needs_target)
+    plan = plans.choose(operands.problem(*of_forward), limits)
+    # Through its lse and entropy an ignored row has a gradient.
+    drops = not stats if state is not None else grad_lse is None and grad_entropy is None
     with torch.autocast(input.device.type, enabled=False):
         run = _GRADIENTS[plan.name]
         kept = (upstream, state, entropy)
-        results = run(operands, options, wide, *kept, parameters, needs_target, plan, limits.logits_dtype)
+        results = run(operands, options, wide, *kept, parameters, needs_target, drops, plan, limits.logits_dtype)
     differentiable = (input, linear_weight, linear_bias, target)
     chunks.convert(
         results, [t.dtype for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
@@ -148,7 +160,7 @@ def _fake_backward(
     target: Tensor,
     *arguments: Any,
 ) -> list[Tensor]:
-    *_, needs = arguments
+    *_, needs, _ = arguments
     differentiable = (input, linear_weight, linear_bias, target)
     return [t.new_empty(t.shape) for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
 
@@ -163,23 +175,25 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad
 # the mean: of total_weight). With ``rounds`` they have the operands' dtype, in float16 float32; without it they are the
 # sums of the plan, which nothing rounds before it is multiplied by the upstream gradient. The fake ones are as with it,
 # because the plan is not known where a size is not.
-# The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any.
+# The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any. ``later`` has the
+# gradients of input, linear_weight, linear_bias and target that the backward may compute.
 forward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy",
     _forward,
     mutates_args=(),
     schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, {LIMITS_SCHEMA}, "
-    "bool[] needs, bool rounds, Tensor? denominator, int version) -> Tensor[]",
+    "bool[] needs, bool[] later, bool rounds, Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
 
 # Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names. ``state`` and
-# ``entropy``, which only the entropy's gradient needs, are forward's. Without a state they are computed again.
+# ``entropy``, which only the entropy's gradient needs, are forward's, of a call with these ``stats``, limits and
+# ``later``. Without a state they are computed again.
 backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, "
-    f"{LIMITS_SCHEMA}, bool[] needs) -> Tensor[]",
+    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, bool stats, "
+    f"{LIMITS_SCHEMA}, bool[] needs, bool[] later) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

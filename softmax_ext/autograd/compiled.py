@@ -91,8 +91,8 @@ torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, linear_weight, linear_bias, target, weight, *arguments = inputs
     options, (dtype, stats, *others) = Options.split(arguments)
-    limits, (ctx.needs, *_) = Limits.split(others)
-    ctx.call = linear_ops.Call(options, dtype, stats, limits)
+    limits, (ctx.needs, later, *_) = Limits.split(others)
+    ctx.call = linear_ops.Call(options, dtype, stats, limits, tuple(later))
     ctx.inputs = len(inputs)
     kept, computed = linear.kept_of(output, stats), []
     if any(ctx.needs):

@@ -107,7 +107,7 @@ class LinearCrossEntropyBackward(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         *tensors, call, needs = args
-        return tuple(linear_ops.backward(*tensors, *call.options, *call.limits, list(needs)))
+        return tuple(linear_ops.backward(*tensors, *call.backward_arguments(needs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -153,7 +153,7 @@ def recomputed_gradients(
         given = next(g for g in upstream if g is not None)
         kept = kept._replace(total=refusals.refusing(kept.total, given, "linear_cross_entropy"))
     if torch.compiler.is_compiling() or is_plain(upstream):
-        found = linear_ops.backward(*upstream, *kept, *operands, *call.options, *call.limits, list(needs))
+        found = linear_ops.backward(*upstream, *kept, *operands, *call.backward_arguments(needs))
     elif internals.forward_mode_level() >= 0 or is_batched(upstream):
         return _gradients_through_logits(operands, call, upstream, kept.total, needs)
     else:  # autograd takes the entropy for a result, which has a derivative of its own

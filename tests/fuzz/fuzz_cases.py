@@ -305,6 +305,7 @@ class Linear:
     bias_memory: Memory
     requires_grad: tuple[bool, bool]
     chunk_rows: int | None
+    memory_share: float | None  # of what all logits take, in place of chunk_rows
 
 
 @dataclass(frozen=True)
@@ -508,6 +509,7 @@ def layers(draw: Any, classes: int, calm: bool, has_bias: bool) -> Linear:
         draw(memories(1 + len(further))),
         (calm or not draw(sometimes(4)), calm or not draw(sometimes(4))),
         draw(mostly(None, [1, 2, 7, 64], 2)),
+        draw(mostly(None, [0.0, 0.1, 0.4, 1.0], 2)),
     )
 
 

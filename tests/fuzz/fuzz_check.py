@@ -20,6 +20,7 @@ from fuzz_cases import LossCase, SoftmaxCase
 from torch import Tensor
 
 import softmax_ext
+from softmax_ext import plans
 
 # What softmax_ext refuses and torch does not: here a type, the one that the docstrings name.
 INPLACE = ValueError  # a leaf, overlapping elements, or a target that requires grad, with inplace=True
@@ -176,10 +177,23 @@ class Call:
         if factors is not None:
             options["row_weight"] = factors
         if case.linear is not None:
-            return softmax_ext.linear_cross_entropy(**tensors, **options, chunk_rows=case.linear.chunk_rows)
+            return softmax_ext.linear_cross_entropy(**tensors, **options, **self.limits())
         return softmax_ext.cross_entropy(
             **tensors, **options, precompute_grad=case.precompute_grad, inplace=case.inplace
         )
+
+    def limits(self) -> dict[str, int | None]:
+        """What selects the plan of a linear layer: rows of a chunk, or a share of the memory of all logits."""
+        case, layer = self.case, self.case.linear
+        if layer.memory_share is None:
+            return {"chunk_rows": layer.chunk_rows}
+        positions = math.prod(layer.further)
+        sizes = (math.prod(layer.batch), layer.features, case.classes * positions)
+        problem = plans.Problem(*sizes, case.dtype, "cpu", target_bytes=8, positions=positions)
+        whole, least = (plans._bytes(problem, name, size) for name, size in (("whole", sizes[0]), ("rows", 1)))
+        if sizes[2]:
+            least = min(least, plans._bytes(problem, "classes", positions))
+        return {"memory": least + int(layer.memory_share * max(whole - least, 0))}
 
     def row_weight(self, tensors: dict[str, Tensor]) -> Tensor | str | None:
         by_probability = self.case.row_weight is not None and self.case.row_weight.seed is None

@@ -623,14 +623,14 @@ def test_operator(denominator, needs, target):
     numbers = Options(
         dim=1, reduction=1, ignore_index=-100, label_smoothing=0.1, z_loss=0.0, softcap=None, logit_scale=1.0
     )
-    options = (*numbers, torch.float32, not any(needs), *Limits(4), needs, True, denominator, 1)
+    options = (*numbers, torch.float32, not any(needs), *Limits(4), needs, [*needs, False], True, denominator, 1)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.softmax_ext.linear_cross_entropy, (*operands, *options), test_utils=checks)
     rows = torch.ones(9, 2)
     upstream = (torch.ones(()), rows, rows, rows)
-    options = (*numbers, *Limits(4), [*needs, inputs.target.is_floating_point()])
+    options = (*numbers, True, *Limits(4), [*needs, inputs.target.is_floating_point()], [True] * 4)
     _, _, state, *statistics = linear_ops.forward(
-        *operands, *numbers, torch.float32, True, *Limits(4), [False] * 3, True, None, 1
+        *operands, *numbers, torch.float32, True, *Limits(4), [False] * 3, [True] * 4, True, None, 1
     )
     kept = (None, None) if any(needs) else (state, statistics[2])
     torch.library.opcheck(

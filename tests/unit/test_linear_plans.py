@@ -379,6 +379,30 @@ def test_no_less_exact_than_whole_logits(name, dtype, size, scale, upstream):
     assert of_weight <= (1.3 if twice and name != "rows" else 1.05)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_sees_the_logits_of_forward(name, dtype):
+    """Bit by bit, as the state is of these: the gradients of a nearly certain row keep their relative precision."""
+    size = (60, 40, 3000)
+    x = torch.randn(60, 40).to(dtype).requires_grad_()
+    w = (torch.randn(3000, 40) / 40).to(dtype)
+    y = torch.arange(60) * 47
+    w[y] = 30 * F.normalize(x.detach().float()).to(dtype)
+    w.requires_grad_()
+    q = F.one_hot(y, 3000).to(dtype).requires_grad_()
+    y = torch.where(torch.arange(60) % 7 == 0, -100, y)
+    selected = limits_for(name, size, dtype)
+    for target, stats in ((y, False), (y, True), (q, False)):
+        found = linear_cross_entropy(x, w, target, reduction="none", return_stats=stats, **selected)
+        loss = found[0] if stats else found
+        leaves = (x, w, q) if target is q else (x, w)
+        of_x, of_w, *of_q = torch.autograd.grad(loss.sum(), leaves)
+        assert of_x.double().norm() < 1e-12, "p - 1 of about -exp(-100)"
+        assert of_w.double().norm() < 1e-12
+        for gradient in of_q:  # lse - z
+            assert gradient[q == 1].abs().max() < 1e-30
+
+
 # ---- logits in float32 ----
 
 
