@@ -112,24 +112,12 @@ class _Chunks:
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
         self.plan, self.rows = plan, plan.chunk
         self.logits_dtype = logits_dtype or input.dtype
-        self.live = self._live_rows() if drops_ignored else None
-        if self.live is not None:
+        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
+        if self.live is not None and plan.name == plans.ROWS:
             self.rows = self._rows_with_copies()
         self.count = input.shape[0] if self.live is None else self.live.numel()
         self.rows = max(min(self.rows, self.count), 1)
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0], dtype=self.logits_dtype)
-
-    def _live_rows(self) -> Tensor | None:
-        """The numbers of the rows that are not ignored, or None for all.
-
-        None where so few rows are ignored that to leave them out would take more memory than the plan has.
-        """
-        live = live_row_numbers(self.operands, self.ignore_index)
-        if live is None:
-            return None
-        count, fitting = live.numel(), self._rows_with_copies()
-        fits = count <= fitting if self.plan.name == plans.WHOLE else 4 * fitting >= self.plan.chunk
-        return live if fits else None
 
     def _rows_with_copies(self) -> int:
         """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient."""

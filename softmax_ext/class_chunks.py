@@ -63,28 +63,13 @@ class _Sweeps:
         self.classes, *positions, _ = self.linear_weight.shape
         self.shape, self.columns = (input.shape[0], *positions), math.prod(positions)
         dtype = logits_dtype or input.dtype
-        logits_bytes = plan.chunk * plan.kept * dtype.itemsize
-        self.live = self._live_rows(operands, ignore_index, logits_bytes) if drops_ignored else None
+        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
         self.x, self.target = self.pick(input), self.pick(target)
         step = plan.chunk // self.columns
         begins = range(0, self.classes, step)
         self.chunks = [_Chunk(number, begin, min(begin + step, self.classes)) for number, begin in enumerate(begins)]
         self.recomputed = len(self.chunks) - plan.kept
         self.buffers = [self.x.new_empty(self.x.shape[0] * plan.chunk, dtype=dtype) for _ in range(plan.kept)]
-
-    def _live_rows(self, operands: Operands, ignore_index: int, logits_bytes: int) -> Tensor | None:
-        """The numbers of the rows that are not ignored, or None for all.
-
-        None where so few rows are ignored that to leave them out, which takes copies of the input and of its gradient,
-        would take more memory than the plan has: ``logits_bytes`` for each row.
-        """
-        live = live_row_numbers(operands, ignore_index)
-        if live is None:
-            return None
-        rows, features = operands.input.shape
-        size = operands.input.element_size()
-        copies = features * (size + plans.gradient_dtype(operands.input.dtype).itemsize)
-        return live if live.numel() * (logits_bytes + copies) <= rows * logits_bytes else None
 
     def pick(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor [N, ...] that are not left out."""
@@ -170,7 +155,7 @@ class _GradientSums:
             index = sweeps.target.long() - chunk.begin
             classes = chunk.end - chunk.begin
             matmul.add_product_apart(
-                self.input, gradient, matrix, index.reshape(len(index), -1), classes, self.is_first
+                self.input, gradient, matrix, index.reshape(len(index), sweeps.columns), classes, self.is_first
             )
         else:
             matmul.add_product(self.input, gradient, matrix, self.is_first)

@@ -177,8 +177,8 @@ def linear_cross_entropy(
     - for ``torch.func`` within torch.compile;
     - for class weights with probabilities, where either is differentiated or transformed.
 
-    On the CPU without ``return_stats`` ignored rows cost nothing, unless the copies of the other rows would take more
-    memory than the plan has: the classes are fewer than the features, or only few rows are ignored.
+    On the CPU without ``return_stats`` ignored rows cost nothing. The other rows of the input, and their gradient, are
+    copied then. With whole and classes these copies come on top of the plan's memory.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
