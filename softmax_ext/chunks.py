@@ -314,5 +314,7 @@ def gradients(
         else:
             gradient, of_target = ops.cross_entropy_backward(*arguments, True, True)
             chunks.put(rows, of_target, grad_target)
+            del of_target  # before the next one is made
         sums.add(rows, x, of_rows, gradient)
+        del gradient
     return sums.results() + ([] if grad_target is None else [grad_target])

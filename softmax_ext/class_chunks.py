@@ -248,5 +248,7 @@ def gradients(
             gradient, of_target = ops.cross_entropy_backward(*arguments, True, True, *part)
             grad_target[:, chunk.begin : chunk.end] = of_target
             logits = gradient.flatten(1)
+            del gradient, of_target  # before the next ones are made
         sums.add(chunk, logits)
+        del logits
     return sums.results() + ([] if grad_target is None else [grad_target])

@@ -195,7 +195,7 @@ def _size(dtype: torch.dtype) -> int:
 
 def _largest_chunk(problem: Problem, name: str, budget: int, most: int) -> int:
     """The largest chunk, up to ``most``, with which a plan takes no more than ``budget``; 0 if there is none."""
-    least = problem.positions if name == CLASSES else 1
+    least = max(problem.positions, 1) if name == CLASSES else 1
     for step in (least * _STEP, least):
         low, high = 0, most // step
         while low < high:
@@ -222,7 +222,8 @@ def _classes_plan(problem: Problem, memory: int) -> LinearPlan | None:
     columns = _largest_chunk(problem, CLASSES, memory, problem.classes)
     if not columns:
         return None
-    kept = min(max(columns // _useful_classes(problem.device), 1), _MOST_KEPT)
+    useful = max(_useful_classes(problem.device), problem.positions)
+    kept = min(max(columns // useful, 1), _MOST_KEPT)
     chunk = columns // kept
     step = problem.positions * (_STEP if chunk >= problem.positions * _STEP else 1)
     chunk = chunk // step * step

@@ -49,7 +49,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     int64_t y;                                  // the class, counted from that of the first logit
     T max, rest;                                // of the state, in backward
     T g;                                        // upstream gradient of the loss
-    T weight;                                   // the row's own; by probability the logit of the target class
+    T target_logit;                             // where the row's own weight is by probability
   };
   using Coefficients = CrossEntropyCoefficients<T>;
 
@@ -89,11 +89,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       row.rest = this->state[this->rows + row.number];
     }
     if (writes_anything()) row.g = row_value<T>(this->grad_loss, row.number);
-    // Of an ignored row 0. By probability every thread needs the target's logit, and reads it before any is overwritten:
-    // there is a reduction in between.
-    if (this->row_weight && is_live(row)) row.weight = this->row_weight[row.number];
+    // Every thread needs it, and reads it before any is overwritten: there is a reduction in between.
     if (weighs_by_probability() && target(row) >= 0)
-      row.weight = logit(widen(input(0)[at.offset[kLogits] + row.y * layout.class_stride[kLogits]]));
+      row.target_logit = logit(widen(input(0)[at.offset[kLogits] + row.y * layout.class_stride[kLogits]]));
     return row;
   }
   DEVICE bool weighs_by_probability() const { return kGeneral && reduces && this->options.weighs_by_probability; }
@@ -236,7 +234,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
   DEVICE Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z, bool leader,
                              Totals& total_share) const {
-    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1, row.weight};
+    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1, 0};
     if (!reduces) s.state_max = row.max, s.state_rest = row.rest;
     if (is_skipped(row)) s.state_max = s.state_rest = 0;
     if constexpr (kHasProbabilities)
@@ -252,9 +250,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
         write_part(s, outcome);
         return {};
       }
-    if (weighs_by_probability())
-      s.own_weight =
-          has_class(row) ? target_probability<Math>(exp((leader ? z : row.weight) - s.state_max), s.state_rest) : T(0);
+    if (this->row_weight && is_live(row)) s.own_weight = this->row_weight[row.number];  // of an ignored row 0
+    if (weighs_by_probability() && has_class(row))
+      s.own_weight = target_probability<Math>(exp((leader ? z : row.target_logit) - s.state_max), s.state_rest);
     if (reduces && leader) total_share = write_row(s, outcome.prediction);
     if (!writes_anything()) return {};
     Coefficients k{gradient_coefficients<Math>(rules(), s), s.state_max};

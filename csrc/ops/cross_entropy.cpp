@@ -77,8 +77,8 @@ Call checked_call(const char* op, const Tensor& input, const Tensor& target, con
   call.classes = input.size(dim);
   call.first_class = range.first;
   call.all_classes = range.all.value_or(call.classes);
-  STD_TORCH_CHECK(range.first >= 0 && range.first + call.classes <= call.all_classes, op, ": a row has ",
-                  call.all_classes, " classes; got those from ", range.first, " to ", range.first + call.classes, ".");
+  STD_TORCH_CHECK(range.first >= 0 && range.first <= call.all_classes - call.classes, op, ": a row has ",
+                  call.all_classes, " classes; got ", call.classes, " from class ", range.first, " on.");
   check_reduction(call);
   check_target(call);
   check_weight(call);
@@ -194,6 +194,7 @@ std::vector<Tensor> cross_entropy_of_parts(Tensor parts, std::optional<Tensor> t
   call.batch.erase(call.batch.begin(), call.batch.begin() + 2);
   call.rows = product(call.batch);
   call.all_classes = all_classes;
+  STD_TORCH_CHECK(all_classes >= 0, call.op, ": a row has ", all_classes, " classes.");
   check_reduction(call);
   if (target)
     check_target(call);

@@ -12,6 +12,11 @@ from typing import NamedTuple
 # and the reason.
 ALLOWED = [
     (
+        r"^thread_rows<CrossEntropyOp<float, float, \(Kind\)0>, 64, false>",
+        24,
+        "64 logits and the row's own values are just too much for the compiler for 12.0",
+    ),
+    (
         r"^streamed_rows<CrossEntropyOp<\w+, double,",
         100,
         "arithmetic in double has long subroutines, and is not there for its speed",

@@ -381,6 +381,23 @@ def test_no_less_exact_than_whole_logits(name, dtype, size, scale, upstream):
     assert of_weight <= (1.3 if twice and name != "rows" else 1.05)
 
 
+def test_classes_of_many_positions():
+    """A chunk has whole classes, with all positions of each."""
+    x, w = torch.randn(64, 8), torch.randn(20, 1500, 8)
+    y = torch.randint(0, 20, (64, 1500))
+    right = F.cross_entropy(torch.einsum("nd,ckd->nck", x, w), y)
+    names = set()
+    for memory in range(600_000, 8_000_000, 400_000):
+        problem = plans.Problem(64, 8, 30000, torch.float32, "cpu", positions=1500)
+        plan = plans.choose(problem, plans.Limits(memory=memory))
+        names.add((plan.name, plan.kept))
+        assert plan.name != "classes" or plan.chunk % 1500 == 0
+        assert plan.bytes <= memory
+        assert_close(linear_cross_entropy(x, w, y, memory=memory), right)
+    assert {name for name, _ in names} >= {"rows", "classes"}
+    assert any(kept > 1 for _, kept in names)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_sees_the_logits_of_forward(name, dtype):

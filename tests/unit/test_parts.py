@@ -246,12 +246,21 @@ def test_bytes_as_classes(device):
 
 @pytest.mark.parametrize(
     ("begin", "classes", "text"),
-    [(-1, 200, "a row has 200 classes; got those from -1"), (150, 200, "got those from 150 to 250")],
+    [
+        (-1, 200, "a row has 200 classes; got 100 from class -1 on"),
+        (150, 200, "got 100 from class 150 on"),
+        (2**63 - 1, 200, "got 100 from class 9223372036854775807 on"),
+        (0, -5, "a row has -5 classes"),
+    ],
 )
 def test_a_range_outside_the_row_is_refused(device, begin, classes, text):
     x, target = torch.zeros(2, 100, device=device), torch.zeros(2, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match=text):
         ops.cross_entropy_part(x, target, None, *_options(), None, False, begin, classes)
+    parts = torch.zeros(1, 3, 2, dtype=torch.float64, device=device)
+    if classes < 0:
+        with pytest.raises(RuntimeError, match=text):
+            ops.cross_entropy_of_parts(parts, target, None, *_options(), torch.float32, False, False, None, classes)
 
 
 def test_parts_of_other_options_are_refused(device):
