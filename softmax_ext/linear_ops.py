@@ -1,6 +1,6 @@
 """Linear cross entropy as two operators, forward and backward, which torch.compile and torch.export see.
 
-Each chooses a plan when it runs, since in traced code the sizes may not be known. chunks.py runs the plan.
+Each chooses a plan when it runs, since in traced code the sizes may not be known. chunks.py or class_chunks.py runs it.
 """
 
 from __future__ import annotations
