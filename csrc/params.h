@@ -22,6 +22,7 @@ struct OptionsOf {
   Number softcap;  // 0: none
   Number logit_scale;
   bool weighs_by_probability;  // the loss of a row is multiplied by the probability of its target class
+  bool skips_ignored;  // of an ignored row no logit is read: statistics 0, without a gradient, and prediction -1
 };
 using Options = OptionsOf<double>;
 
@@ -35,7 +36,8 @@ OptionsOf<T> rounded_to(const Options& o) {
           static_cast<T>(o.z_loss),
           static_cast<T>(o.softcap),
           static_cast<T>(o.logit_scale),
-          o.weighs_by_probability};
+          o.weighs_by_probability,
+          o.skips_ignored};
 }
 
 // One value for each row, or one for all: data[row * stride] / *divisor. The CPU multiplies by 1 / *divisor.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -220,11 +221,16 @@ def check_options(
 
 
 def check_row_weight(
-    op: str, input: Tensor, target: Tensor, row_weight: Tensor | str, options: Options
+    op: str,
+    input: Tensor,
+    rows: Sequence[int],
+    target: Tensor,
+    row_weight: Tensor | str,
+    options: Options,
 ) -> tuple[Tensor | None, Options]:
     """The factors of the rows' losses as the operators take them, and the options to be used with them.
 
-    The factors are a tensor, or of "probability" the option ``weighs_by_probability``.
+    The factors are a tensor of shape ``rows``, or of "probability" the option ``weighs_by_probability``.
     """
     need = 'be a Tensor, "probability" or None'
     if isinstance(row_weight, str):
@@ -236,9 +242,8 @@ def check_row_weight(
     if not isinstance(row_weight, Tensor):
         refuse(TypeError, op, "row_weight", need, describe(row_weight))
     check_dense(op, "row_weight", row_weight)
-    rows = [size for d, size in enumerate(input.shape) if d != options.dim]
-    if list(row_weight.shape) != rows:
-        refuse(RuntimeError, op, "row_weight", f"have shape {rows}, one value for each row", describe(row_weight))
+    if list(row_weight.shape) != list(rows):
+        refuse(RuntimeError, op, "row_weight", f"have shape {list(rows)}, one value for each row", describe(row_weight))
     if row_weight.dtype not in _FLOATING:
         way_out = "Use row_weight.to(input.dtype)."
         refuse(RuntimeError, op, "row_weight", "be floating", describe(row_weight), way_out)
@@ -247,6 +252,16 @@ def check_row_weight(
         way_out = 'It gets no gradient. Use row_weight.detach(), or multiply the losses of reduction="none" yourself.'
         refuse(TypeError, op, "row_weight", "have no derivative", "a tensor that is differentiated", way_out)
     return row_weight, options
+
+
+def check_live_rows(op: str, live_rows: int, rows: int, target: Tensor) -> int:
+    """The number of live rows of ``rows``. Where it is known without a look at the target, also that it is right."""
+    live_rows = integer(op, "live_rows", live_rows)
+    if target.is_floating_point() and live_rows != rows:
+        refuse(ValueError, op, "live_rows", f"be {rows} or None with a target of probabilities", f"{live_rows}")
+    if not 0 <= live_rows <= rows:
+        refuse(ValueError, op, "live_rows", f"be in [0, {rows}], the number of rows", f"{live_rows}")
+    return live_rows
 
 
 # Numbers that are not known while a program is traced, like a size.

@@ -13,7 +13,7 @@ Rows are whole only when all their classes have been seen. So there are two swee
 That is four products in place of three, less what the chunks spare that are kept from the first sweep. Half types sum
 dX in float32. float16 sums dW in float32 too, for the reason that chunks.py gives.
 
-Shapes are those of chunks.py.
+Shapes are those of operands.py.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from . import matmul, ops, plans
-from .chunks import Operands, check_classes, live_row_numbers
-from .options import MEAN, NONE, SUM, Options
-from .plans import LinearPlan
+from .chunks import empty_results, state_shape
+from .operands import Run, check_classes
+from .options import MEAN, NONE, SUM
 from .reference import Upstream
 
 
@@ -41,45 +41,22 @@ class _Chunk(NamedTuple):
 
 
 class _Sweeps:
-    """The operands without ignored rows, and the buffers of logits.
+    """The live rows of a call, and the buffers of their logits."""
 
-    Args:
-        operands: the tensors.
-        ignore_index: the class index of ignored rows.
-        plan: says how many columns of logits a chunk has, and how many chunks are kept.
-        logits_dtype: that of the logits; None: the input's.
-        drops_ignored: whether ignored rows may be left out.
-    """
-
-    def __init__(
-        self,
-        operands: Operands,
-        ignore_index: int,
-        plan: LinearPlan,
-        logits_dtype: torch.dtype | None,
-        drops_ignored: bool,
-    ) -> None:
-        input, self.linear_weight, self.linear_bias, target, self.weight = operands
+    def __init__(self, run: Run) -> None:
+        _, self.linear_weight, self.linear_bias, target, self.weight, row_weight = run.operands
+        self.run, self.live, plan = run, run.live, run.plan
         self.classes, *positions, _ = self.linear_weight.shape
-        self.shape, self.columns = (input.shape[0], *positions), math.prod(positions)
-        dtype = logits_dtype or input.dtype
-        self.live = live_row_numbers(operands, ignore_index) if drops_ignored else None
-        self.x, self.target = self.pick(input), self.pick(target)
+        self.positions, self.columns = positions, math.prod(positions)
+        self.x, self.target = self.live.input(), self.live.pick(target)
+        self.row_weight = None if row_weight is None else self.live.pick(row_weight)
         step = plan.chunk // self.columns
         begins = range(0, self.classes, step)
         self.chunks = [_Chunk(number, begin, min(begin + step, self.classes)) for number, begin in enumerate(begins)]
         self.recomputed = len(self.chunks) - plan.kept
-        self.buffers = [self.x.new_empty(self.x.shape[0] * plan.chunk, dtype=dtype) for _ in range(plan.kept)]
-
-    def pick(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor [N, ...] that are not left out."""
-        return tensor if self.live is None else tensor.index_select(0, self.live)
-
-    def put(self, values: Tensor) -> Tensor:
-        """A tensor [N, ...] with these values in the rows that are not left out, and 0 in the others."""
-        if self.live is None:
-            return values
-        return values.new_zeros(self.shape[0], *values.shape[1:]).index_copy_(0, self.live, values)
+        self.buffers = [
+            self.x.new_empty(self.x.shape[0] * plan.chunk, dtype=run.logits_dtype) for _ in range(plan.kept)
+        ]
 
     def target_of(self, chunk: _Chunk) -> Tensor:
         """The class indices, or the chunk's probabilities."""
@@ -97,7 +74,7 @@ class _Sweeps:
 
     def shaped(self, logits: Tensor) -> Tensor:
         """Logits [rows, columns] as the operators take them, [rows, classes, *K]."""
-        return logits.view(logits.shape[0], logits.shape[1] // self.columns, *self.shape[1:])
+        return logits.view(logits.shape[0], logits.shape[1] // self.columns, *self.positions)
 
     def project(self, chunk: _Chunk) -> Tensor:
         """Computes the chunk's logits, [rows, columns]."""
@@ -106,12 +83,12 @@ class _Sweeps:
         matmul.project(self.x, self.matrix_of(chunk), bias, logits)
         return logits
 
-    def first(self, options: Options, wide: torch.dtype, stats: bool) -> Tensor:
+    def first(self, stats: bool) -> Tensor:
         """The first sweep: what all classes add to the rows, [fields, rows, *K]."""
         part: Tensor | None = None
         for chunk in self.chunks:
             logits = self.shaped(self.project(chunk))
-            arguments = (*options, wide, stats, chunk.begin, self.classes, part)
+            arguments = (*self.run.options, self.run.wide, stats, chunk.begin, self.classes, part)
             part = ops.cross_entropy_part(logits, self.target_of(chunk), self.weight, *arguments)
         assert part is not None
         return part
@@ -165,83 +142,81 @@ class _GradientSums:
         """The gradients that are needed, in the dtype of their sums, but that of the input in that of its gradient."""
         input, self.input = self.input, None
         if input is not None:
-            input = self.sweeps.put(input.to(plans.gradient_dtype(self.sweeps.x.dtype)))
+            input = input.to(plans.gradient_dtype(self.sweeps.x.dtype))
+            live = self.sweeps.live
+            if live.numbers is not None:
+                of_rows = input
+                input = input.new_zeros(self.sweeps.run.operands.input.shape)
+                live.put(of_rows, input)
         return [t for t in (input, self.weight, self.bias) if t is not None]
 
 
-def _finished(sweeps: _Sweeps, options: Options, wide: torch.dtype, stats: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The first sweep, and then the rows' losses, state and statistics."""
-    options = options._replace(reduction=NONE)
-    part = sweeps.first(options, wide, stats)
+def _finished(sweeps: _Sweeps, stats: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The first sweep, and then the live rows' losses, state and statistics."""
+    wide, options = sweeps.run.wide, sweeps.run.options._replace(reduction=NONE)
+    parts = sweeps.first(stats).unsqueeze(0)
     indices = None if sweeps.target.is_floating_point() else sweeps.target
-    arguments = (*options, wide, wide == torch.float64, stats, None, sweeps.classes)
-    loss, state, _, *statistics = ops.cross_entropy_of_parts(part.unsqueeze(0), indices, sweeps.weight, *arguments)
+    arguments = (*options, wide, wide == torch.float64, stats, None, sweeps.classes, sweeps.row_weight)
+    loss, state, _, *statistics = ops.cross_entropy_of_parts(parts, indices, sweeps.weight, *arguments)
     return loss, state, statistics
 
 
 def forward(
-    operands: Operands,
-    options: Options,
-    wide: torch.dtype,
-    stats: bool,
-    needs: Sequence[bool],
-    denominator: Tensor | None,
-    plan: LinearPlan,
-    logits_dtype: torch.dtype | None,
+    run: Run, stats: bool, needs: Sequence[bool], denominator: Tensor | None
 ) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """As chunks.forward, with the plan *classes*."""
-    target, weight = operands.target, operands.weight
-    check_classes(target, operands.linear_weight.shape[0], options.ignore_index)
-    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, not stats)
-    loss, state, statistics = _finished(sweeps, options, wide, stats)
+    operands, live, options, wide, *_ = run
+    check_classes(operands.target, operands.linear_weight.shape[0], options.ignore_index)
+    sweeps = _Sweeps(run)
+    loss, state, statistics = _finished(sweeps, stats)
     sums = _GradientSums(sweeps, needs)
-    results = [sweeps.put(values) for values in (loss, *statistics)]
+    results = empty_results(run, stats)
+    for values, result in zip([loss, *statistics], results, strict=True):
+        live.put(values, result)
     if not any(needs):
-        return results, sweeps.put(state.movedim(0, -1)).movedim(-1, 0).contiguous(), []
+        shape = state_shape(options, operands.target, operands.loss_shape, needs)
+        of_rows = operands.input.new_zeros(shape, dtype=wide)
+        live.put(state, of_rows, dim=1)
+        return results, of_rows, []
     options = options._replace(reduction=SUM if denominator is None else MEAN)
     one = state.new_ones(())
     total = denominator if denominator is not None else state.new_ones((), dtype=torch.float64)
     for chunk, logits in sweeps.second(True):
-        saved = (sweeps.target_of(chunk), weight, state, total, None)
-        part = (chunk.begin, sweeps.classes)
+        saved = (sweeps.target_of(chunk), operands.weight, state, total, None)
+        part = (chunk.begin, sweeps.classes, sweeps.row_weight)
         ops.cross_entropy_backward_(one, None, None, None, sweeps.shaped(logits), *saved, *options, *part)
         sums.add(chunk, logits)
     return results, state.new_empty(0), sums.results()
 
 
 def gradients(
-    operands: Operands,
-    options: Options,
-    wide: torch.dtype,
+    run: Run,
     upstream: Upstream,
     state: Tensor | None,
     entropy: Tensor | None,
     needs: Sequence[bool],
     needs_target: bool,
-    drops_ignored: bool,
-    plan: LinearPlan,
-    logits_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """As chunks.gradients, with the plan *classes*. With a state there is no first sweep."""
-    target, weight = operands.target, operands.weight
-    sweeps = _Sweeps(operands, options.ignore_index, plan, logits_dtype, drops_ignored)
+    operands, live, options, *_ = run
+    sweeps = _Sweeps(run)
     options = options._replace(reduction=NONE)
-    of_rows = [None if g is None else sweeps.pick(g).contiguous() for g in upstream]
+    of_rows = [None if g is None else live.pick(g).contiguous() for g in upstream]
     has_first = state is None
     if state is None:
-        _, state, statistics = _finished(sweeps, options, wide, upstream.entropy is not None)
+        _, state, statistics = _finished(sweeps, upstream.entropy is not None)
         entropy = statistics[2] if statistics else None
-    elif sweeps.live is not None:
-        state = state.index_select(1, sweeps.live)
-    if upstream.entropy is None:
-        entropy = None
+    else:
+        state = live.pick(state, dim=1)
+        entropy = live.pick(entropy) if entropy is not None and upstream.entropy is not None else None
     sums = _GradientSums(sweeps, needs)
+    target = operands.target
     grad_target = target.new_empty(target.shape) if needs_target else None
     one = state.new_ones((), dtype=torch.float64)
     for chunk, logits in sweeps.second(has_first):
-        saved = (sweeps.target_of(chunk), weight, state, one, entropy)
+        saved = (sweeps.target_of(chunk), operands.weight, state, one, entropy)
         arguments = (*of_rows, sweeps.shaped(logits), *saved, *options)
-        part = (chunk.begin, sweeps.classes)
+        part = (chunk.begin, sweeps.classes, sweeps.row_weight)
         if grad_target is None:
             ops.cross_entropy_backward_(*arguments, *part)
         else:

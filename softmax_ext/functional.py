@@ -283,10 +283,11 @@ def cross_entropy(
         divisor, options = checks.check_denominator(op, input, denominator, options)
     factors = None
     if row_weight is not None:
-        factors, options = checks.check_row_weight(op, input, target, row_weight, options)
+        rows = [size for d, size in enumerate(input.shape) if d != dim]
+        factors, options = checks.check_row_weight(op, input, rows, target, row_weight, options)
     if dtype is None and (probabilities or input.dtype.itemsize == 2):
         dtype = default_loss_dtype(input, target, weight)
-    results = _run(input, target, weight, divisor, factors, options, dtype, return_stats, precompute_grad, inplace)
+    results = run(input, target, weight, divisor, factors, options, dtype, return_stats, precompute_grad, inplace)
     return (results[0], CrossEntropyStats(*results[-4:])) if return_stats else results[0]
 
 
@@ -299,7 +300,7 @@ def _may_overwrite(input: Tensor, target: Tensor, precompute_grad: bool, inplace
     return wanted and input.requires_grad and not internals.saved_tensor_hooks_active()
 
 
-def _run(
+def run(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,

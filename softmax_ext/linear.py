@@ -1,6 +1,6 @@
 """The public function of a linear layer and the softmax cross entropy of its output: checks, shapes, autocast.
 
-A call goes linear -> autograd.linear -> linear_ops -> chunks -> ops -> kernels.
+A call goes linear -> autograd.linear -> linear_ops -> chunks or class_chunks -> ops -> kernels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, chunks, internals, linear_ops, plans
-from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of
+from . import checks, functional, internals, linear_ops, plans
+from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of, without_ignored
 from .autograd.transforms import in_transform, needs_plain_formulas
-from .chunks import Operands
 from .dtypes import autocast, default_loss_dtype
-from .functional import CrossEntropyStats, cross_entropy
+from .functional import CrossEntropyStats
 from .linear_ops import Call
-from .options import NONE, REDUCTIONS, Keywords
+from .operands import Operands, check_classes
+from .options import NONE, Keywords
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,6 +97,8 @@ class _Keywords(Keywords, total=False):
     chunk_rows: int | None
     memory: int | None
     logits_dtype: torch.dtype | None
+    row_weight: Tensor | Literal["probability"] | None
+    live_rows: int | None
 
 
 @overload
@@ -137,10 +139,12 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     denominator: float | Tensor | None = None,
+    row_weight: Tensor | Literal["probability"] | None = None,
     return_stats: bool = False,
     chunk_rows: int | None = None,
     memory: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    live_rows: int | None = None,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     r"""Softmax cross entropy of the output of a linear layer, in the memory that it is given.
 
@@ -177,8 +181,10 @@ def linear_cross_entropy(
     - for ``torch.func`` within torch.compile;
     - for class weights with probabilities, where either is differentiated or transformed.
 
-    On the CPU without ``return_stats`` ignored rows cost nothing. The other rows of the input, and their gradient, are
-    copied then. With whole and classes these copies come on top of the plan's memory.
+    Ignored rows cost nothing on the CPU, and on a GPU where ``live_rows`` says how many there are. The other rows of
+    the input, and their gradient, are copied then; with whole and classes these copies come on top of the plan's
+    memory. On a GPU without ``live_rows`` the products are of all rows, so that the host need not wait, and an input of
+    NaN or inf in an ignored row reaches the weight's gradient.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
@@ -190,8 +196,9 @@ def linear_cross_entropy(
         linear_bias: ``(C)``, or ``(C, d1, ...)``, or None; of the input's dtype.
         weight: ``(C)``, floating: a factor for each class.
         reduction: "mean", "sum" or "none", as in :func:`softmax_ext.cross_entropy`.
-        ignore_index: a row with this class index has loss 0 and gradient 0 and does not count in the mean. None: -100
-            for class indices, nothing for probabilities.
+        ignore_index: a position with this class index has loss 0 and gradient 0 and does not count in the mean. Nothing
+            is computed for it: its lse, nll and entropy are 0, and its prediction -1. None: -100 for class indices,
+            nothing for probabilities.
         label_smoothing: in [0, 1].
         options: torch's chunking options, accepted so that a call of torch's function needs no change, and ignored.
             Use ``chunk_rows``.
@@ -202,6 +209,8 @@ def linear_cross_entropy(
         logit_scale: factor of the logits, an inverse temperature.
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike; a number or a tensor of
             one element, as in :func:`softmax_ext.cross_entropy`.
+        row_weight: a factor of the loss and the gradient of each position, as in :func:`softmax_ext.cross_entropy`: a
+            tensor of the shape of class indices, or "probability". The products are as many as without.
         return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
         chunk_rows: the number of rows whose logits exist at once; the plan is then rows. None: the plan is chosen.
             The default chunk of rows is a ninth of the rows, or as many as fit into 32 MiB if those are more; at least
@@ -213,6 +222,10 @@ def linear_cross_entropy(
             the memory. Log-sum-exp, loss and statistics then lose nothing to that rounding. The logits' gradient is
             rounded once, for its products. On a CPU the product is computed in float32, which takes longer. None: the
             operands' dtype.
+        live_rows: how many of the N rows have a class that is not ignored, where the caller knows: a GPU then leaves
+            the others out, as the CPU does by itself. The host need not wait for the targets. A wrong number makes the
+            loss and the weight's gradient NaN; on the CPU it raises. It has no effect where all logits exist at once
+            (above).
 
     Returns:
         The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
@@ -222,11 +235,13 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
             Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
             probabilities; ValueError for ``chunk_rows`` below 1, for ``memory`` together with ``chunk_rows``, and for
-            a ``memory`` that no plan fits into, where the text names the least; and for another ``logits_dtype``.
+            a ``memory`` that no plan fits into, where the text names the least; for another ``logits_dtype``; and for a
+            wrong ``live_rows``.
     """
     _check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
+    options_of_loss = options_of_loss._replace(skips_ignored=True)
     if dtype is not None:
         checks.check_dtype(_OP, dtype)
     batch = input.shape[:-1]
@@ -237,6 +252,12 @@ def linear_cross_entropy(
     divisor = None
     if denominator is not None:
         divisor, options_of_loss = checks.check_denominator(_OP, input, denominator, options_of_loss)
+    shape = (*batch, *linear_weight.shape[1:-1])
+    factors = None
+    if row_weight is not None:
+        factors, options_of_loss = checks.check_row_weight(_OP, input, shape, target, row_weight, options_of_loss)
+        if factors is not None:
+            factors = factors.reshape(math.prod(batch), *linear_weight.shape[1:-1])
 
     x, matrix = autocast(input), autocast(linear_weight)
     bias = None if linear_bias is None else autocast(linear_bias)
@@ -244,22 +265,23 @@ def linear_cross_entropy(
     if dtype is None:
         dtype = default_loss_dtype(x, target, weight)
     limits = plans.check_limits(_OP, x.dtype, chunk_rows, memory, logits_dtype)
+    if live_rows is not None:
+        limits = limits._replace(live_rows=checks.check_live_rows(_OP, live_rows, math.prod(batch), target))
     call = Call(options_of_loss, dtype, return_stats, limits, (False,) * 4)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
-        results = _run(Operands(x, matrix, bias, target, weight), divisor, call)
+        results = _run(Operands(x, matrix, bias, target, weight, factors), divisor, call)
     except IndexError:
         if not in_transform():  # raises the same error with the position in the caller's shape
-            chunks.check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
+            check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
         raise
-    shape = (*batch, *linear_weight.shape[1:-1])
     loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
 def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence[Tensor]:
     """The loss and, if asked for, the statistics; chooses the way that the call and its context need."""
-    input, linear_weight, linear_bias, target, weight = operands
+    input, linear_weight, linear_bias, target, weight, _ = operands
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if needs_plain_formulas(target, weight, transformed, compiling):
         return _through_logits(operands, denominator, call)
@@ -281,21 +303,11 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     return [loss, *statistics[: 4 if call.stats else 0]]
 
 
-def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) -> list[Tensor]:
+def _through_logits(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence[Tensor]:
     """The same results from all logits at once, for derivatives that no Function has."""
-    input, linear_weight, linear_bias, target, weight = operands
-    keywords = call.options._asdict()
-    del keywords["dim"]
-    keywords["row_weight"] = "probability" if keywords.pop("weighs_by_probability") else None
-    code = keywords.pop("reduction")
-    loss, stats = cross_entropy(
-        logits_of(input, linear_weight, linear_bias, call.limits.logits_dtype),
-        target,
-        weight,
-        reduction=next(name for name, value in REDUCTIONS.items() if value == code),
-        dtype=call.dtype or input.dtype,
-        denominator=denominator,
-        return_stats=True,
-        **keywords,
-    )
-    return [loss, *stats] if call.stats else [loss]
+    operands = without_ignored(operands, call.options.ignore_index)
+    input, linear_weight, linear_bias, target, weight, row_weight = operands
+    logits = logits_of(input, linear_weight, linear_bias, call.limits.logits_dtype)
+    arguments = (target, weight, denominator, row_weight, call.options, call.dtype or input.dtype)
+    results = functional.run(logits, *arguments, call.stats, False, False)
+    return [results[0], *results[-4:]] if call.stats else results[:1]

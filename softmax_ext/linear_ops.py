@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import chunks, class_chunks, ops, plans
 from .autograd import refusals
-from .chunks import Operands
 from .dtypes import arithmetic_dtype
+from .operands import LiveRows, Operands, Run
 from .options import MEAN, NONE, SCHEMA, Options
 from .plans import LIMITS_SCHEMA, Limits
 from .reference import Upstream, total_weight
@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
     def backward_arguments(self, needs: Sequence[bool]) -> tuple[Any, ...]:
         """The arguments of ``backward`` behind the operands."""
-        return (*self.options, self.stats, *self.limits, list(needs), list(self.later))
+        return (*self.options, *self.limits, list(needs), list(self.later))
 
 
 def _forward(
@@ -49,29 +49,32 @@ def _forward(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
+    row_weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
     refusals.refuse_tangents("linear_cross_entropy", input, linear_weight, linear_bias, target)
     options, (dtype, stats, *others) = Options.split(arguments)
     limits, (needs, later, rounds, denominator, _) = Limits.split(others)
-    operands = Operands(input, linear_weight, linear_bias, target, weight)
+    operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
     plan = plans.choose(operands.problem(*((needs, False) if any(needs) else (later[:3], later[3]))), limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     if denominator is None:
-        total = total_weight(target, weight, options.dim, options.ignore_index)
+        total = total_weight(target, weight, options.dim, options.ignore_index, row_weight)
     else:
         total = denominator.clone()
     divisor = total if options.reduction == MEAN and input.dtype != torch.float16 else None  # see chunks.py
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
-        run = _FORWARD[plan.name]
-        arguments = (wide, stats, needs, divisor, plan, limits.logits_dtype)
-        (loss, *of_rows), state, gradients = run(operands, options, *arguments)
+        live = LiveRows(operands, options.ignore_index, limits.live_rows)
+        run = Run(operands, live, options, wide, plan, limits)
+        (loss, *of_rows), state, gradients = _FORWARD[plan.name](run, stats, needs, divisor)
     if rounds:
         chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
         loss = loss / total
+    if live.poison is not None:
+        loss = loss + live.poison
     return [loss.to(dtype or input.dtype), total, state, *of_rows, *gradients]
 
 
@@ -81,6 +84,7 @@ def _fake_forward(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
+    row_weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
     options, (dtype, stats, *others) = Options.split(arguments)
@@ -90,7 +94,7 @@ def _fake_forward(
     results = [
         input.new_empty(rows if options.reduction == NONE else [], dtype=dtype or input.dtype),
         input.new_empty([], dtype=torch.float64),
-        input.new_empty(chunks.state_shape(target, rows, needs), dtype=wide),
+        input.new_empty(chunks.state_shape(options, target, rows, needs), dtype=wide),
     ]
     if stats:
         results += [input.new_empty(rows, dtype=wide) for _ in range(3)]
@@ -114,9 +118,10 @@ def _backward(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
+    row_weight: Tensor | None,
     *arguments: Any,
 ) -> list[Tensor]:
-    options, (stats, *others) = Options.split(arguments)
+    options, others = Options.split(arguments)
     limits, (needs, later) = Limits.split(others)
     # The gradients of loss and statistics are float64 if forward computed in float64.
     given = [t.dtype for t in (grad_loss, grad_lse, grad_nll, grad_entropy, state) if t is not None]
@@ -127,18 +132,15 @@ def _backward(
             grad_loss = grad_loss / total.to(wide)
         grad_loss = grad_loss.expand(input.shape[0], *linear_weight.shape[1:-1])
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
-    operands = Operands(input, linear_weight, linear_bias, target, weight)
+    operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
     *parameters, needs_target = needs
     # A state is of forward's logits. The same products, of the same rows in the same chunks, give their bits again, and
     # so the largest logit is the state's maximum again.
     of_forward = (later[:3], later[3]) if state is not None else (parameters, needs_target)
     plan = plans.choose(operands.problem(*of_forward), limits)
-    # Through its lse and entropy an ignored row has a gradient.
-    drops = not stats if state is not None else grad_lse is None and grad_entropy is None
     with torch.autocast(input.device.type, enabled=False):
-        run = _GRADIENTS[plan.name]
-        kept = (upstream, state, entropy)
-        results = run(operands, options, wide, *kept, parameters, needs_target, drops, plan, limits.logits_dtype)
+        run = Run(operands, LiveRows(operands, options.ignore_index, limits.live_rows), options, wide, plan, limits)
+        results = _GRADIENTS[plan.name](run, upstream, state, entropy, parameters, needs_target)
     differentiable = (input, linear_weight, linear_bias, target)
     chunks.convert(
         results, [t.dtype for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
@@ -165,10 +167,10 @@ def _fake_backward(
     return [t.new_empty(t.shape) for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
 
 
-_OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+_OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? row_weight"
 _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 
-# ``dim`` must be 1, since the logits are [N, C, *K].
+# ``dim`` must be 1, since the logits are [N, C, *K], and ``skips_ignored`` true.
 #
 # Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
@@ -187,13 +189,13 @@ forward = torch.library.custom_op(
 forward.register_fake(_fake_forward)
 
 # Returns those gradients of input, linear_weight, linear_bias and target that ``needs`` names. ``state`` and
-# ``entropy``, which only the entropy's gradient needs, are forward's, of a call with these ``stats``, limits and
-# ``later``. Without a state they are computed again.
+# ``entropy``, which only the gradient of the entropy needs, are those of a forward with these limits and ``later``.
+# Without a state they are computed again.
 backward = torch.library.custom_op(
     "softmax_ext::linear_cross_entropy_backward",
     _backward,
     mutates_args=(),
-    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, bool stats, "
+    schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, "
     f"{LIMITS_SCHEMA}, bool[] needs, bool[] later) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

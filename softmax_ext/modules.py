@@ -204,14 +204,23 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows besides the linear layer."""
-        return f"num_classes={self.num_classes}, reduction={self.reduction!r}"
+        limits = {"chunk_rows": self.chunk_rows, "memory": self.memory, "logits_dtype": self.logits_dtype}
+        given = "".join(f", {name}={value}" for name, value in limits.items() if value is not None)
+        return f"num_classes={self.num_classes}, reduction={self.reduction!r}{given}"
 
     def forward(
-        self, input: Tensor, target: Tensor, *, denominator: float | Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        denominator: float | Tensor | None = None,
+        row_weight: Tensor | Literal["probability"] | None = None,
+        live_rows: int | None = None,
     ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
         """Hidden states ``(..., in_features)`` and target -> the loss, or (loss, stats) with ``return_stats``.
 
-        ``denominator`` is what the sum of the losses is divided by. It is no option of the module, as it changes with
+        ``denominator`` is what the sum of the losses is divided by, ``row_weight`` a factor of each position's loss,
+        ``live_rows`` the number of rows that are not ignored. They are no options of the module, as they change with
         each batch.
         """
         shape = (self.num_classes, *self.out_features)
@@ -230,6 +239,8 @@ class LinearCrossEntropyLoss(nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             denominator=denominator,
+            row_weight=row_weight,
+            live_rows=live_rows,
             return_stats=self.return_stats,
             chunk_rows=self.chunk_rows,
             memory=self.memory,

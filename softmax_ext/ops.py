@@ -47,7 +47,7 @@ if library is not None:
     load_error = _choose_isa(library)
 
 
-def _state_values(probabilities: bool, options: Options) -> int:
+def state_values(probabilities: bool, options: Options) -> int:
     """How many the state has for each row (csrc/params.h)."""
     return 4 if probabilities else 3 if options.weighs_by_probability else 2
 
@@ -63,7 +63,7 @@ def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *ar
     has_total = options.reduction == MEAN or any(d is not None for d in rest[:1])  # the denominator may be left out
     outputs = [
         input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
-        input.new_empty([_state_values(probabilities, options), *batch], dtype=arithmetic),
+        input.new_empty([state_values(probabilities, options), *batch], dtype=arithmetic),
         input.new_empty([] if has_total else [0], dtype=torch.float64),
     ]
     if stats:
@@ -104,7 +104,7 @@ def _fake_cross_entropy_of_parts(
     has_total = options.reduction == MEAN or denominator is not None
     outputs = [
         parts.new_empty(batch if options.reduction == NONE else [], dtype=dtype),
-        parts.new_empty([_state_values(target is None, options), *batch], dtype=arithmetic),
+        parts.new_empty([state_values(target is None, options), *batch], dtype=arithmetic),
         parts.new_empty([] if has_total else [0], dtype=torch.float64),
     ]
     if stats:

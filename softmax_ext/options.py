@@ -16,7 +16,9 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 class Options(NamedTuple):
     """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes.
 
-    ``weighs_by_probability`` is row_weight="probability".
+    - ``weighs_by_probability``: row_weight="probability".
+    - ``skips_ignored``: of an ignored row no logit is read. Its lse, nll and entropy are 0, without a derivative, and
+      its prediction is -1.
     """
 
     dim: int
@@ -27,6 +29,7 @@ class Options(NamedTuple):
     softcap: float | None
     logit_scale: float
     weighs_by_probability: bool = False
+    skips_ignored: bool = False
 
     @staticmethod
     def split(arguments: Sequence[Any]) -> tuple[Options, Sequence[Any]]:
@@ -37,7 +40,7 @@ class Options(NamedTuple):
 
 SCHEMA = (
     "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, "
-    "bool weighs_by_probability"
+    "bool weighs_by_probability, bool skips_ignored"
 )
 """The fields of Options in the schema of an operator. csrc/ops/schema.cpp has the same for the C++ operators."""
 

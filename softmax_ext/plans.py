@@ -61,6 +61,7 @@ class Limits(NamedTuple):
     chunk_rows: int | None = None
     memory: int | None = None
     logits_dtype: torch.dtype | None = None
+    live_rows: int | None = None
 
     @staticmethod
     def split(arguments: Sequence[Any]) -> tuple[Limits, Sequence[Any]]:
@@ -69,7 +70,7 @@ class Limits(NamedTuple):
         return Limits(*arguments[:count]), arguments[count:]
 
 
-LIMITS_SCHEMA = "SymInt? chunk_rows, SymInt? memory, ScalarType? logits_dtype"
+LIMITS_SCHEMA = "SymInt? chunk_rows, SymInt? memory, ScalarType? logits_dtype, SymInt? live_rows"
 """The fields of Limits in the schema of an operator."""
 
 
@@ -257,10 +258,12 @@ def choose(problem: Problem, limits: Limits) -> LinearPlan:
     Args:
         problem: the shapes and dtypes.
         limits: ``chunk_rows`` stands for *rows*. ``memory``, the most bytes that the plan may take, is by default as
-            many as *rows* takes with its default chunk.
+            many as *rows* takes with its default chunk. ``live_rows`` are the rows that are computed.
     """
-    chunk_rows, memory, logits_dtype = limits
+    chunk_rows, memory, logits_dtype, live_rows = limits
     problem = problem._replace(logits_dtype=logits_dtype)
+    if live_rows is not None:
+        problem = problem._replace(rows=min(problem.rows, live_rows))
     if chunk_rows is not None:
         return _plan(problem, ROWS, chunk_rows)
     whole = _plan(problem, WHOLE, problem.rows)

@@ -177,22 +177,27 @@ class Rows:
         arithmetic = torch.float64 if double else torch.float32
         x = input.movedim(options.dim, -1).to(arithmetic)
         classes = x.shape[-1]
+        if target.is_floating_point():
+            self.live = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        else:
+            self.live = is_live(target, options.ignore_index)
+        if options.skips_ignored:
+            x = torch.where(self.live.unsqueeze(-1), x, 0.0)
         z, self.slope, self.curvature = _logits(x, options)
         largest = _largest(z)
         self.z = z - largest
         self.log_p = self.z.log_softmax(-1)
         self.p = self.log_p.exp()
         lse = largest.squeeze(-1) + self.z.logsumexp(-1)
-        self.lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as in the kernels: NaN without a distribution
+        lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as in the kernels: NaN without a distribution
+        self.lse = self._unless_skipped(lse)
 
         weights = torch.ones(classes, dtype=arithmetic, device=x.device) if weight is None else weight.to(arithmetic)
         unsmoothed, share = 1 - options.label_smoothing, options.label_smoothing / max(classes, 1)
         if target.is_floating_point():
-            self.live = torch.ones_like(self.lse, dtype=torch.bool)
             self.y = target.movedim(options.dim, -1).to(arithmetic)
             self.mass = _scaled(unsmoothed, self.y) + share
         else:
-            self.live = is_live(target, options.ignore_index)
             index = class_index(target, self.live, classes)
             one_hot = torch.zeros_like(x).scatter(-1, index.unsqueeze(-1)[..., :classes], 1.0)  # of 0 classes: nothing
             if index.is_cuda:  # as in the kernels, a class out of range makes its row NaN
@@ -209,6 +214,10 @@ class Rows:
             self.row_weight = (self.p * self.y).sum(-1).detach()
         elif row_weight is not None:
             self.row_weight = torch.where(self.live, row_weight.to(arithmetic), 0.0)
+
+    def _unless_skipped(self, rows: Tensor) -> Tensor:
+        """One value of each row; 0 for an ignored row that is skipped."""
+        return torch.where(self.live, rows, 0.0) if self.options.skips_ignored else rows
 
     def _weighed(self, rows: Tensor) -> Tensor:
         """One value of each row, times its row_weight."""
@@ -232,7 +241,12 @@ class Rows:
 
     def entropy(self) -> Tensor:
         """The entropy of the predicted distribution."""
-        return -_product(self.p, self.log_p).sum(-1)
+        return self._unless_skipped(-_product(self.p, self.log_p).sum(-1))
+
+    def prediction(self) -> Tensor:
+        """The class of the largest logit."""
+        largest = self.z.argmax(-1) if self.z.shape[-1] else torch.zeros_like(self.lse, dtype=torch.int64)
+        return torch.where(self.live, largest, -1) if self.options.skips_ignored else largest
 
     # ---- first derivatives ----
 
@@ -270,7 +284,10 @@ class Rows:
         centred = torch.where(self.p == 0, 0.0, self.z - self.mean.unsqueeze(-1))
         entropy = -(u * self.p * centred).sum(-1)
         return RowGradients(
-            torch.where(self.live, self._weighed(loss), 0.0), mean_u, torch.where(self.live, nll, 0.0), entropy
+            torch.where(self.live, self._weighed(loss), 0.0),
+            self._unless_skipped(mean_u),
+            torch.where(self.live, nll, 0.0),
+            self._unless_skipped(entropy),
         )
 
     # ---- second derivatives ----
@@ -323,7 +340,12 @@ class Rows:
             loss = loss.to(zero.dtype) / total_weight.to(zero.dtype)
         g = RowGradients(*(zero if t is None else zero + t.to(zero.dtype) for t in (loss, lse, nll, entropy)))
         loss = g.loss if self.row_weight is None else g.loss * self.row_weight
-        return g._replace(loss=torch.where(self.live, loss, 0.0), nll=torch.where(self.live, g.nll, 0.0))
+        return RowGradients(
+            torch.where(self.live, loss, 0.0),
+            self._unless_skipped(g.lse),
+            torch.where(self.live, g.nll, 0.0),
+            self._unless_skipped(g.entropy),
+        )
 
     def reduce(self, rows: Tensor, total_weight: Tensor) -> Tensor:
         """The reduction of one value per row."""
@@ -362,6 +384,5 @@ def cross_entropy(
     loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
     if not stats:
         return (loss,)
-    prediction = rows.z.argmax(-1) if rows.z.shape[-1] else torch.zeros_like(rows.lse, dtype=torch.int64)
     # A copy, because the loss may be computed from rows.lse: a caller's hook or in-place change must not reach that.
-    return loss, rows.lse.clone(), rows.nll(), rows.entropy(), prediction
+    return loss, rows.lse.clone(), rows.nll(), rows.entropy(), rows.prediction()

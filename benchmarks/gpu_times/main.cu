@@ -167,7 +167,7 @@ CrossEntropyParams<float> params_of(const Data& data, const Pass& pass, const Bu
   else
     p.index = data.target.as<int64_t>();
   if (option.weight) p.weight = data.weight.as<float>();
-  p.options = {1, softmax_ext::kMean, kIgnored, 0, 0, 0, 1, false};
+  p.options = {1, softmax_ext::kMean, kIgnored, 0, 0, 0, 1, false, false};
   p.options.label_smoothing = static_cast<float>(option.smoothing);
   p.options.z_loss = static_cast<float>(option.z_loss);
   p.options.softcap = static_cast<float>(option.softcap);

@@ -111,9 +111,10 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
 
   // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
   DEVICE bool is_zero(const Row& row) const {
-    return !is_live(row) && !(kGeneral && (this->grad_lse.given || this->grad_entropy.given));
+    return !is_live(row) && !(has_ignored_statistics() && (this->grad_lse.given || this->grad_entropy.given));
   }
-  DEVICE bool is_skipped(const Row& row) const { return is_zero(row) && !(kGeneral && this->stats); }
+  DEVICE bool is_skipped(const Row& row) const { return is_zero(row) && !(has_ignored_statistics() && this->stats); }
+  DEVICE bool has_ignored_statistics() const { return kGeneral && !this->options.skips_ignored; }
   DEVICE bool wants_prediction() const { return kGeneral && this->stats; }
   DEVICE bool has_entropy_gradient() const { return kGeneral && this->grad_entropy.given; }
   DEVICE bool writes_anything() const { return this->grad_logits || (kHasProbabilities && this->grad_probabilities); }
@@ -301,8 +302,9 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       if (this->stats) {
         this->lse[row] = of.lse;
         this->nll[row] = nll;
-        this->entropy[row] = row_entropy<Math>(of.log_sum, s.sums.weighted, s.state_rest);
-        this->prediction[row] = prediction < 0 ? -1 - prediction : prediction;
+        const bool skipped = is_skipped(s.row);
+        this->entropy[row] = skipped ? T(0) : row_entropy<Math>(of.log_sum, s.sums.weighted, s.state_rest);
+        this->prediction[row] = skipped ? -1 : prediction < 0 ? -1 - prediction : prediction;
       }
     const bool counts = live && !out_of_range && this->all_classes > 0;
     const double own = this->row_weight ? s.own_weight : T(1);

@@ -21,15 +21,15 @@ struct Argument {
 
 template <>
 struct Argument<Options> {
-  static constexpr uint64_t kCount = 8;
+  static constexpr uint64_t kCount = 9;
   static Options take(StableIValue*& next) {
     const auto whole = [&] { return Argument<int64_t>::take(next); };
     const auto real = [&] { return Argument<double>::take(next); };
     const auto real_or_zero = [&] { return Argument<std::optional<double>>::take(next).value_or(0); };
     const auto truth = [&] { return Argument<bool>::take(next); };
-    // dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, weighs_by_probability: braces are
-    // evaluated in order.
-    return {whole(), whole(), whole(), real(), real(), real_or_zero(), real(), truth()};
+    // dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, weighs_by_probability, skips_ignored:
+    // braces are evaluated in order.
+    return {whole(), whole(), whole(), real(), real(), real_or_zero(), real(), truth(), truth()};
   }
 };
 

@@ -9,7 +9,7 @@ namespace softmax_ext {
 // In the order of OptionsOf (params.h), as boxed.h reads them.
 #define OPTIONS                                                                                                        \
   "int dim, int reduction, int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale, " \
-  "bool weighs_by_probability"
+  "bool weighs_by_probability, bool skips_ignored"
 #define UPSTREAM "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 #define SAVED "Tensor state, Tensor total_weight, Tensor? entropy"
 

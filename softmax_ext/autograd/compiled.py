@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import linear_ops, ops
-from ..chunks import Operands
+from ..operands import Operands
 from ..options import SCHEMA, Options
 from ..plans import Limits
 from . import linear, refusals
@@ -89,7 +89,7 @@ torch.library.register_autograd("softmax_ext::softmax_traced", _softmax_backward
 
 
 def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, linear_weight, linear_bias, target, weight, *arguments = inputs
+    operands, arguments = inputs[:6], inputs[6:]
     options, (dtype, stats, *others) = Options.split(arguments)
     limits, (ctx.needs, later, *_) = Limits.split(others)
     ctx.call = linear_ops.Call(options, dtype, stats, limits, tuple(later))
@@ -98,13 +98,13 @@ def _keep_for_linear(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) ->
     if any(ctx.needs):
         computed = output[7 if stats else 3 :]
         kept = kept._replace(state=None)
-    ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, *kept, *computed)
+    ctx.save_for_backward(*operands, *kept, *computed)
     ctx.set_materialize_grads(False)
 
 
 def _linear_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    operands, kept, computed = Operands(*saved[:5]), linear.Kept(*saved[5:8]), saved[8:]
+    operands, kept, computed = Operands(*saved[:6]), linear.Kept(*saved[6:9]), saved[9:]
     nothing = [None] * (ctx.inputs - 4)
     upstream = linear.upstream_of(grads if ctx.call.stats else grads[:3])
     is_constant = torch.compiler.is_compiling() or is_plain(upstream)

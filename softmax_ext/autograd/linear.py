@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import chunks, internals, linear_ops, ops
-from ..chunks import Operands
+from .. import internals, linear_ops, ops
 from ..dtypes import arithmetic_dtype
 from ..linear_ops import Call
+from ..operands import Operands, rows_are_live
 from ..options import MEAN
 from ..reference import Rows, Upstream
 from . import refusals
@@ -34,6 +34,15 @@ from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_
 
 NOTHING = (False, False, False)
 """No gradient of input, linear_weight and linear_bias is needed."""
+
+
+def without_ignored(operands: Operands, ignore_index: int) -> Operands:
+    """The operands with an input of 0 in the rows that are not live, since their input may hold anything, NaN too."""
+    input, target = operands.input, operands.target
+    if target.is_floating_point():
+        return operands
+    live = rows_are_live(target, ignore_index).unsqueeze(1)
+    return operands._replace(input=torch.where(live, input, torch.zeros_like(input)))
 
 
 def logits_of(
@@ -65,17 +74,20 @@ def _gradients_through_logits(
     operands: Operands, call: Call, upstream: Upstream, total: Tensor, needs: _Needs
 ) -> list[Tensor | None]:
     """The gradients from all logits at once, by operations that can be differentiated and batched again."""
-    input, linear_weight, linear_bias, target, weight = operands
+    operands = without_ignored(operands, call.options.ignore_index)
+    input, linear_weight, linear_bias, target, weight, row_weight = operands
     logits = logits_of(input, linear_weight, linear_bias, call.limits.logits_dtype)
     options = call.options
     wide = arithmetic_dtype(input.dtype, target.dtype, call.dtype or input.dtype)
     if is_batched(upstream) and not is_plain_backward():
-        of_logits, of_target = formula_gradients(upstream, logits, target, weight, total, options, (True, needs.target))
+        arguments = (logits, target, weight, total, options, (True, needs.target), row_weight)
+        of_logits, of_target = formula_gradients(upstream, *arguments)
     else:
         denominator = total if options.reduction == MEAN else None
-        results = Results(*CrossEntropy.apply(logits, target, weight, denominator, options, wide, True, None))
+        results = Results(*CrossEntropy.apply(logits, target, weight, denominator, options, wide, True, row_weight))
         kept = (logits, target, weight, results.state, results.total_weight, results.entropy)
-        gradients = CrossEntropyBackward.apply(*BackwardCall(*upstream, *kept, options, True, needs.target))
+        backward = BackwardCall(*upstream, *kept, options, True, needs.target, row_weight)
+        gradients = CrossEntropyBackward.apply(*backward)
         of_logits, of_target = spread(gradients, (True, needs.target))
     assert of_logits is not None
     dz = of_logits.reshape(input.shape[0], math.prod(linear_weight.shape[:-1])).to(input.dtype)
@@ -191,7 +203,7 @@ def handed_on(
         scale = scale / total
     of_input = scale
     if not target.is_floating_point():
-        live, one = chunks.live_rows(target, call.options.ignore_index), torch.ones_like(scale)
+        live, one = rows_are_live(target, call.options.ignore_index), torch.ones_like(scale)
         scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
     found: list[Tensor | None] = [None] * 3
     sizes = {i: gradient.numel() for i, gradient in enumerate(computed) if gradient is not None}
@@ -226,14 +238,17 @@ class LinearCrossEntropy(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # only once: non-reentrant checkpoints free a saved tensor when it is unpacked
-        operands, kept = Operands(*saved[:5]), Kept(*saved[5:])
+        operands, kept = Operands(*saved[:6]), Kept(*saved[6:])
         found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream_of(grads), kept)
-        return *found, None, None, None
+        return *found, None, None, None, None
 
     @staticmethod
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, linear_weight, linear_bias, target, weight, total = saved
+        *tensors, total = saved
+        options = ctx.call.options
+        operands = without_ignored(Operands(*tensors), options.ignore_index)
+        input, linear_weight, linear_bias, target, weight, row_weight = operands
         of_input, of_linear_weight, of_linear_bias, of_target, of_weight, *_ = tangents
         if of_weight is not None:
             raise RuntimeError("linear_cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
@@ -241,12 +256,13 @@ class LinearCrossEntropy(Function):
         logits = logits_of(input, linear_weight, linear_bias, wide)
         along = torch.zeros_like(logits)
         if of_input is not None:
+            of_input = without_ignored(operands._replace(input=of_input), options.ignore_index).input
             along = along + logits_of(of_input, linear_weight, None, wide)
         if of_linear_weight is not None:
             along = along + logits_of(input, of_linear_weight, None, wide)
         if of_linear_bias is not None:
             along = along + of_linear_bias
-        rows = Rows(logits, target, weight, ctx.call.options)
+        rows = Rows(logits, target, weight, options, row_weight)
         loss, *stats = rows.derivative(along, of_target)
         results = [rows.reduce_slope(loss, total), None, None, *stats, None][: len(ctx.dtypes)]
         return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
@@ -293,4 +309,4 @@ class EagerLinearCrossEntropy(Function):
             found = recomputed_gradients(ctx.needs_input_grad[:4], operands, ctx.call, upstream, Kept(total))
         else:
             found = [*handed_on(computed, operands, ctx.call, grad_loss, total, True), None]
-        return *found, None, None, None
+        return *found, None, None, None, None

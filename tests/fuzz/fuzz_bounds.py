@@ -151,6 +151,10 @@ class Rows:
         elif row_weight is not None:
             self.row_weight = torch.where(self.live, row_weight.reshape(self.live.shape), 0)
 
+    def of_live(self, values: Tensor) -> Tensor:
+        """Values of the rows, 0 where they are ignored."""
+        return torch.where(self.live.squeeze(-1), values, 0)
+
     def flat(self, t: Tensor) -> Tensor:
         return t.movedim(self.dim, -1)
 

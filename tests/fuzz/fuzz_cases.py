@@ -306,6 +306,7 @@ class Linear:
     requires_grad: tuple[bool, bool]
     chunk_rows: int | None
     memory_share: float | None  # of what all logits take, in place of chunk_rows
+    tells_live_rows: bool
 
 
 @dataclass(frozen=True)
@@ -387,10 +388,13 @@ class LossCase:
         if self.linear is not None:
             memory |= {"linear_weight": self.linear.matrix_memory, "linear_bias": self.linear.bias_memory}
         if self.row_weight is not None and self.row_weight.seed is not None and self.shape:
-            tensors["row_weight"] = self.row_weight.draw((*self.shape[: self.dim], *self.shape[self.dim + 1 :]))
+            factors = self.row_weight.draw((*self.shape[: self.dim], *self.shape[self.dim + 1 :]))
             memory["row_weight"] = self.row_weight.memory
+            if self.linear is not None and len(self.linear.batch) > 1:
+                factors = factors.reshape(*self.linear.batch)
             if self.ruined and not self.target.probabilities:
-                tensors["row_weight"][target.long() == self.ignored_class] = torch.nan
+                factors[target.long() == self.ignored_class] = torch.nan
+            tensors["row_weight"] = factors
         self._mistaken(tensors)
         return {
             name: (memory[name] if len(memory[name].order) == t.dim() else contiguous(t.dim())).place(t, device)
@@ -510,6 +514,7 @@ def layers(draw: Any, classes: int, calm: bool, has_bias: bool) -> Linear:
         (calm or not draw(sometimes(4)), calm or not draw(sometimes(4))),
         draw(mostly(None, [1, 2, 7, 64], 2)),
         draw(mostly(None, [0.0, 0.1, 0.4, 1.0], 2)),
+        draw(sometimes(3)),
     )
 
 
@@ -554,7 +559,7 @@ def loss_cases(draw: Any, strategy: str = "default", calm: bool = False, mistake
     used = tuple(draw(st.lists(st.booleans(), min_size=4, max_size=4))) if stats and draw(sometimes(2)) else (True,) * 4
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     smoothing = draw(smoothings())
-    row_weight = draw(row_weights(shape, target)) if not is_linear and draw(sometimes(3)) else None
+    row_weight = draw(row_weights(shape, target)) if draw(sometimes(3)) else None
     case_values = draw(values(calm or (is_linear and not draw(sometimes(4)))))
     if is_linear and case_values.kind in EXTREME:
         case_values = Values("normal", case_values.seed, case_values.special)

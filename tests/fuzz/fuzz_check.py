@@ -185,22 +185,31 @@ class Call:
     def limits(self) -> dict[str, int | None]:
         """What selects the plan of a linear layer: rows of a chunk, or a share of the memory of all logits."""
         case, layer = self.case, self.case.linear
+        live_rows = None
+        if layer.tells_live_rows and not case.mistake:
+            live_rows = math.prod(layer.batch)
+            if not case.target.probabilities:
+                live = self.tensors["target"].long() != case.ignored_class
+                live_rows = int(live.reshape(live_rows, math.prod(layer.further)).any(1).sum())
         if layer.memory_share is None:
-            return {"chunk_rows": layer.chunk_rows}
+            return {"chunk_rows": layer.chunk_rows, "live_rows": live_rows}
         positions = math.prod(layer.further)
         sizes = (math.prod(layer.batch), layer.features, case.classes * positions)
         problem = plans.Problem(*sizes, case.dtype, "cpu", target_bytes=8, positions=positions)
         whole, least = (plans._bytes(problem, name, size) for name, size in (("whole", sizes[0]), ("rows", 1)))
         if sizes[2]:
             least = min(least, plans._bytes(problem, "classes", positions))
-        return {"memory": least + int(layer.memory_share * max(whole - least, 0))}
+        return {"memory": least + int(layer.memory_share * max(whole - least, 0)), "live_rows": live_rows}
 
     def row_weight(self, tensors: dict[str, Tensor]) -> Tensor | str | None:
         by_probability = self.case.row_weight is not None and self.case.row_weight.seed is None
         return "probability" if by_probability else tensors.get("row_weight")
 
     def options(self, wide: dict[str, Tensor]) -> dict[str, Any]:
-        return {**self.case.options(), "row_weight": self.row_weight(wide)}
+        factors = self.row_weight(wide)
+        if isinstance(factors, Tensor) and self.many_dimensions():
+            factors = factors.flatten()  # as the target of Layer
+        return {**self.case.options(), "row_weight": factors}
 
     def torchs(self) -> Tensor:
         """What torch makes of the arguments that it has; with int64 and the input's dtype, where it needs them.
@@ -319,8 +328,7 @@ def _check_results(call: Call, results: Any) -> None:
         values = torch.frombuffer(bytearray(call.before[name]), dtype=placed.storage.dtype)
         values = values.as_strided(placed.values.shape, placed.values.stride(), placed.values.storage_offset())
         wide[name] = oracle.double(values).requires_grad_(name in call.leaves and name != "target")
-    through_ignored = case.return_stats and (case.used[1] or case.used[3])
-    layer = Layer(case, wide, through_ignored) if case.linear is not None else None
+    layer = Layer(case, wide) if case.linear is not None else None
     logits = wide["input"] if layer is None else layer.logits
     target = wide["target"] if layer is None else layer.target
     error = None if layer is None else layer.error
@@ -334,7 +342,7 @@ def _check_results(call: Call, results: Any) -> None:
     if case.return_stats:
         own = {"softcap": case.softcap, "logit_scale": case.logit_scale}
         *exact_stats, _ = oracle.stats(logits, target, ignore_index=case.ignored_class, **own)
-        exact += exact_stats
+        exact += exact_stats if layer is None else [rows.of_live(t) for t in exact_stats]
     flat = [t.detach().reshape(exact_loss.shape) for t in (loss,)] + [t.reshape(exact[1].shape) for t in stats]
     assert_bounded(flat[0], rows.reduced(exact_loss.detach(), loss.dtype), loss.dtype, "loss")
     if case.return_stats:
@@ -342,8 +350,10 @@ def _check_results(call: Call, results: Any) -> None:
             ("lse", "nll", "entropy"), flat[1:4], rows.stats([t.detach() for t in exact[1:]], work), strict=True
         ):
             assert ours.dtype == work
+            if layer is not None:
+                bound = Bounded(*map(rows.of_live, bound))
             assert_bounded(ours, bound, work, name)
-        _check_prediction(flat[4], rows, logits.detach())
+        _check_prediction(flat[4], rows, logits.detach(), layer is not None)
     outputs = [loss, *stats[:3]]
     for ours, right in zip(outputs, exact, strict=True):
         assert ours.requires_grad or not right.requires_grad, "no gradient"
@@ -379,11 +389,15 @@ def _check_results(call: Call, results: Any) -> None:
         assert grad.data_ptr() == call.tensors["input"].data_ptr() or not grad.numel()
 
 
-def _check_prediction(ours: Tensor, rows: Rows, logits: Tensor) -> None:
+def _check_prediction(ours: Tensor, rows: Rows, logits: Tensor, skips_ignored: bool) -> None:
     z = oracle.transformed(logits, rows.options["softcap"], rows.options["logit_scale"])
     right = z.argmax(-1)
     off = 2 * (rows.unit * rows.off).squeeze(-1)  # of the difference of two, each that far off
     ours = ours.cpu()
+    if skips_ignored:
+        live = rows.live.squeeze(-1)
+        assert (ours[~live] == -1).all()
+        ours = torch.where(live, ours, right)
     picked, best = (z.gather(-1, i.unsqueeze(-1)).squeeze(-1) for i in (ours, right))
     good = (ours == right) | (best - picked <= off) | rows.lost.squeeze(-1)
     assert good.all(), f"prediction: {ours[~good].tolist()[:3]} instead of {right[~good].tolist()[:3]}"
@@ -392,10 +406,10 @@ def _check_prediction(ours: Tensor, rows: Rows, logits: Tensor) -> None:
 class Layer:
     """The linear layer of a case in float64: its logits, their error in the kernel, and that of its gradients.
 
-    Ignored rows are read for statistics alone, and have gradients where lse or entropy have: ``through_ignored``.
+    Of a row that is ignored whatever its position, the input is 0 here, as it is not read.
     """
 
-    def __init__(self, case: LossCase, wide: dict[str, Tensor], through_ignored: bool) -> None:
+    def __init__(self, case: LossCase, wide: dict[str, Tensor]) -> None:
         self.case, self.dtype = case, case.dtype
         self.accumulated = oracle.roundoff(oracle.arithmetic(case.dtype)) * 4
         w = wide["linear_weight"]
@@ -405,13 +419,9 @@ class Layer:
         if not case.target.probabilities:
             y = target.reshape(len(x), *case.linear.further)
             dead = (y == case.ignored_class).flatten(1).all(1) if y.dim() > 1 else y == case.ignored_class
-        matrix, without_dead = w.flatten(0, -2), torch.where(dead[:, None], 0, x)
-        self.x, self.w = x if through_ignored else without_dead, w
-        logits = F.linear(self.x, matrix)
-        if case.return_stats:
-            logits = torch.where(dead[:, None] & (not through_ignored), F.linear(x, matrix).detach(), logits)
-        logits = logits.unflatten(-1, w.shape[:-1])
-        magnitude = F.linear((x if case.return_stats else without_dead).abs(), matrix.abs()).unflatten(-1, w.shape[:-1])
+        matrix, x = w.flatten(0, -2), torch.where(dead[:, None], 0, x)
+        self.x, self.w = x, w
+        logits, magnitude = (F.linear(*t).unflatten(-1, w.shape[:-1]) for t in ((x, matrix), (x.abs(), matrix.abs())))
         if "linear_bias" in wide:
             logits, magnitude = logits + wide["linear_bias"], magnitude + wide["linear_bias"].abs()
         error = (self.accumulated * (w.shape[-1] + 4)) * magnitude + oracle.roundoff(self.dtype) * logits.abs()
@@ -514,7 +524,7 @@ def check_second_derivatives(case: SoftmaxCase | LossCase, device: torch.device)
     ours = [results[0], *results[1][:3]] if case.return_stats else [results]
     names = list(call.leaves)
     wide = {n: oracle.double(t).requires_grad_(n in names) for n, t in call.tensors.items()}
-    layer = Layer(case, wide, case.return_stats) if case.linear is not None else None
+    layer = Layer(case, wide) if case.linear is not None else None
     logits = wide["input"] if layer is None else layer.logits
     target = wide["target"] if layer is None else layer.target
     rows = Rows(logits, target, wide.get("weight"), call.options(wide), torch.float64)
@@ -524,7 +534,7 @@ def check_second_derivatives(case: SoftmaxCase | LossCase, device: torch.device)
     if case.return_stats:
         own = {"softcap": case.softcap, "logit_scale": case.logit_scale}
         lse, nll, entropy, _ = oracle.stats(logits, target, ignore_index=case.ignored_class, **own)
-        theirs += [lse, nll, entropy]
+        theirs += [lse, nll, entropy] if layer is None else [rows.of_live(t) for t in (lse, nll, entropy)]
     theirs = [t.reshape(o.shape) for t, o in zip(theirs, ours, strict=True)]
     _compare_second(ours, [call.leaves[n] for n in names], theirs, [wide[n] for n in names], case.upstream)
 

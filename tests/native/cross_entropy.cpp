@@ -189,7 +189,7 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   k.weight = o.weighted ? in.weight.values() : nullptr;
   k.weight_sum = o.weighted ? &in.weight_sum : nullptr;
   k.options = rounded_to<T>(
-      Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale, o.by_probability});
+      Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale, o.by_probability, false});
   if (o.row_weighted) k.row_weight = in.row_weight.values();
   k.state = out.state.values();
   k.entropy = out.entropy.values();

@@ -277,6 +277,15 @@ def stats(
     return logsumexp(z), nll, entropy, z.argmax(-1)
 
 
+def of_live_rows(stats: Any, target: Tensor, ignore_index: int = -100) -> Any:
+    """CrossEntropyStats as linear_cross_entropy has them: those of ignored rows are 0, and -1 the prediction."""
+    if target.is_floating_point():
+        return stats
+    live = target.long() != ignore_index
+    *values, prediction = stats
+    return type(stats)(*(torch.where(live, t, 0) for t in values), torch.where(live, prediction, -1))
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 

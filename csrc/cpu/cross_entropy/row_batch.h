@@ -264,8 +264,10 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     counted.store(loss + r);
     if (!p.stats) continue;
     zero_where(rows.ignored(), of.nll).store(nll + r);
-    of.lse.store(lse + r);
-    row_entropy<VectorMath<double>>(of.log_sum, load_double(batch.sums.weighted + r), rows.rest()).store(entropy + r);
+    const DoubleVec no_statistics = p.options.skips_ignored ? rows.ignored() : DoubleVec(0);
+    const DoubleVec weighted = load_double(batch.sums.weighted + r);
+    zero_where(no_statistics, of.lse).store(lse + r);
+    zero_where(no_statistics, row_entropy<VectorMath<double>>(of.log_sum, weighted, rows.rest())).store(entropy + r);
   }
   store_state(p, batch);
   if (p.loss)
@@ -274,6 +276,9 @@ double finish_rows(const CrossEntropy<T>& p, RowBatch<T>& batch) {
     scatter(batch, lse, p.lse);
     scatter(batch, nll, p.nll);
     scatter(batch, entropy, p.entropy);
+    if (p.options.skips_ignored)
+      for (int64_t r = 0; r < batch.rows; r++)
+        if (batch.live[r] == 0) batch.sums.argmax[r] = -1;
     scatter(batch, batch.sums.argmax, p.prediction);
   }
   return sums_at_once(p) ? sum_losses(p, batch) : sum_of(total);

@@ -93,7 +93,13 @@ void close_batch(RowBatch<T>& batch) {
 // Whether the gradient of an ignored row is 0: none of its statistics has one.
 template <typename T>
 bool ignored_has_no_gradient(const CrossEntropy<T>& p) {
-  return !p.grad_lse.given && !p.grad_entropy.given;
+  return p.options.skips_ignored || (!p.grad_lse.given && !p.grad_entropy.given);
+}
+
+// Whether no logit of an ignored row is needed.
+template <typename T>
+bool skips_ignored(const CrossEntropy<T>& p) {
+  return p.options.skips_ignored || (ignored_has_no_gradient(p) && !p.stats);
 }
 
 // Writes the gradient of class y of each row, which the loops over the classes leave aside; class 0 of row r is element
