@@ -30,6 +30,7 @@ SAMPLE = {
     "unit/test_parts.py": (2, 15),
     "unit/test_linear.py": (4, 60),
     "unit/test_linear_plans.py": (8, 120),
+    "unit/test_linear_rows.py": (2, 30),
     "gpu/test_cuda_kernels.py": (1, 5),
     "gpu/test_cuda.py": (1, 5),
 }

@@ -2,13 +2,13 @@
 
 import gc
 import math
-from collections.abc import Callable
 from typing import Any
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_checks import LARGE, NAMES, both, limits_for, operands
 from processes import started
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -27,36 +27,8 @@ from softmax_ext import (
     plans,
 )
 
-LARGE = 1 << 40
 MIB = 1 << 20
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["whole", "rows", "classes"]
-
-
-def operands(rows: int, features: int, classes: int, dtype: torch.dtype, scale: float = 0.3) -> tuple[Tensor, ...]:
-    x = torch.randn(rows, features).to(dtype).requires_grad_()
-    w = (scale * torch.randn(classes, features)).to(dtype).requires_grad_()
-    return x, w, torch.randint(0, classes, (rows,))
-
-
-def limits_for(name: str, size: tuple[int, int, int], dtype: torch.dtype, positions: int = 1) -> dict[str, int]:
-    """What selects a plan, with several chunks but for "whole". For "classes" there must be many more than rows."""
-    rows, features, classes = size
-    if name == "whole":
-        return {"memory": LARGE}
-    if name == "rows":
-        return {"chunk_rows": max(rows // 4, 1)}
-    problem = plans.Problem(rows, features, classes * positions, dtype, "cpu", positions=positions)
-    memory = plans._bytes(problem, "classes", classes // 7 * positions)
-    assert plans.choose(problem, plans.Limits(memory=memory)).name == "classes"
-    return {"memory": memory}
-
-
-def both(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    loss = function(*leaves)
-    torch.manual_seed(1)
-    up = torch.rand_like(loss)
-    return [loss.detach(), *torch.autograd.grad(loss, leaves, up)]
 
 
 # ---- which plan ----
