@@ -30,7 +30,9 @@ CUT = "cut"  # Cut Cross-Entropy, arXiv:2411.09009
 OURS = (DEFAULT, PRECOMPUTE, INPLACE)
 # Of LINEAR, with memory= as many bytes as these multiples of the logits' size.
 WHOLE, LEAN = "whole", "lean"
-MEMORY_OF_PLAN = {WHOLE: 4, LEAN: 1 / 16}
+MEMORY_OF_PLAN = {WHOLE: 4, LEAN: 1 / 32}
+WIDE = "wide"  # of LINEAR in half types, with logits_dtype=torch.float32
+OURS_OF_LINEAR = (DEFAULT, WHOLE, LEAN, WIDE)
 PEERS = (JAX, TENSORFLOW)  # in interpreters of their own
 GPU_PEERS = (LIGER, QUACK, CUT)
 # No losses: they read, or read and write, as many bytes as the logits have.
@@ -130,7 +132,7 @@ class Job:
         case, size = self.case, self.case.logits_bytes
         if self.op == LINEAR:
             in_double = 8 * (case.rows + case.classes) * case.features
-            return 2**29 + 4 * case.gradient_bytes + in_double + {EAGER: 4, COMPILE: 3}.get(variant, 1) * size
+            return 2**29 + 4 * case.gradient_bytes + in_double + {EAGER: 4, COMPILE: 3, WIDE: 2}.get(variant, 1) * size
         step = {EAGER: 4, COMPILE: 2, JAX: 4, TENSORFLOW: 4, INPLACE: 0, LIGER: 0}.get(variant, 1)
         step += 2 * (self.op == SOFTMAX)  # the gradient that it gets, and the output that stays
         if self.device == CUDA:
@@ -254,8 +256,8 @@ def _gpu_plan(peers: tuple[str, ...], l2_bytes: int, quick: bool) -> list[Job]:
 
 LINEAR_SECTION, LINEAR_VOCABULARY_SECTION = "linear", "linear, vocabulary"
 LINEAR_VARIANTS = {
-    CPU: (EAGER, COMPILE, CHUNKED, DEFAULT, WHOLE, LEAN),
-    CUDA: (EAGER, COMPILE, CHUNKED, LIGER, CUT, DEFAULT, WHOLE, LEAN),
+    CPU: (EAGER, COMPILE, CHUNKED, *OURS_OF_LINEAR),
+    CUDA: (EAGER, COMPILE, CHUNKED, LIGER, CUT, *OURS_OF_LINEAR),
 }
 LINEAR_TABLE = {
     CPU: tuple(
@@ -278,7 +280,9 @@ def _linear_plan(device: str, threads: int) -> list[Job]:
     jobs = []
     for section, cases in ((LINEAR_SECTION, LINEAR_TABLE), (LINEAR_VOCABULARY_SECTION, LINEAR_VOCABULARY)):
         for case in cases[device]:
-            job = Job(section, LINEAR, case, LINEAR_VARIANTS[device], (LOSS,), device, threads)
+            is_half = ITEM_BYTES[case.dtype] == 2
+            variants = tuple(name for name in LINEAR_VARIANTS[device] if is_half or name != WIDE)
+            job = Job(section, LINEAR, case, variants, (LOSS,), device, threads)
             jobs += _with_memory(job) if device == CPU else [replace(job, whats=(LOSS, MEMORY))]
     return jobs
 

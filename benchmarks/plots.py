@@ -28,7 +28,8 @@ _LINES = {
     cases.CUT: ("#ff7f0e", "", "Cut Cross-Entropy"),
     cases.DEFAULT: ("#d62728", "softmax_ext", "softmax_ext.linear_cross_entropy"),
     cases.WHOLE: ("#ff9896", "", "the same with memory= for all logits"),
-    cases.LEAN: ("#1f77b4", "", "the same with memory= 1/16 of the logits"),
+    cases.LEAN: ("#1f77b4", "", "the same with memory= 1/32 of the logits"),
+    cases.WIDE: ("#e377c2", "", "the same with float32 logits"),
     cases.INPLACE: ("#1f77b4", "softmax_ext, in place", ""),
 }
 

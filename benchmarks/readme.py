@@ -58,9 +58,9 @@ def linear_block(records: list[Record], environment: Environment, directory: str
     if not figures.records:
         raise ValueError("the results hold none of the cases; run make bench-linear.")
     others = (cases.EAGER, cases.COMPILE, cases.CHUNKED)
-    plans = [name for name in cases.MEMORY_OF_PLAN if any(record.variant == name for record in figures.records)]
-    ours = (cases.DEFAULT, *plans)
-    head = ["rows x width x classes", *others, "softmax_ext", *plans, "x less"]
+    there = {record.variant for record in figures.records}
+    ours = [name for name in cases.OURS_OF_LINEAR if name in there]
+    head = ["rows x width x classes", *others, "softmax_ext", *ours[1:], "x less"]
     rows = []
     for case in figures.cases:
         row = [case, *(figure(figures.median(case, cases.LOSS, name)) or "-" for name in (*others, *ours))]

@@ -108,7 +108,7 @@ def linear_comparison(records: list[Record]) -> Table:
     """A line for each case: times, how many times faster, memory."""
     there = {record.variant for record in records}
     variants = [name for name in cases.LINEAR_VARIANTS[cases.CUDA] if name in there]
-    others = [name for name in variants if name != cases.DEFAULT and name not in cases.MEMORY_OF_PLAN]
+    others = [name for name in variants if name not in cases.OURS_OF_LINEAR]
     columns = ["case", *variants, *(f"{name}/ours" for name in others), *(f"{name}, MiB" for name in variants)]
     table = _table("medians; time in ms; memory in MiB beyond operands and gradients", columns)
     for section in dict.fromkeys(record.section for record in records):

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from cases import CHUNKED, COMPILE, CUDA, CUT, DEFAULT, EAGER, LIGER, MEMORY_OF_PLAN, Case
+from cases import CHUNKED, COMPILE, CUDA, CUT, DEFAULT, EAGER, LIGER, MEMORY_OF_PLAN, WIDE, Case
 from torch import Tensor
 from workers import problem, worker
 from workers.measure import Prepare
@@ -76,6 +76,8 @@ class LinearWorkload:
         for plan, share in MEMORY_OF_PLAN.items():
             memory = int(share * self.case.logits_bytes)
             losses[plan] = partial(softmax_ext.linear_cross_entropy, memory=memory)
+        if self.input.dtype.itemsize == 2:
+            losses[WIDE] = partial(softmax_ext.linear_cross_entropy, logits_dtype=torch.float32)
         if not hasattr(F, "linear_cross_entropy"):
             del losses[CHUNKED]
         return {name: self._step(loss) for name, loss in losses.items()}

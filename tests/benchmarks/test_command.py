@@ -93,7 +93,8 @@ def test_plan_of_the_cpu():
     for case in (*cases.LINEAR_TABLE[cases.CPU], *cases.LINEAR_VOCABULARY[cases.CPU]):
         mine = [job for job in jobs if job.case == case]
         assert {job.whats for job in mine if len(job.variants) > 1} == {(cases.LOSS,)}
-        assert {job.variants[0] for job in mine if job.whats == (cases.MEMORY,)} == {*cases.LINEAR_VARIANTS[cases.CPU]}
+        expected = {*cases.LINEAR_VARIANTS[cases.CPU]} - ({cases.WIDE} if case.dtype == "float32" else set())
+        assert {job.variants[0] for job in mine if job.whats == (cases.MEMORY,)} == expected
     assert all(job.variants == (cases.JAX,) for job in jobs if cases.JAX in job.variants)
     assert all(len(job.variants) == 1 for job in jobs if cases.MEMORY in job.whats)
     assert [job.threads for job in jobs if job.section == "one thread"] == [1] * len(cases.THREADS)

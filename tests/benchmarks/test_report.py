@@ -194,8 +194,9 @@ def test_readme(on_cpu, tmp_path, capsys, monkeypatch):
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert "| 4096x32000-f32 | 10.0 | 5.00 | 2.00 | 2.00 | 2.00 | 5.0 / 2.5 | 5.0 / 2.5 | 10 / 2 / 2 |" in text
-    times, memory = "10.0 | 5.00 | 50.0 | 2.00 | 2.00 | 2.00", "10 / 5 / 50 / 2 / 2 / 2"
-    assert f"| 2048x768x50257-f32 | {times} | 5.00 / 2.50 / 25.00 | {memory} |" in text
+    for dtype, wide, of_wide in (("f32", "-", "-"), ("bf16", "2.00", "2")):
+        times, memory = f"10.0 | 5.00 | 50.0 | 2.00 | 2.00 | 2.00 | {wide}", f"10 / 5 / 50 / 2 / 2 / 2 / {of_wide}"
+        assert f"| 2048x768x50257-{dtype} | {times} | 5.00 / 2.50 / 25.00 | {memory} |" in text
     assert "Measured on 4 of 8 processors of A CPU" in text
     assert "](./vocabulary.png)" in text
     assert readme.main(["--check"]) == 0
