@@ -29,6 +29,7 @@ class CrossEntropyStats(NamedTuple):
 
     Each has the shape of class indices: the input's without C. ``lse``, ``nll`` and ``entropy`` are differentiable, in
     nats, and float32 (float64 if the input, probabilities or the loss are). docs/math.md, section 6, has the formulas.
+    :func:`softmax_ext.linear_cross_entropy` computes nothing for an ignored position: 0, and the prediction -1.
 
     Attributes:
         lse: log sum exp of the scaled and capped logits. NaN where the logits make no distribution: one of them is inf,
