@@ -22,7 +22,7 @@ struct OptionsOf {
   Number softcap;  // 0: none
   Number logit_scale;
   bool weighs_by_probability;  // the loss of a row is multiplied by the probability of its target class
-  bool skips_ignored;  // of an ignored row no logit is read: statistics 0, without a gradient, and prediction -1
+  bool skips_ignored;  // the logits of an ignored row do not matter: statistics 0, without gradients; prediction -1
 };
 using Options = OptionsOf<double>;
 

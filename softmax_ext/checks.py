@@ -93,8 +93,8 @@ def _detached(op: str, argument: str, value: Tensor) -> float:
 
 def integer(op: str, argument: str, value: Any) -> int:
     """The value as an int; TypeError unless it can be an index (no bool), ValueError unless it fits 64 bits."""
-    if type(value) is int and -(2**63) <= value < 2**63:
-        return value
+    if type(value) is int and (torch.compiler.is_compiling() or -(2**63) <= value < 2**63):
+        return value  # one that is traced fits, and may have no value yet
     if isinstance(value, bool):
         refuse(TypeError, op, argument, "be an int", describe(value))
     if not isinstance(value, int):
@@ -220,6 +220,10 @@ def check_options(
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)
 
 
+def _is_differentiated(tensor: Tensor) -> bool:
+    return (torch.is_grad_enabled() and internals.requires_grad(tensor)) or has_tangent(tensor)
+
+
 def check_row_weight(
     op: str,
     input: Tensor,
@@ -248,20 +252,10 @@ def check_row_weight(
         way_out = "Use row_weight.to(input.dtype)."
         refuse(RuntimeError, op, "row_weight", "be floating", describe(row_weight), way_out)
     check_device(op, "row_weight", row_weight, input)
-    if internals.requires_grad(row_weight) or has_tangent(row_weight):
+    if _is_differentiated(row_weight):
         way_out = 'It gets no gradient. Use row_weight.detach(), or multiply the losses of reduction="none" yourself.'
         refuse(TypeError, op, "row_weight", "have no derivative", "a tensor that is differentiated", way_out)
     return row_weight, options
-
-
-def check_live_rows(op: str, live_rows: int, rows: int, target: Tensor) -> int:
-    """The number of live rows of ``rows``. Where it is known without a look at the target, also that it is right."""
-    live_rows = integer(op, "live_rows", live_rows)
-    if target.is_floating_point() and live_rows != rows:
-        refuse(ValueError, op, "live_rows", f"be {rows} or None with a target of probabilities", f"{live_rows}")
-    if not 0 <= live_rows <= rows:
-        refuse(ValueError, op, "live_rows", f"be in [0, {rows}], the number of rows", f"{live_rows}")
-    return live_rows
 
 
 # Numbers that are not known while a program is traced, like a size.
@@ -291,7 +285,7 @@ def check_denominator(op: str, input: Tensor, denominator: float | Tensor, optio
     if denominator.numel() != 1:
         way_out = "Of values that are to be added: denominator.sum()."
         refuse(ValueError, op, "denominator", "have one element", describe(denominator), way_out)
-    if internals.requires_grad(denominator) or has_tangent(denominator):
+    if _is_differentiated(denominator):
         way_out = "It gets no gradient. Use denominator.detach(), or divide the sum of the losses by it yourself."
         refuse(TypeError, op, "denominator", "have no derivative", "a tensor that is differentiated", way_out)
     if denominator.device != input.device and denominator.device.type == "cpu" and denominator.dim() == 0:

@@ -27,6 +27,9 @@ from .operands import Run, check_classes
 from .options import NONE, Options
 from .reference import Upstream, class_index, is_live
 
+# Chunks of fewer rows take longer than their memory is worth.
+_LEAST_ROWS = 16
+
 
 class _Chunks:
     """The live rows of a call, chunk by chunk, with one buffer for the logits of all chunks in turn."""
@@ -36,17 +39,21 @@ class _Chunks:
         self.run, self.live = run, run.live
         self.matrix = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.flatten().contiguous()  # for oneDNN
-        copies = run.live.numbers is not None and run.plan.name == plans.ROWS
+        copies = run.live.numbers is not None and run.plan.name == plans.ROWS and run.limits.memory is not None
         rows = self._rows_with_copies() if copies else run.plan.chunk
         self.rows = max(min(rows, run.live.count), 1)
         self.buffer = input.new_empty(self.rows, self.matrix.shape[0], dtype=run.logits_dtype)
 
     def _rows_with_copies(self) -> int:
-        """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient."""
+        """How many rows fit into the memory of the plan's chunk with copies of their input and of its gradient.
+
+        They are as many as are worth a product, though, where a row of the input is longer than one of logits.
+        """
         input = self.run.operands.input
         row = self.matrix.shape[0] * self.run.logits_dtype.itemsize
         copies = input.shape[1] * (input.element_size() + plans.gradient_dtype(input.dtype).itemsize)
-        return self.run.plan.chunk * row // max(row + copies, 1)
+        chunk = self.run.plan.chunk
+        return max(chunk * row // max(row + copies, 1), min(chunk, _LEAST_ROWS))
 
     def class_index(self, target: Tensor) -> Tensor:
         """The class indices of a chunk's target, 0 for an ignored one."""
@@ -77,13 +84,12 @@ class _GradientSums:
         self.chunks = chunks
         wide = torch.float32 if input.dtype.itemsize == 2 else input.dtype
         needs_input, needs_weight, needs_bias = needs
-        new = (
-            input.new_empty if chunks.live.count else input.new_zeros
-        )  # the first chunk fills the sum, if there is one
         of_input = plans.gradient_dtype(input.dtype)
         of_weight = plans.weight_sum_dtype(chunks.run.plan.name, input.dtype)
         self.input = input.new_zeros(input.shape, dtype=of_input) if needs_input else None
-        self.weight = new(chunks.matrix.shape, dtype=of_weight) if needs_weight else None
+        self.weight = input.new_empty(chunks.matrix.shape, dtype=of_weight) if needs_weight else None
+        if self.weight is not None and not chunks.live.count:
+            self.weight.zero_()  # otherwise the first chunk fills it
         self.bias = chunks.matrix.new_zeros(chunks.matrix.shape[0], dtype=wide) if needs_bias else None
 
     def add(self, rows: slice, x: Tensor, target: Tensor, gradient: Tensor) -> None:

@@ -141,6 +141,7 @@ class _GradientSums:
     def results(self) -> list[Tensor]:
         """The gradients that are needed, in the dtype of their sums, but that of the input in that of its gradient."""
         input, self.input = self.input, None
+        self.sweeps.buffers.clear()  # before the sum is converted
         if input is not None:
             input = input.to(plans.gradient_dtype(self.sweeps.x.dtype))
             live = self.sweeps.live
@@ -186,6 +187,7 @@ def forward(
         part = (chunk.begin, sweeps.classes, sweeps.row_weight)
         ops.cross_entropy_backward_(one, None, None, None, sweeps.shaped(logits), *saved, *options, *part)
         sums.add(chunk, logits)
+        del logits  # of a buffer
     return results, state.new_empty(0), sums.results()
 
 
@@ -225,5 +227,5 @@ def gradients(
             logits = gradient.flatten(1)
             del gradient, of_target  # before the next ones are made
         sums.add(chunk, logits)
-        del logits
+        del logits, arguments  # of a buffer
     return sums.results() + ([] if grad_target is None else [grad_target])

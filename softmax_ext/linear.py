@@ -181,10 +181,11 @@ def linear_cross_entropy(
     - for ``torch.func`` within torch.compile;
     - for class weights with probabilities, where either is differentiated or transformed.
 
-    Ignored rows cost nothing on the CPU, and on a GPU where ``live_rows`` says how many there are. The other rows of
-    the input, and their gradient, are copied then; with whole and classes these copies come on top of the plan's
-    memory. On a GPU without ``live_rows`` the products are of all rows, so that the host need not wait, and an input of
-    NaN or inf in an ignored row reaches the weight's gradient.
+    A row is live unless all its positions are ignored. The others cost nothing on the CPU, and on a GPU where
+    ``live_rows`` says how many are live. The live rows of the input, and their gradient, are copied then: with rows a
+    chunk at a time, within ``memory`` if it is given; with whole and classes all of them, on top of the plan's memory.
+    On a GPU without ``live_rows`` the products are of all rows, so that the host need not wait, and an input of NaN or
+    inf in an ignored row reaches the weight's gradient.
 
     Args:
         input: hidden states, ``(in_features)``, ``(N, in_features)`` or ``(..., in_features)``; float64, float32,
@@ -196,9 +197,9 @@ def linear_cross_entropy(
         linear_bias: ``(C)``, or ``(C, d1, ...)``, or None; of the input's dtype.
         weight: ``(C)``, floating: a factor for each class.
         reduction: "mean", "sum" or "none", as in :func:`softmax_ext.cross_entropy`.
-        ignore_index: a position with this class index has loss 0 and gradient 0 and does not count in the mean. Nothing
-            is computed for it: its lse, nll and entropy are 0, and its prediction -1. None: -100 for class indices,
-            nothing for probabilities.
+        ignore_index: a position with this class index has loss 0 and gradient 0 and does not count in the mean. It has
+            no statistics: lse, nll and entropy are 0, and the prediction is -1. None: -100 for class indices, nothing
+            for probabilities.
         label_smoothing: in [0, 1].
         options: torch's chunking options, accepted so that a call of torch's function needs no change, and ignored.
             Use ``chunk_rows``.
@@ -217,15 +218,16 @@ def linear_cross_entropy(
             128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU; and more where the float32 sum of
             dW leaves room for them.
         memory: the most bytes that forward and backward may take beyond the gradients. None: as many as rows takes with
-            its default chunk. All logits at once (above), and what compiled code adds, do not keep to it.
+            its default chunk. What comes on top: copies of live rows (above), all logits at once (above), what compiled
+            code adds, and some numbers for each row, such as the statistics.
         logits_dtype: torch.float32: the logits of half-typed operands are not rounded to their dtype, and take twice
             the memory. Log-sum-exp, loss and statistics then lose nothing to that rounding. The logits' gradient is
             rounded once, for its products. On a CPU the product is computed in float32, which takes longer. None: the
             operands' dtype.
-        live_rows: how many of the N rows have a class that is not ignored, where the caller knows: a GPU then leaves
-            the others out, as the CPU does by itself. The host need not wait for the targets. A wrong number makes the
-            loss and the weight's gradient NaN; on the CPU it raises. It has no effect where all logits exist at once
-            (above).
+        live_rows: how many of the N rows are live, where the caller knows: a GPU then leaves the others out, as the CPU
+            does by itself. The host need not wait for the targets. A wrong number makes the loss NaN, and the weight's
+            gradient too if it is below N; on the CPU it raises. It does not change the plan, and has no effect where
+            all logits exist at once (above).
 
     Returns:
         The loss: a scalar, or with reduction "none" one value for each position, in the shape of class indices. With
@@ -235,13 +237,13 @@ def linear_cross_entropy(
         TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as :func:`softmax_ext.cross_entropy`.
             Also RuntimeError where the shapes or dtypes of the operands do not match, and for an ``ignore_index`` with
             probabilities; ValueError for ``chunk_rows`` below 1, for ``memory`` together with ``chunk_rows``, and for
-            a ``memory`` that no plan fits into, where the text names the least; for another ``logits_dtype``; and for a
-            wrong ``live_rows``.
+            a ``memory`` that no plan fits into, where the text names the least; for another ``logits_dtype``; and on
+            the CPU, or with probabilities, for a wrong ``live_rows``.
     """
     _check_operands(input, linear_weight, linear_bias)
     ignored = -100 if ignore_index is None else ignore_index
     options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
-    options_of_loss = options_of_loss._replace(skips_ignored=True)
+    options_of_loss = options_of_loss._replace(skips_ignored=True)  # of the paths through all logits, too
     if dtype is not None:
         checks.check_dtype(_OP, dtype)
     batch = input.shape[:-1]
@@ -266,7 +268,7 @@ def linear_cross_entropy(
         dtype = default_loss_dtype(x, target, weight)
     limits = plans.check_limits(_OP, x.dtype, chunk_rows, memory, logits_dtype)
     if live_rows is not None:
-        limits = limits._replace(live_rows=checks.check_live_rows(_OP, live_rows, math.prod(batch), target))
+        limits = limits._replace(live_rows=checks.integer(_OP, "live_rows", live_rows))
     call = Call(options_of_loss, dtype, return_stats, limits, (False,) * 4)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:

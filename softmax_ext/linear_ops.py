@@ -14,9 +14,9 @@ from torch import Tensor
 from . import chunks, class_chunks, ops, plans
 from .autograd import refusals
 from .dtypes import arithmetic_dtype
-from .operands import LiveRows, Operands, Run
+from .operands import LiveRows, Operands, Run, divided_by, largest_factor
 from .options import MEAN, NONE, SCHEMA, Options
-from .plans import LIMITS_SCHEMA, Limits
+from .plans import LIMITS_SCHEMA, Limits, LinearPlan
 from .reference import Upstream, total_weight
 
 _FORWARD = {plans.WHOLE: chunks.forward, plans.ROWS: chunks.forward, plans.CLASSES: class_chunks.forward}
@@ -43,6 +43,11 @@ class Call(NamedTuple):
         return (*self.options, *self.limits, list(needs), list(self.later))
 
 
+def _choose(operands: Operands, needs: tuple[Sequence[bool], bool], limits: Limits) -> LinearPlan:
+    """The plan of a call, from its shapes alone: a count of live rows is another one in each step."""
+    return plans.choose(operands.problem(*needs), limits._replace(live_rows=None))
+
+
 def _forward(
     input: Tensor,
     linear_weight: Tensor,
@@ -56,7 +61,8 @@ def _forward(
     options, (dtype, stats, *others) = Options.split(arguments)
     limits, (needs, later, rounds, denominator, _) = Limits.split(others)
     operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
-    plan = plans.choose(operands.problem(*((needs, False) if any(needs) else (later[:3], later[3]))), limits)
+    options = options._replace(skips_ignored=True)
+    plan = _choose(operands, (needs, False) if any(needs) else (later[:3], later[3]), limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     if denominator is None:
         total = total_weight(target, weight, options.dim, options.ignore_index, row_weight)
@@ -65,8 +71,13 @@ def _forward(
     divisor = total if options.reduction == MEAN and input.dtype != torch.float16 else None  # see chunks.py
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         live = LiveRows(operands, options.ignore_index, limits.live_rows)
+        factor = largest_factor(operands, options) if any(needs) else None
+        if factor is not None:
+            operands = divided_by(operands, factor)
         run = Run(operands, live, options, wide, plan, limits)
         (loss, *of_rows), state, gradients = _FORWARD[plan.name](run, stats, needs, divisor)
+        if factor is not None:
+            loss = loss * factor
     if rounds:
         chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
@@ -137,7 +148,8 @@ def _backward(
     # A state is of forward's logits. The same products, of the same rows in the same chunks, give their bits again, and
     # so the largest logit is the state's maximum again.
     of_forward = (later[:3], later[3]) if state is not None else (parameters, needs_target)
-    plan = plans.choose(operands.problem(*of_forward), limits)
+    options = options._replace(skips_ignored=True)
+    plan = _choose(operands, of_forward, limits)
     with torch.autocast(input.device.type, enabled=False):
         run = Run(operands, LiveRows(operands, options.ignore_index, limits.live_rows), options, wide, plan, limits)
         results = _GRADIENTS[plan.name](run, upstream, state, entropy, parameters, needs_target)
@@ -170,13 +182,14 @@ def _fake_backward(
 _OPERANDS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, Tensor? row_weight"
 _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad_entropy"
 
-# ``dim`` must be 1, since the logits are [N, C, *K], and ``skips_ignored`` true.
+# ``dim`` must be 1, since the logits are [N, C, *K]. ``skips_ignored`` has no effect: they always do.
 #
 # Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
-# linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1 (in float16 with
-# the mean: of total_weight). With ``rounds`` they have the operands' dtype, in float16 float32; without it they are the
-# sums of the plan, which nothing rounds before it is multiplied by the upstream gradient. The fake ones are as with it,
-# because the plan is not known where a size is not.
+# linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1. Those of float16
+# are divided by operands.largest_factor, and with the mean for an upstream gradient of total_weight. With ``rounds``
+# they have the operands' dtype, in float16 float32. Without it they are the sums of the plan, which nothing rounds
+# before it is multiplied by the upstream gradient. The fake ones are as with it, because the plan is not known where a
+# size is not.
 # The state, max and rest of each row, is for the backward; it is empty if ``needs`` names any. ``later`` has the
 # gradients of input, linear_weight, linear_bias and target that the backward may compute.
 forward = torch.library.custom_op(

@@ -122,6 +122,7 @@ def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
         for s in _slices(total.shape[0], total.shape[1] * dz.element_size()):
             product = dz[s] @ matrix
             total[s].copy_(product) if first else total[s].add_(product)
+            del product  # before the next one is made
 
 
 def add_product_apart(total: Tensor, dz: Tensor, matrix: Tensor, index: Tensor, classes: int, first: bool) -> None:

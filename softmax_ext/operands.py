@@ -80,11 +80,9 @@ def rows_are_live(target: Tensor, ignore_index: int) -> Tensor:
     return live.flatten(1).any(1) if live.dim() > 1 else live
 
 
-def check_live_rows(rows: int, live_rows: int) -> None:
-    """ValueError if ``live_rows``, an argument, is not the number of the rows that are live."""
-    if live_rows != rows:
-        need = f"be {rows}, the number of rows with a class that is not ignored, or None"
-        checks.refuse(ValueError, _OP, "live_rows", need, f"{live_rows}")
+def _check_count(count: int | None, right: int, what: str) -> None:
+    if count not in (None, right):
+        checks.refuse(ValueError, _OP, "live_rows", f"be {right}, {what}, or None", f"{count}")
 
 
 def _first_rows(live: Tensor, count: int) -> Tensor:
@@ -103,11 +101,11 @@ class LiveRows:
     Args:
         operands: the tensors.
         ignore_index: the class index that does not count.
-        count: how many rows are live, or None. On a CPU ValueError if it is wrong.
+        count: how many rows are live, or None. Where the host can tell, ValueError if it is wrong.
 
     Attributes:
         numbers: those of the rows; None for all.
-        count: how many.
+        count: how many are computed.
         poison: a NaN if the ``count`` that was given is wrong, else 0, [] float32; None if it is known to be right.
     """
 
@@ -118,17 +116,18 @@ class LiveRows:
         self.count = operands.input.shape[0]
         target = operands.target
         if target.is_floating_point():
+            _check_count(count, self.count, "the number of rows, with a target of probabilities")
             return
         if _host_knows(target):
             live = rows_are_live(target, ignore_index)
             numbers = live.nonzero().squeeze(1)
-            if count is not None:
-                check_live_rows(numbers.numel(), count)
+            _check_count(count, numbers.numel(), "the number of rows with a class that is not ignored")
             self.numbers = numbers if numbers.numel() < self.count else None
         elif count is not None:
             live = rows_are_live(target, ignore_index)
-            self.numbers = _first_rows(live, count)
             self.poison = torch.where(live.sum() == count, 0.0, torch.nan)
+            if count < self.count:  # one at least, which a wrong count makes NaN
+                self.numbers = _first_rows(live, max(count, 1))
         if self.numbers is not None:
             self.count = self.numbers.numel()
 
@@ -140,10 +139,13 @@ class LiveRows:
         return tensor.index_select(dim, self.numbers[rows])
 
     def input(self, rows: slice | None = None) -> Tensor:
-        """The input's values, as ``pick`` gives them. With a wrong count they make the weight's gradient NaN."""
+        """The input's values, as ``pick`` gives them.
+
+        Where rows are left out by a wrong count, the first row is NaN, and so is the weight's gradient.
+        """
         x = self.pick(self.operands.input, rows)
-        if self.poison is not None and (rows is None or rows.start == 0):
-            x[:1] += self.poison
+        if self.poison is not None and self.numbers is not None and (rows is None or rows.start == 0):
+            x[:1] += self.poison  # of a copy
         return x
 
     def put(self, values: Tensor, into: Tensor, rows: slice | None = None, dim: int = 0) -> None:
@@ -153,6 +155,34 @@ class LiveRows:
             into.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)
         else:
             into.index_copy_(dim, self.numbers[rows], values)
+
+
+# ---- float16 ----
+
+
+def largest_factor(operands: Operands, options: Options) -> Tensor | None:
+    """What the gradients of float16 are divided by while they are products: a power of two, [] float32. None: nothing.
+
+    It is at least as large as any row weight times any class weight. So the gradients of the logits are at most about 1
+    in float16, and leave its range neither by large weights nor by small ones.
+    """
+    if operands.input.dtype != torch.float16 or options.weighs_by_probability:
+        return None
+    factor: Tensor | None = None
+    for weights in (operands.weight, operands.row_weight):
+        if weights is not None and weights.numel():
+            largest = weights.detach().abs().nan_to_num(0, 0, 0).max().float()
+            power = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
+            factor = power if factor is None else factor * power
+    return factor
+
+
+def divided_by(operands: Operands, factor: Tensor) -> Operands:
+    """The operands whose losses, and their gradients, are divided by ``factor``."""
+    row_weight = operands.row_weight
+    if row_weight is None:
+        row_weight = operands.input.new_ones(operands.loss_shape, dtype=torch.float32)
+    return operands._replace(row_weight=row_weight / factor)
 
 
 # ---- what a plan is run with ----

@@ -17,8 +17,8 @@ class Options(NamedTuple):
     """The options as the operators need them; ``reduction`` is a code, ``dim`` the dimension of the classes.
 
     - ``weighs_by_probability``: row_weight="probability".
-    - ``skips_ignored``: of an ignored row no logit is read. Its lse, nll and entropy are 0, without a derivative, and
-      its prediction is -1.
+    - ``skips_ignored``: the logits of an ignored row do not matter. Its lse, nll and entropy are 0, without a
+      derivative, and its prediction is -1.
     """
 
     dim: int

@@ -56,7 +56,7 @@ class LinearPlan(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """The keywords of a call that its plan depends on; see linear_cross_entropy."""
+    """The keywords of a call that say how it is computed; see linear_cross_entropy."""
 
     chunk_rows: int | None = None
     memory: int | None = None
@@ -258,12 +258,10 @@ def choose(problem: Problem, limits: Limits) -> LinearPlan:
     Args:
         problem: the shapes and dtypes.
         limits: ``chunk_rows`` stands for *rows*. ``memory``, the most bytes that the plan may take, is by default as
-            many as *rows* takes with its default chunk. ``live_rows`` are the rows that are computed.
+            many as *rows* takes with its default chunk. ``live_rows`` has no part in it.
     """
-    chunk_rows, memory, logits_dtype, live_rows = limits
+    chunk_rows, memory, logits_dtype, _ = limits
     problem = problem._replace(logits_dtype=logits_dtype)
-    if live_rows is not None:
-        problem = problem._replace(rows=min(problem.rows, live_rows))
     if chunk_rows is not None:
         return _plan(problem, ROWS, chunk_rows)
     whole = _plan(problem, WHOLE, problem.rows)

@@ -109,7 +109,8 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
   }
   DEVICE bool is_out_of_range(const Row& row) const { return has_classes() && is_live(row) && !is_in_range(row); }
 
-  // An ignored row, unless one of its statistics has a gradient; and unless one is wanted.
+  // An ignored row has the output 0 unless one of its statistics has a gradient, and is skipped unless one is wanted.
+  // With skips_ignored it has none.
   DEVICE bool is_zero(const Row& row) const {
     return !is_live(row) && !(has_ignored_statistics() && (this->grad_lse.given || this->grad_entropy.given));
   }

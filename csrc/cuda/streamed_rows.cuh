@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
           const bool anywhere =
               sums.sum != sums.sum || all.value <= larger(lowest<T>(), op.logit(op.sign() * lowest<T>()));
           First found;
-          if (anywhere || own.value == all.value) {
+          if (!op.is_skipped(row) && (anywhere || own.value == all.value)) {
             const int to = anywhere ? end : min(end, seen + kChunks * kThreads);
             for (int i = anywhere ? first : seen; i < to; i += kThreads)
               found.merge(prediction.in(op, data.template load<false, kSize>(cut.of_chunk(i)), cut.of_chunk(i), kSize));

@@ -141,7 +141,7 @@ double visit_rows(const CrossEntropy<T>& p, int64_t first, int64_t rows, const E
   load_targets(p, batch);
   load_row_weights(p, batch);
   load_target_logits(p, batch, logits_at);
-  const bool skips = skips_ignored(p);
+  const bool skips = ignored_needs_no_logits(p);
   const auto skipped = [&](int64_t r) { return skips && batch.live[r] == 0; };
   double loss = 0;
   close_batch(batch);

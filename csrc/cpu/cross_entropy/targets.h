@@ -90,15 +90,15 @@ void close_batch(RowBatch<T>& batch) {
   }
 }
 
-// Whether the gradient of an ignored row is 0: none of its statistics has one.
+// Whether the gradient of an ignored row is 0: it has no statistics, or none of them has a gradient.
 template <typename T>
 bool ignored_has_no_gradient(const CrossEntropy<T>& p) {
   return p.options.skips_ignored || (!p.grad_lse.given && !p.grad_entropy.given);
 }
 
-// Whether no logit of an ignored row is needed.
+// Whether the logits of an ignored row matter to nothing.
 template <typename T>
-bool skips_ignored(const CrossEntropy<T>& p) {
+bool ignored_needs_no_logits(const CrossEntropy<T>& p) {
   return p.options.skips_ignored || (ignored_has_no_gradient(p) && !p.stats);
 }
 

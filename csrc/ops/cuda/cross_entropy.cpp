@@ -38,7 +38,7 @@ struct Workspace {
   }
 };
 
-// Set, and neither empty nor 0. The same in softmax_ext/chunks.py.
+// Set, and neither empty nor 0. The same in softmax_ext/operands.py.
 bool targets_are_checked() {
   const char* value = std::getenv("SOFTMAX_EXT_CHECK_TARGETS");
   return value && *value && std::string(value) != "0";
