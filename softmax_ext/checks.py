@@ -1,7 +1,8 @@
 """The checks of the public functions' arguments. Each raises torch's exception type with a better text than torch's.
 
-A text names the operation, the argument, what the argument must be and what it was, and a remedy where there is one. No
-memory is allocated or written before all checks have passed.
+A text names the operation, the argument, what the argument must be and what it was, and a remedy where there is one. It
+contains the sentence of torch's that code may look for. No memory is allocated or written before all checks have
+passed.
 """
 
 from __future__ import annotations
@@ -109,6 +110,14 @@ def integer(op: str, argument: str, value: Any) -> int:
     return value  # type: ignore[no-any-return]
 
 
+def refuse_integer_probabilities(op: str, like: str, target: Tensor, class_dim: int) -> NoReturn:
+    """The error for a target of the logits' shape that is not floating; ``like`` names what has that shape."""
+    torchs = "Expected floating point type for target with class probabilities."
+    way_out = f"If it is one-hot, use target.to(input.dtype), or target.argmax({class_dim}) as class indices."
+    need = f"be floating (class probabilities) if it has the shape of {like}"
+    refuse(RuntimeError, op, "target", need, describe(target), f"{way_out} {torchs}")
+
+
 def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """The target in the shape that the operator takes. RuntimeError or ValueError for another shape or dtype."""
     check_dense(op, "target", target)
@@ -120,9 +129,7 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> T
         return target
     if target.shape == shape:
         if not target.is_floating_point():
-            need = "be floating (class probabilities) if it has the input's shape"
-            way_out = "If it is one-hot, use target.float() (probabilities) or target.argmax({}) (class indices)."
-            refuse(RuntimeError, op, "target", need, describe(target), way_out.format(0 if len(shape) == 1 else 1))
+            refuse_integer_probabilities(op, "the input", target, 0 if len(shape) == 1 else 1)
         check_floating(op, "target", target)
         if ignore_index >= 0:
             refuse(RuntimeError, op, "ignore_index", "be negative with a target of probabilities", f"{ignore_index}")
@@ -198,23 +205,24 @@ def check_options(
     ``label_smoothing``.
     """
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}")
+        torchs = f"{reduction} is not a valid value for reduction."
+        refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}", torchs)
     if not type(label_smoothing) is type(z_loss) is type(logit_scale) is float:
         label_smoothing = number(op, "label_smoothing", label_smoothing)
         z_loss = number(op, "z_loss", z_loss)
         logit_scale = number(op, "logit_scale", logit_scale)
     if not 0 <= label_smoothing <= 1:
-        refuse(RuntimeError, op, "label_smoothing", "lie in [0, 1]", f"{label_smoothing}")
+        refuse(RuntimeError, op, "label_smoothing", "be between 0.0 and 1.0", f"{label_smoothing}")
     if not 0 <= z_loss <= _LARGEST:
         refuse(ValueError, op, "z_loss", "be finite and not negative", f"{z_loss}")
     if not -_LARGEST <= logit_scale <= _LARGEST:
         refuse(ValueError, op, "logit_scale", "be finite (in float32)", f"{logit_scale}")
     cap = softcap
     if cap is not None:
-        cap = number(op, "softcap", cap)
-        if not _SMALLEST <= cap <= _LARGEST or abs(logit_scale / cap) > _LARGEST:
-            need = "be finite and positive (and so logit_scale / softcap, in float32), or None"
-            refuse(ValueError, op, "softcap", need, f"{cap}")
+        cap = number(op, "softcap", cap) or None
+    if cap is not None and (not _SMALLEST <= cap <= _LARGEST or abs(logit_scale / cap) > _LARGEST):
+        need = "be finite and positive (and so logit_scale / softcap, in float32), or 0 or None for no cap"
+        refuse(ValueError, op, "softcap", need, f"{cap}")
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         ignore_index = integer(op, "ignore_index", ignore_index)
     return Options(dim, REDUCTIONS[reduction], ignore_index, label_smoothing, z_loss, cap, logit_scale)

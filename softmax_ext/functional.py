@@ -222,7 +222,8 @@ def cross_entropy(
         dtype: compute and return in this dtype without a converted copy. Default: the input's (promoted with the
             probabilities'); float32 for half types under autocast.
         z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5).
-        softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None
+            or 0: no cap.
         logit_scale: factor of the logits, an inverse temperature.
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike: the number of tokens of
             all micro-batches, or of all ranks (divided by the number of ranks, where their gradients are averaged);

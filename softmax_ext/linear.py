@@ -75,10 +75,7 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
     logits_shape = (*batch, *linear_weight.shape[:-1])
     if target.shape == logits_shape:
         if not target.is_floating_point():
-            need = "be floating (class probabilities) if it has the shape of the logits"
-            dim = 1 if linear_weight.dim() > 2 else -1
-            way_out = f"If it is one-hot, use target.float() (probabilities) or target.argmax({dim}) (class indices)."
-            checks.refuse(RuntimeError, _OP, "target", need, checks.describe(given), way_out)
+            checks.refuse_integer_probabilities(_OP, "the logits", given, 1 if linear_weight.dim() > 2 else -1)
         if ignore_index is not None:
             need = "be None with a target of probabilities"
             checks.refuse(RuntimeError, _OP, "ignore_index", need, f"{ignore_index}")
@@ -206,7 +203,7 @@ def linear_cross_entropy(
         dtype: the dtype of the loss and of the arithmetic on each logit. Default: the operands'; float32 for half types
             under autocast. The matrix products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
-        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap); None or 0: no cap.
         logit_scale: factor of the logits, an inverse temperature.
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike; a number or a tensor of
             one element, as in :func:`softmax_ext.cross_entropy`.

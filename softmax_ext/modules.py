@@ -62,7 +62,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         dtype: compute and return in this dtype. Default: the input's; float32 for half types under autocast.
         z_loss: factor of the squared log-sum-exp.
-        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap); None or 0: no cap.
         logit_scale: factor of the logits.
         precompute_grad: compute the gradient in the forward pass.
         inplace: write the gradient over the logits, whose values are lost then.
@@ -147,7 +147,7 @@ class LinearCrossEntropyLoss(nn.Module):
         options: torch's chunking options, accepted and ignored.
         loss_dtype: compute and return the loss in this dtype. The matrix products are in the operands' dtype.
         z_loss: factor of the squared log-sum-exp.
-        softcap: caps the logits smoothly to (-softcap, softcap); None: no cap.
+        softcap: caps the logits smoothly to (-softcap, softcap); None or 0: no cap.
         logit_scale: factor of the logits.
         return_stats: return (loss, :class:`softmax_ext.CrossEntropyStats`).
         chunk_rows: the number of rows whose logits exist at once; None: the plan is chosen.

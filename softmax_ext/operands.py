@@ -67,8 +67,9 @@ def check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     if bad.any():
         position = [int(i) for i in bad.nonzero()[0]]
         need = f"hold classes in [0, {classes}) or ignore_index ({ignore_index})"
-        got = f"{int(target[tuple(position)])} at position {position}"
-        checks.refuse(IndexError, _OP, "target", need, got)
+        found = int(target[tuple(position)])
+        torchs = f"Target {found} is out of bounds."
+        checks.refuse(IndexError, _OP, "target", need, f"{found} at position {position}", torchs)
 
 
 # ---- live rows ----

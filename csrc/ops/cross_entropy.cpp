@@ -15,7 +15,7 @@ void throw_bad_class(const Call& call, int64_t row, int64_t y) {
   throw std::out_of_range(std::string("cross_entropy: target must hold classes in [0, ") +
                           std::to_string(call.all_classes) + ") or ignore_index (" +
                           std::to_string(call.options.ignore_index) + "); got " + std::to_string(y) + " at position [" +
-                          index + "].");
+                          index + "]. Target " + std::to_string(y) + " is out of bounds.");
 }
 
 namespace {

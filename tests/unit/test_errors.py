@@ -143,7 +143,7 @@ TARGET = {
     "one-hot int64": Misuse(
         loss(X, F.one_hot(Y, 4)),
         RuntimeError,
-        ("target must be floating (class probabilities)", "int64 [3, 4]", "target.float()", "target.argmax(1)"),
+        ("target must be floating (class probabilities)", "int64 [3, 4]", "target.to(input.dtype)", "target.argmax(1)"),
     ),
     "one-hot bool": Misuse(loss(X, F.one_hot(Y, 4).bool()), RuntimeError, ("target must be floating", "bool [3, 4]")),
     "one class": Misuse(loss(X[:, :1], Y[:, None]), RuntimeError, ("target must be floating", "int64 [3, 1]")),
@@ -227,16 +227,16 @@ WEIGHT = {
 
 OPTIONS = {
     "smoothing > 1": Misuse(
-        loss(X, Y, label_smoothing=1.5), RuntimeError, ("label_smoothing must lie in [0, 1]", "got 1.5")
+        loss(X, Y, label_smoothing=1.5), RuntimeError, ("label_smoothing must be between 0.0 and 1.0", "got 1.5")
     ),
     "smoothing inf": Misuse(
-        loss(X, Y, label_smoothing=INF), RuntimeError, ("label_smoothing must lie in [0, 1]", "got inf")
+        loss(X, Y, label_smoothing=INF), RuntimeError, ("label_smoothing must be between 0.0 and 1.0", "got inf")
     ),
     "smoothing < 0": Misuse(
-        loss(X, Y, label_smoothing=-0.1), RuntimeError, ("label_smoothing must lie", "got -0.1"), SILENT
+        loss(X, Y, label_smoothing=-0.1), RuntimeError, ("label_smoothing must be between", "got -0.1"), SILENT
     ),
     "smoothing NaN": Misuse(
-        loss(X, Y, label_smoothing=NAN), RuntimeError, ("label_smoothing must lie", "got nan"), SILENT
+        loss(X, Y, label_smoothing=NAN), RuntimeError, ("label_smoothing must be between", "got nan"), SILENT
     ),
     "smoothing str": Misuse(
         loss(X, Y, label_smoothing="0.1"), TypeError, ("label_smoothing must be a number", "'0.1' (str)")
@@ -375,7 +375,6 @@ OPTIONS = {
         ("row_weight must have no derivative", "a tensor that is differentiated", "Use row_weight.detach()"),
         OURS,
     ),
-    "softcap 0": Misuse(loss(X, Y, softcap=0.0), ValueError, ("softcap must be finite and positive", "got 0.0"), OURS),
     "softcap < 0": Misuse(
         loss(X, Y, softcap=-1.0), ValueError, ("softcap must be finite and positive", "got -1.0"), OURS
     ),
@@ -664,16 +663,16 @@ LINEAR = {
         loss(X, M, P, ignore_index=2), RuntimeError, ("ignore_index must be None with a target of prob", "got 2")
     ),
     "smoothing > 1": Misuse(
-        loss(X, M, Y, label_smoothing=1.5), RuntimeError, ("label_smoothing must lie in [0, 1]", "got 1.5")
+        loss(X, M, Y, label_smoothing=1.5), RuntimeError, ("label_smoothing must be between 0.0 and 1.0", "got 1.5")
     ),
     "smoothing NaN": Misuse(
-        loss(X, M, Y, label_smoothing=NAN), RuntimeError, ("label_smoothing must lie", "got nan"), SILENT
+        loss(X, M, Y, label_smoothing=NAN), RuntimeError, ("label_smoothing must be between", "got nan"), SILENT
     ),
     "dtype int32": Misuse(
         loss(X, M, Y, dtype=torch.int32), NotImplementedError, ("dtype must be float64", "got torch.int32"), OURS
     ),
     "z_loss < 0": Misuse(loss(X, M, Y, z_loss=-1.0), ValueError, ("z_loss must be finite", "got -1.0"), OURS),
-    "softcap 0": Misuse(loss(X, M, Y, softcap=0.0), ValueError, ("softcap must be finite", "got 0.0"), OURS),
+    "softcap < 0": Misuse(loss(X, M, Y, softcap=-1.0), ValueError, ("softcap must be finite", "got -1.0"), OURS),
     "denominator bool": Misuse(loss(X, M, Y, denominator=True), TypeError, ("denominator must be a number",), OURS),
     "denominator of three": Misuse(
         loss(X, M, Y, denominator=torch.ones(3)), ValueError, ("denominator must have one element",), OURS
@@ -815,7 +814,9 @@ MODULES = {
         lambda m: m.CrossEntropyLoss(reduction="max")(X, Y), ValueError, ("reduction must be", "got 'max'")
     ),
     "CrossEntropyLoss smoothing": Misuse(
-        lambda m: m.CrossEntropyLoss(label_smoothing=2)(X, Y), RuntimeError, ("label_smoothing must lie", "got 2")
+        lambda m: m.CrossEntropyLoss(label_smoothing=2)(X, Y),
+        RuntimeError,
+        ("label_smoothing must be between", "got 2"),
     ),
     "CrossEntropyLoss weight list": Misuse(
         lambda m: m.CrossEntropyLoss(weight=[1.0] * 4), TypeError, ("weight", "cannot assign")
@@ -882,7 +883,7 @@ LINEAR_MODULES = {
     "smoothing": Misuse(
         lambda m: m.LinearCrossEntropyLoss(4, 5, label_smoothing=2.0)(X, Y),
         RuntimeError,
-        ("label_smoothing must lie", "got 2.0"),
+        ("label_smoothing must be between", "got 2.0"),
     ),
     "reduction": Misuse(
         lambda m: m.LinearCrossEntropyLoss(4, 5, reduction="max")(X, Y), ValueError, ("reduction must be", "got 'max'")
@@ -1060,3 +1061,36 @@ def test_an_option_has_no_derivative(how, option, linear):
 
 def test_an_option_may_be_a_detached_tensor():
     assert cross_entropy(X, Y, logit_scale=torch.tensor(0.5)) == cross_entropy(X, Y, logit_scale=0.5)
+
+
+# ---- sentences of torch's that code may look for --------------------------------------------------------------------
+
+SENTENCES: dict[str, tuple[str, Call]] = {
+    "class": ("Target 7 is out of bounds.", loss(X, torch.tensor([0, 7, 2]))),
+    "probabilities": (
+        "Expected floating point type for target with class probabilities",
+        loss(X, F.one_hot(Y, 4)),
+    ),
+    "smoothing": ("label_smoothing must be between 0.0 and 1.0", loss(X, Y, label_smoothing=1.5)),
+    "reduction": ("max is not a valid value for reduction", loss(X, Y, reduction="max")),
+}
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize(("sentence", "call"), SENTENCES.values(), ids=SENTENCES)
+def test_sentences_of_torchs(sentence, call):
+    def linear(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return softmax_ext.linear_cross_entropy(input, torch.eye(4), target, **options)
+
+    for function in (F.cross_entropy, softmax_ext.cross_entropy, linear):
+        with pytest.raises((IndexError, RuntimeError, ValueError)) as caught:
+            call(function)
+        assert sentence in str(caught.value)
+
+
+def test_a_softcap_of_zero_is_none():
+    for function in (
+        softmax_ext.cross_entropy,
+        lambda x, y, **o: softmax_ext.linear_cross_entropy(x, torch.eye(4), y, **o),
+    ):
+        assert function(X.cpu(), Y.cpu(), softcap=0.0) == function(X.cpu(), Y.cpu())
