@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import chunks, class_chunks, ops, plans
+from . import chunks, class_chunks, float16, ops, plans
 from .autograd import refusals
 from .dtypes import arithmetic_dtype
-from .operands import LiveRows, Operands, Run, divided_by, largest_factor
+from .operands import LiveRows, Operands, Run
 from .options import MEAN, NONE, SCHEMA, Options
 from .plans import LIMITS_SCHEMA, Limits, LinearPlan
 from .reference import Upstream, total_weight
@@ -71,13 +71,13 @@ def _forward(
     divisor = total if options.reduction == MEAN and input.dtype != torch.float16 else None  # see chunks.py
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         live = LiveRows(operands, options.ignore_index, limits.live_rows)
-        factor = largest_factor(operands, options) if any(needs) else None
-        if factor is not None:
-            operands = divided_by(operands, factor)
+        divisor_of_all = float16.divisor_of_forward(operands, options) if any(needs) else None
+        if divisor_of_all is not None:
+            operands = float16.divided_by(operands, divisor_of_all)
         run = Run(operands, live, options, wide, plan, limits)
         (loss, *of_rows), state, gradients = _FORWARD[plan.name](run, stats, needs, divisor)
-        if factor is not None:
-            loss = loss * factor
+        if divisor_of_all is not None:
+            loss = loss * divisor_of_all
     if rounds:
         chunks.convert(gradients, [plans.gradient_dtype(input.dtype)] * len(gradients))
     if options.reduction != NONE:
@@ -152,7 +152,12 @@ def _backward(
     plan = _choose(operands, of_forward, limits)
     with torch.autocast(input.device.type, enabled=False):
         run = Run(operands, LiveRows(operands, options.ignore_index, limits.live_rows), options, wide, plan, limits)
+        divisor = float16.divisor_of_backward(operands, options, upstream, needs_target)
+        if divisor is not None:
+            upstream = Upstream(*(None if g is None else g / divisor for g in upstream))
         results = _GRADIENTS[plan.name](run, upstream, state, entropy, parameters, needs_target)
+        if divisor is not None:
+            results = [t.mul_(divisor) for t in results]
     differentiable = (input, linear_weight, linear_bias, target)
     chunks.convert(
         results, [t.dtype for t, needed in zip(differentiable, needs, strict=True) if needed and t is not None]
@@ -186,7 +191,7 @@ _UPSTREAM = "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_nll, Tensor? grad
 #
 # Returns [loss, total_weight, state], then with stats [lse, nll, entropy, prediction], then those gradients of input,
 # linear_weight and linear_bias that ``needs`` names. The gradients are for an upstream gradient of 1. Those of float16
-# are divided by operands.largest_factor, and with the mean for an upstream gradient of total_weight. With ``rounds``
+# are divided by float16.divisor_of_forward, and with the mean for an upstream gradient of total_weight. With ``rounds``
 # they have the operands' dtype, in float16 float32. Without it they are the sums of the plan, which nothing rounds
 # before it is multiplied by the upstream gradient. The fake ones are as with it, because the plan is not known where a
 # size is not.

@@ -50,6 +50,11 @@ def _converted_step(rows: int, bytes_each: int) -> int:
     return max(min(_step(bytes_each), 4 * _step(4 * rows)), _LEAST_CLASSES)
 
 
+def _step_of_sum(features: int) -> int:
+    """The rows of a product that are added to a float32 sum at a time."""
+    return max(_step(4 * features) // 8, 1)
+
+
 def _slices(size: int, bytes_each: int) -> Iterator[slice]:
     return _cut(size, _step(bytes_each))
 
@@ -105,6 +110,15 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def _put(total: Tensor, product: Tensor, first: bool) -> None:
+    """Writes or adds a slice of a product; adds some rows at a time, as torch copies them in the sum's dtype before."""
+    if first:
+        total.copy_(product)
+        return
+    for s in _cut(product.shape[0], _step_of_sum(product.shape[1])):
+        total[s].add_(product[s])
+
+
 def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
     """Adds dz matrix to ``total`` [rows, D], or writes it there if it is the first: dz [rows, C], matrix [C, D].
 
@@ -121,7 +135,7 @@ def add_product(total: Tensor, dz: Tensor, matrix: Tensor, first: bool) -> None:
     else:
         for s in _slices(total.shape[0], total.shape[1] * dz.element_size()):
             product = dz[s] @ matrix
-            total[s].copy_(product) if first else total[s].add_(product)
+            _put(total[s], product, first)
             del product  # before the next one is made
 
 
@@ -168,7 +182,7 @@ def add_outer(total: Tensor, dz: Tensor, x: Tensor, first: bool) -> None:
     buffer = x.new_empty(min(_step(x.shape[1] * x.element_size()), total.shape[0]), x.shape[1])
     for s in _slices(total.shape[0], x.shape[1] * x.element_size()):
         product = torch.mm(dz[:, s].t(), x, out=buffer[: s.stop - s.start])
-        total[s].copy_(product) if first else total[s].add_(product)
+        _put(total[s], product, first)
 
 
 def add_outer_apart(total: Tensor, dz: Tensor, x: Tensor, classes: Tensor, first: bool) -> None:
@@ -225,6 +239,6 @@ def scratch_bytes(
         of_sum = min(_converted_step(rows, features * dtype.itemsize), classes)
         return max(of_product, (features + of_sum) * rows * size)
     narrow, wide = features * dtype.itemsize, features * size  # the product; the targets' part
-    if by_classes:
-        return min(_step(narrow), rows) * narrow
-    return max(min(_step(narrow), classes) * narrow, min(_step(wide), rows) * wide)
+    results = rows if by_classes else classes
+    of_sum = min(_step(narrow), results) * narrow + min(_step_of_sum(features), results) * wide
+    return of_sum if by_classes else max(of_sum, min(_step(wide), rows) * wide)

@@ -158,34 +158,6 @@ class LiveRows:
             into.index_copy_(dim, self.numbers[rows], values)
 
 
-# ---- float16 ----
-
-
-def largest_factor(operands: Operands, options: Options) -> Tensor | None:
-    """What the gradients of float16 are divided by while they are products: a power of two, [] float32. None: nothing.
-
-    It is at least as large as any row weight times any class weight. So the gradients of the logits are at most about 1
-    in float16, and leave its range neither by large weights nor by small ones.
-    """
-    if operands.input.dtype != torch.float16 or options.weighs_by_probability:
-        return None
-    factor: Tensor | None = None
-    for weights in (operands.weight, operands.row_weight):
-        if weights is not None and weights.numel():
-            largest = weights.detach().abs().nan_to_num(0, 0, 0).max().float()
-            power = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent), 1.0)
-            factor = power if factor is None else factor * power
-    return factor
-
-
-def divided_by(operands: Operands, factor: Tensor) -> Operands:
-    """The operands whose losses, and their gradients, are divided by ``factor``."""
-    row_weight = operands.row_weight
-    if row_weight is None:
-        row_weight = operands.input.new_ones(operands.loss_shape, dtype=torch.float32)
-    return operands._replace(row_weight=row_weight / factor)
-
-
 # ---- what a plan is run with ----
 
 

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import internals, linear_ops, ops
+from .. import float16, internals, linear_ops, ops
 from ..dtypes import arithmetic_dtype
 from ..linear_ops import Call
-from ..operands import Operands, largest_factor, rows_are_live
+from ..operands import Operands, rows_are_live
 from ..options import MEAN
 from ..reference import Rows, Upstream
 from . import refusals
@@ -201,9 +201,9 @@ def handed_on(
     scale = grad_loss.to(total.dtype)
     if call.options.reduction == MEAN and operands.input.dtype == torch.float16:  # forward did not divide by it
         scale = scale / total
-    factor = largest_factor(operands, call.options)
-    if factor is not None:
-        scale = scale * factor
+    divisor = float16.divisor_of_forward(operands, call.options)
+    if divisor is not None:
+        scale = scale * divisor
     of_input = scale
     if not target.is_floating_point():
         live, one = rows_are_live(target, call.options.ignore_index), torch.ones_like(scale)

@@ -25,7 +25,7 @@ def limits_for(name: str, size: tuple[int, int, int], dtype: torch.dtype, positi
     if name == "rows":
         return {"chunk_rows": max(rows // 4, 1)}
     problem = plans.Problem(rows, features, classes * positions, dtype, "cpu", positions=positions)
-    memory = plans._bytes(problem, "classes", classes // 7 * positions)
+    memory = plans._bytes(problem, "classes", classes // 12 * positions)
     assert plans.choose(problem, plans.Limits(memory=memory)).name == "classes"
     return {"memory": memory}
 
