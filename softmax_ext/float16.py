@@ -17,8 +17,6 @@ from .reference import Upstream, class_index, is_live
 # What the largest gradient of a logit becomes, in powers of two: halfway to the largest number, for logit_scale and
 # z_loss may enlarge it.
 _LARGEST = 8
-# With a gradient of the target, which has a factor of lse - z besides.
-_LARGEST_WITH_TARGET = 0
 
 
 def _row_factors(operands: Operands, options: Options) -> Tensor:
@@ -39,10 +37,10 @@ def _row_factors(operands: Operands, options: Options) -> Tensor:
     return factors
 
 
-def _power(bounds: Tensor, largest: int) -> Tensor:
-    """The power of two, [] float32, by which the largest of the bounds becomes about 2^largest; 1 if they are all 0."""
+def _power(bounds: Tensor) -> Tensor:
+    """The power of two, [] float32, by which the largest bound becomes about 2^_LARGEST; 1 if they are all 0."""
     most = bounds.nan_to_num(0, 0, 0).max()
-    exponent = (torch.frexp(most).exponent - largest).clamp(-120, 120)
+    exponent = (torch.frexp(most).exponent - _LARGEST).clamp(-120, 120)
     return torch.where(most > 0, torch.ldexp(torch.ones_like(most), exponent), 1.0).float()
 
 
@@ -52,7 +50,7 @@ def divisor_of_forward(operands: Operands, options: Options) -> Tensor | None:
         return None
     if operands.weight is None and operands.row_weight is None:
         return None
-    return _power(_row_factors(operands, options), _LARGEST)
+    return _power(_row_factors(operands, options))
 
 
 def divided_by(operands: Operands, divisor: Tensor) -> Operands:
@@ -64,8 +62,11 @@ def divided_by(operands: Operands, divisor: Tensor) -> Operands:
 
 
 def divisor_of_backward(operands: Operands, options: Options, upstream: Upstream, needs_target: bool) -> Tensor | None:
-    """That of the upstream gradients [N, *K] of a backward; None: 1."""
-    if operands.input.dtype != torch.float16 or not operands.input.shape[0]:
+    """That of the upstream gradients [N, *K] of a backward; None: 1.
+
+    With a gradient of the target too, which is no product and would be rounded twice, they are not divided.
+    """
+    if operands.input.dtype != torch.float16 or not operands.input.shape[0] or needs_target:
         return None
     loss, *statistics = upstream
     bounds = operands.input.new_zeros(operands.loss_shape, dtype=torch.float64)
@@ -74,4 +75,4 @@ def divisor_of_backward(operands: Operands, options: Options, upstream: Upstream
     for gradient in statistics:
         if gradient is not None:
             bounds = bounds + gradient.double().abs().nan_to_num(0, 0, 0)
-    return _power(bounds, _LARGEST_WITH_TARGET if needs_target else _LARGEST) if bounds.numel() else None
+    return _power(bounds) if bounds.numel() else None

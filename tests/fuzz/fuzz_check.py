@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import fuzz_bounds
@@ -112,17 +111,6 @@ def _check_softmax(case: SoftmaxCase, x: Tensor, y: Tensor) -> None:
 
 
 # ---- cross entropy ---------------------------------------------------------------------------------------------------
-
-
-@cache
-def spreads_nan(dtype: torch.dtype) -> bool:
-    """Whether torch's product makes NaN of a row beside one that has NaN: in half types, on a processor with AMX."""
-    for rows, inner, columns in ((33, 17, 8), (33, 8, 17), (17, 33, 8), (64, 64, 64)):
-        one = torch.ones(rows, inner, dtype=dtype)
-        one[5] = torch.nan
-        if (one @ torch.ones(inner, columns, dtype=dtype)).isnan().any(1).sum() > 1:
-            return True
-    return False
 
 
 class Call:
@@ -250,11 +238,17 @@ class Call:
         return F.cross_entropy(logits, target, ignore_index=case.ignored_class, **options)
 
     def product_spreads_nan(self) -> bool:
-        """Whether torch's products may make NaN of more rows than have one."""
-        if self.case.linear is None or not spreads_nan(self.case.dtype):
+        """Whether torch's products make NaN of more rows than have one: in half types, on a processor with AMX."""
+        if self.case.linear is None:
             return False
-        values = [self.tensors[name] for name in ("input", "linear_bias") if name in self.tensors]
-        return not all(bool(t.isfinite().all()) for t in values)
+        x, matrix = self.tensors["input"].detach(), self.tensors["linear_weight"].detach().flatten(0, -2)
+        clean = x.isfinite().all(-1)
+        alone = F.linear(torch.where(clean.unsqueeze(-1), x, 0), matrix)
+        if not torch.equal(F.linear(x, matrix).isnan()[clean], alone.isnan()[clean]):
+            return True
+        of_logits = torch.where(clean.unsqueeze(-1), torch.zeros_like(alone), torch.nan)
+        finite = torch.where(matrix.isfinite(), matrix, 0)
+        return bool((of_logits @ finite).isnan()[clean].any())
 
     def overwrites(self) -> bool:
         """Whether the gradient goes over the logits; it does not where the class weights have one too."""
