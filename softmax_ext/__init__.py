@@ -14,12 +14,14 @@ _diagnosing = ("-m", "softmax_ext") in zip(sys.orig_argv, sys.orig_argv[1:], str
 if ops.load_error is not None and not _diagnosing:
     raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
 
+from .causal_lm import CausalLMStats, causal_lm_loss  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
 from .linear import linear_cross_entropy  # noqa: E402
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
 from .plans import LinearPlan, linear_plan  # noqa: E402
 
 __all__ = [
+    "CausalLMStats",
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "LinearCrossEntropyLoss",
@@ -27,6 +29,7 @@ __all__ = [
     "LogSoftmax",
     "Softmax",
     "__version__",
+    "causal_lm_loss",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_plan",

@@ -115,7 +115,7 @@ def linear_cross_entropy(
     linear_weight: Tensor,
     target: Tensor,
     *,
-    return_stats: Literal[True],
+    return_stats: Literal[True, "detached"],
     **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
@@ -137,7 +137,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     denominator: float | Tensor | None = None,
     row_weight: Tensor | Literal["probability"] | None = None,
-    return_stats: bool = False,
+    return_stats: bool | Literal["detached"] = False,
     chunk_rows: int | None = None,
     memory: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -167,7 +167,7 @@ def linear_cross_entropy(
 
     The logits are computed twice, in the forward and in the backward:
 
-    - where the upstream gradients differ from row to row (reduction "none", ``return_stats``);
+    - where the upstream gradients differ from row to row (reduction "none", ``return_stats=True``);
     - for a target that requires grad;
     - for a second backward;
     - under ``torch.func`` and under saved-tensor hooks (checkpoint, save_on_cpu).
@@ -209,7 +209,8 @@ def linear_cross_entropy(
             one element, as in :func:`softmax_ext.cross_entropy`.
         row_weight: a factor of the loss and the gradient of each position, as in :func:`softmax_ext.cross_entropy`: a
             tensor of the shape of class indices, or "probability". The products are as many as without.
-        return_stats: also return :class:`softmax_ext.CrossEntropyStats`.
+        return_stats: also return :class:`softmax_ext.CrossEntropyStats`. "detached": without derivatives, as
+            metrics are used, so that nothing is computed twice.
         chunk_rows: the number of rows whose logits exist at once; the plan is then rows. None: the plan is chosen.
             The default chunk of rows is a ninth of the rows, or as many as fit into 32 MiB if those are more; at least
             128 and at most 512 on the CPU, at least 1024 and at most 4096 on a GPU; and more where the float32 sum of
@@ -238,6 +239,9 @@ def linear_cross_entropy(
             the CPU, or with probabilities, for a wrong ``live_rows``.
     """
     _check_operands(input, linear_weight, linear_bias)
+    detached = return_stats == "detached"
+    if not isinstance(return_stats, bool) and not detached:
+        checks.refuse(ValueError, _OP, "return_stats", 'be True, False or "detached"', repr(return_stats))
     ignored = -100 if ignore_index is None else ignore_index
     options_of_loss = checks.check_options(_OP, 1, reduction, ignored, label_smoothing, z_loss, softcap, logit_scale)
     options_of_loss = options_of_loss._replace(skips_ignored=True)  # of the paths through all logits, too
@@ -266,20 +270,25 @@ def linear_cross_entropy(
     limits = plans.check_limits(_OP, x.dtype, chunk_rows, memory, logits_dtype)
     if live_rows is not None:
         limits = limits._replace(live_rows=checks.integer(_OP, "live_rows", live_rows))
-    call = Call(options_of_loss, dtype, return_stats, limits, (False,) * 4)
+    call = Call(options_of_loss, dtype, bool(return_stats), limits, (False,) * 4)
     x = x.reshape(math.prod(batch), x.shape[-1])
     try:
-        results = _run(Operands(x, matrix, bias, target, weight, factors), divisor, call)
+        results = _run(Operands(x, matrix, bias, target, weight, factors), divisor, call, detached)
     except IndexError:
         if not in_transform():  # raises the same error with the position in the caller's shape
             check_classes(given_target, linear_weight.shape[0], call.options.ignore_index)
         raise
     loss, *stats = (t.reshape(shape) if t.dim() else t for t in results)
+    if detached:
+        stats = [t.detach() for t in stats]
     return (loss, CrossEntropyStats(*stats)) if return_stats else loss
 
 
-def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence[Tensor]:
-    """The loss and, if asked for, the statistics; chooses the way that the call and its context need."""
+def _run(operands: Operands, denominator: Tensor | None, call: Call, detached: bool) -> Sequence[Tensor]:
+    """The loss and, if asked for, the statistics; chooses the way that the call and its context need.
+
+    With ``detached`` the statistics get no upstream gradient.
+    """
     input, linear_weight, linear_bias, target, weight, _ = operands
     transformed, compiling = in_transform(), torch.compiler.is_compiling()
     if needs_plain_formulas(target, weight, transformed, compiling):
@@ -287,7 +296,8 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
     differentiable = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
-    precomputes = any(needs) and call.options.reduction != NONE and not call.stats and not target.requires_grad
+    is_one = call.options.reduction != NONE and (detached or not call.stats)
+    precomputes = any(needs) and is_one and not target.requires_grad
     # Where a transform differentiates, nobody knows what.
     may_need = (True, True, linear_bias is not None, target.is_floating_point()) if transformed else needs
     call = call._replace(later=(may_need[0], may_need[1], may_need[2], may_need[3]))
@@ -295,7 +305,7 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call) -> Sequence
         needed = needs[:3] if precomputes else NOTHING
         results = linear_ops.forward(*operands, *call.arguments(needed, True, denominator))
     elif precomputes and not transformed and not internals.saved_tensor_hooks_active():
-        return [EagerLinearCrossEntropy.apply(*operands, denominator, call)]
+        return EagerLinearCrossEntropy.apply(*operands, denominator, call)  # type: ignore[no-any-return]
     else:
         results = LinearCrossEntropy.apply(*operands, denominator, call)
     loss, _, _, *statistics = results

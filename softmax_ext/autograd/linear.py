@@ -286,22 +286,28 @@ def upstream_of(grads: Sequence[Tensor | None]) -> Upstream:
 
 
 class EagerLinearCrossEntropy(Function):
-    """(*operands, denominator, call) -> loss; forward computes its gradients too."""
+    """(*operands, denominator, call) -> (loss, *statistics); forward computes the loss's gradients too.
+
+    The statistics have no derivative.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *operands, denominator, ctx.call = args
         ctx.set_materialize_grads(False)
         needs = list(ctx.needs_input_grad[:3])
-        loss, total, _, *computed = linear_ops.forward(*operands, *ctx.call.arguments(needs, False, denominator))
+        loss, total, _, *others = linear_ops.forward(*operands, *ctx.call.arguments(needs, False, denominator))
+        count = 4 if ctx.call.stats else 0
+        statistics, computed = others[:count], others[count:]
         # The gradients are no saved tensors: nobody else sees them, and backward hands over the only reference. They
         # are in a list because compiled autograd calls backward with another ctx, which refers to the same list.
         ctx.gradients = [spread(computed, needs)]
         ctx.save_for_backward(*operands, total)
-        return loss  # type: ignore[no-any-return]
+        ctx.mark_non_differentiable(*statistics)
+        return loss, *statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *of_statistics: None) -> tuple[Tensor | None, ...]:
         *tensors, total = ctx.saved_tensors
         operands = Operands(*tensors)
         if grad_loss is None:
