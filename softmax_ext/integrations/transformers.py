@@ -41,24 +41,24 @@ class LossOptions(NamedTuple):
 
 
 def _of_logits(
-    logits: Tensor,
-    labels: Tensor,
+    rows: Tensor,
+    target: Tensor,
     num_items_in_batch: int | Tensor | None = None,
     ignore_index: int = -100,
     *,
     options: LossOptions,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' fixed_cross_entropy: logits [N, C] and labels [N]; computes in float32, without a copy."""
+    """transformers' fixed_cross_entropy: logits [N, C] and class indices [N]; computes in float32, without a copy."""
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
+        num_items_in_batch = num_items_in_batch.to(rows.device)
     return functional.cross_entropy(
-        logits,
-        labels,
+        rows,
+        target,
         ignore_index=ignore_index,
         denominator=num_items_in_batch,
         label_smoothing=options.label_smoothing,
-        dtype=torch.float32 if logits.dtype.itemsize == 2 else None,
+        dtype=torch.float32 if rows.dtype.itemsize == 2 else None,
         z_loss=options.z_loss,
         precompute_grad=options.precompute_grad,
     )
