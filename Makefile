@@ -51,7 +51,8 @@ demo: $(VENV)/.demo $(VENV)/.built ## train two models with it and with torch; d
 test: $(VENV)/.test $(VENV)/.built ## run the tests, but for those marked slow; six minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
-check: $(VENV)/.test $(VENV)/.built ## what CI runs besides: slow tests, sanitizers, the emulator, every GPU architecture, sdist, wheel
+check: $(VENV)/.test $(VENV)/.integrations $(VENV)/.built ## what CI runs besides: slow tests, other libraries, sanitizers, the emulator, every GPU architecture, sdist, wheel
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/integrations
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 	$(BIN)/python tests/tools/kernel_suite.py sanitized --sample 8 -n 2 -q
 	$(BIN)/python tests/native/run.py --trials 25 thread
@@ -194,7 +195,7 @@ $(VENV)/.built: $(VENV)/.tools setup.py $(wildcard build_support/*.py) pyproject
 	touch $@
 
 # The package and one of the groups of pyproject.toml.
-GROUPS := $(VENV)/.bench $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
+GROUPS := $(VENV)/.bench $(VENV)/.demo $(VENV)/.integrations $(VENV)/.test $(VENV)/.lint $(VENV)/.dist
 $(GROUPS): $(VENV)/.%: $(VENV)/.tools pyproject.toml | $(VENV)/.built
 	$(EDITABLE) '.[$*]'
 	touch $@

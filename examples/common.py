@@ -3,11 +3,13 @@
 import argparse
 
 PYPI_NAMES = {"sklearn": "scikit-learn"}
+EXTRAS = {"transformers": "demo,transformers", "accelerate": "demo,transformers", "lightning": "demo,lightning"}
 
 
 def explain_missing(error: ModuleNotFoundError) -> str:
     """A text that says how to install the package that an example failed to import."""
     package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package, "demo")
     if package == "softmax_ext":
         return (
             "softmax_ext is not installed. In the directory above examples/, type\n"
@@ -17,8 +19,8 @@ def explain_missing(error: ModuleNotFoundError) -> str:
     return (
         f"{package} is not installed. Type\n"
         f"    pip install {PYPI_NAMES.get(package, package)}\n"
-        "or, in the directory above examples/, for all that the examples need:\n"
-        "    pip install --no-build-isolation '.[demo]'"
+        "or, in the directory above examples/, for all that the example needs:\n"
+        f"    pip install --no-build-isolation '.[{extra}]'"
     )
 
 

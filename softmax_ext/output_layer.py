@@ -28,7 +28,9 @@ class Projection(NamedTuple):
 def _refuse(op: str, module: nn.Module, why: str) -> NoReturn:
     need = "be an nn.Linear, or peft's LoRA layer or modules_to_save around one"
     way_out = "Compute the logits with the module and use cross_entropy."
-    checks.refuse(TypeError, op, "lm_head", need, f"{original_class(module).__name__}{why}", way_out)
+    own = original_class(module)
+    name = own.__name__ if own.__module__.startswith("torch.nn.") else f"{own.__module__}.{own.__qualname__}"
+    checks.refuse(TypeError, op, "lm_head", need, f"{name}{why}", way_out)
 
 
 def _peft(path: str, name: str) -> Any:
@@ -92,7 +94,7 @@ def _active(wrapper: Any) -> nn.Module:
 def _with_lora(op: str, layer: Any, hidden: Tensor) -> Projection:
     """x W^T + s dropout(x) A^T B^T as one product: cat([x, s dropout(x) A^T]) cat([W, B])^T, in the input's dtype."""
     if original_class(layer) is not _peft("tuners.lora.layer", "Linear"):
-        _refuse(op, layer, f" ({original_class(layer).__module__})")
+        _refuse(op, layer, "")
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its forward does
     plain = projection(op, layer.base_layer, hidden)
