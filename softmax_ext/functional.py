@@ -239,8 +239,9 @@ def cross_entropy(
         precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
             multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
-            ``precompute_grad``. The input's values are lost then. Its version counter is raised, so that autograd
-            refuses a graph that still needs them.
+            ``precompute_grad``. The input's values are lost then. A graph that still needs them is refused, and so is a
+            later use that is differentiated. A later use without a gradient, as of metrics, cannot be noticed and reads
+            the gradient: ``return_stats`` has predictions and entropy.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:

@@ -181,6 +181,27 @@ def view_base(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
+_set_versions = _take(
+    "torch._C._autograd._unsafe_set_version_counter",
+    "logits that inplace=True has overwritten become a result of a Function, which refuses later uses, while their "
+    "version stays the one at which the gradient in them was saved",
+    "a differentiable use of overwritten logits is not refused",
+)
+
+
+def replace_history(apply: Callable[[torch.Tensor], object], tensor: torch.Tensor) -> None:
+    """Makes ``tensor`` itself the result of a Function, whose forward marks it dirty, without a new version."""
+    if _set_versions is None:
+        return
+    version = tensor._version
+    with torch.enable_grad():
+        try:
+            apply(tensor)
+        except RuntimeError:  # one of the views of chunk, split and the like; they refuse later uses of their base
+            apply(view_base(tensor))
+    _set_versions((tensor,), (version,))
+
+
 # ---- Functions ----
 
 disable_dynamo: Callable[..., Any] = (

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -316,6 +318,43 @@ def _may_have_written(error: Exception, input: Tensor) -> bool:
     return input.is_cuda and not isinstance(error, IndexError)
 
 
+def _keep_gradient(reference: weakref.ref[Tensor], grad: Tensor) -> None:
+    """As retain_grad() does. The reference is weak, since the logits refer to the node that has this hook."""
+    logits = reference()
+    if logits is not None:
+        logits.grad = grad.clone() if logits.grad is None else logits.grad + grad
+
+
+class InplaceCrossEntropy(Function):
+    """Logits -> the same tensor, after its gradient was written over it.
+
+    So everything that is computed from the tensor afterwards depends on this node. Nothing of it has a derivative with
+    respect to the logits, whose values are lost. Of a base, of which the logits are a view, other parts may be used.
+    """
+
+    @staticmethod
+    def replaces_history_of(logits: Tensor) -> None:
+        """Makes the caller's tensor the result."""
+        if logits.retains_grad:  # torch would move that to the result
+            logits.register_hook(partial(_keep_gradient, weakref.ref(logits)))
+        internals.replace_history(_inplace, logits)
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.mark_dirty(input)
+        ctx.set_materialize_grads(False)
+        return input
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        if grad is None or not grad.any():
+            return grad  # the zeros that a base, of which another part is used, has here
+        raise RuntimeError(
+            "cross_entropy: inplace=True has written the gradient over the logits, and they are used again afterwards. "
+            "Compute what needs them before, or use inplace=False. return_stats=True gives predictions and entropy."
+        )
+
+
 @dataclass
 class _EarlyGradient:
     """The gradient of a graph with ``precompute_grad`` or ``inplace``, and what has happened to it.
@@ -324,6 +363,7 @@ class _EarlyGradient:
     """
 
     inplace: bool = False  # the gradient is or will be in the logits' memory
+    logits: Tensor | None = None  # the caller's tensor, until backward has written over it
     unscaled: bool = False  # forward wrote it there; the upstream gradient is not multiplied into it yet
     overwritten: bool = False  # the logits are lost
     gradient: list[Tensor] = field(default_factory=list)  # in memory of its own, until it is taken. Not a saved
@@ -359,7 +399,7 @@ class EagerCrossEntropy(Function):
             if precompute_grad:
                 ctx.early = _EarlyGradient(gradient=[results.pop()])
             else:
-                ctx.early = _EarlyGradient(inplace=True) if inplace else None
+                ctx.early = _EarlyGradient(inplace=True, logits=input) if inplace else None
         if not stats:
             loss, state, total = results[:3]
             ctx.save_for_backward(input, target, weight, state, total, None, factors[1])
@@ -434,6 +474,9 @@ def _gradient_inplace(ctx: Any, early: _EarlyGradient, upstream: Upstream) -> Te
         if written:
             torch.autograd.graph.increment_version(input)
             early.overwritten, early.unscaled = True, False
+            if early.logits is not None:
+                InplaceCrossEntropy.replaces_history_of(early.logits)
+                early.logits = None
     return gradient
 
 
@@ -446,10 +489,15 @@ def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
 
 
 _apply = internals.eager_apply(EagerCrossEntropy)
+_inplace = internals.eager_apply(InplaceCrossEntropy)
 
 
 def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *call: Any) -> Sequence[Tensor]:
     """EagerCrossEntropy: the loss, then the statistics."""
     weight = None if weight is None else internals.alive(weight)
-    results = _apply(internals.alive(input), internals.alive(target), weight, call)
+    input = internals.alive(input)
+    results = _apply(input, internals.alive(target), weight, call)
+    *_, precompute_grad, inplace, _, _ = call
+    if precompute_grad and inplace:
+        InplaceCrossEntropy.replaces_history_of(input)
     return results if type(results) is tuple else (results,)

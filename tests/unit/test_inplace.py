@@ -6,6 +6,7 @@ the same numbers as torch's F.cross_entropy, in float64.
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -203,10 +204,15 @@ def test_logits_written_before_the_backward(write, inplace):
 @both
 @pytest.mark.parametrize("other", INPLACE)
 def test_logits_overwritten_by_another_loss_before_the_backward(other, inplace):
-    """The second has its gradient, of what it read; the first has none."""
+    """The first has no gradient, and the second only if it read the logits themselves."""
     leaf, logits = leaf_and_logits(3, 4)
     loss = cross_entropy(logits, TARGET, **inplace)
-    cross_entropy(logits, TARGET.flip(0), **other).backward()
+    second = cross_entropy(logits, TARGET.flip(0), **other)
+    if inplace is IN_FORWARD:
+        with pytest.raises(RuntimeError, match="used again afterwards"):
+            second.backward()
+    else:
+        second.backward()
     leaf.grad = None
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -596,3 +602,101 @@ def test_precomputed_upstream_gradient_is_untouched():
     before = upstream.clone()
     cross_entropy(x, TARGET, reduction="none", precompute_grad=True).backward(upstream)
     assert torch.equal(upstream, before)
+
+
+# ---- a use of the logits after they were overwritten ---------------------------------------------------------------
+
+AFTERWARDS = {
+    "F.cross_entropy": lambda z: F.cross_entropy(z, TARGET),
+    "cross_entropy": lambda z: cross_entropy(z, TARGET),
+    "sum": lambda z: z.sum(),
+    "mul": lambda z: (z * 2).sum(),
+    "softmax": lambda z: z.softmax(1)[:, 0].sum(),
+    "in place": lambda z: z.mul_(3.0).sum(),
+    "view": lambda z: z.reshape(-1)[1:5].square().sum(),
+}
+VIEWS = {
+    "itself": (lambda base: base, lambda base, logits: logits),
+    "a view": (lambda base: base[:], lambda base, logits: logits),
+    "another view": (lambda base: base.view(12).view(3, 4), lambda base, logits: base.view(4, 3).T.reshape(3, 4)),
+    "its base": (lambda base: base.view(3, 4), lambda base, logits: base),
+    "one of several views": (lambda base: base.chunk(1)[0], lambda base, logits: base),
+}
+
+
+def overwritten(inplace: dict[str, bool], view: str) -> Tensor:
+    """What is used again of logits that hold their gradient."""
+    make, again = VIEWS[view]
+    _, base = leaf_and_logits(3, 4)
+    logits = make(base)
+    loss = cross_entropy(logits, TARGET, **inplace)
+    if inplace is IN_BACKWARD:
+        loss.backward(retain_graph=True)
+    return again(base, logits)
+
+
+@both
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("use", AFTERWARDS)
+def test_a_differentiable_use_afterwards_is_refused(use, view, inplace):
+    again = overwritten(inplace, view)
+    with pytest.raises(RuntimeError, match=r"cross_entropy: inplace=True has written.*used again.*return_stats=True"):
+        AFTERWARDS[use](again).backward()
+
+
+@both
+def test_one_of_several_views_is_refused_afterwards(inplace):
+    _, base = leaf_and_logits(3, 4)
+    logits = base.chunk(1)[0]
+    loss = cross_entropy(logits, TARGET, **inplace)
+    if inplace is IN_BACKWARD:
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="view"):  # torch's own sentence
+        logits.sum().backward()
+
+
+@both
+def test_both_losses_in_one_backward_are_refused(inplace):
+    """The example in which the second loss and its gradient were wrong in silence."""
+    _, logits = leaf_and_logits(3, 4)
+    first = cross_entropy(logits, TARGET, **inplace)
+    if inplace is IN_BACKWARD:
+        first.backward(retain_graph=True)
+        first = torch.zeros(())
+    with pytest.raises(RuntimeError, match="used again afterwards"):
+        (first + F.cross_entropy(logits, TARGET)).backward()
+
+
+@both
+def test_other_parts_of_the_base_may_be_used_afterwards(inplace):
+    """The heads of a model that come from one product."""
+    leaf = randn(3, 7).requires_grad_()
+
+    def gradient(function: Callable[..., Tensor], **options: bool) -> Tensor:
+        both = leaf * 2
+        loss = function(both[:, :4], TARGET, **options)
+        return torch.autograd.grad(loss + both[:, 4:].square().sum(), leaf)[0]
+
+    assert_close(gradient(cross_entropy, **inplace), gradient(F.cross_entropy))
+
+
+@both
+def test_a_use_without_gradient_cannot_be_noticed(inplace):
+    again = overwritten(inplace, "itself")
+    with torch.no_grad():
+        assert again.sum().abs() < 1e-12  # a gradient
+    assert again.detach().argmax(1).shape == (3,)
+
+
+@both
+@pytest.mark.parametrize("retained", [False, True])
+def test_logits_are_freed_after_the_backward(retained, inplace):
+    """What refuses later uses must not keep the logits."""
+    _, logits = leaf_and_logits(3, 4)
+    if retained:
+        logits.retain_grad()
+    alive = weakref.ref(logits)
+    loss = cross_entropy(logits, TARGET, **inplace)
+    loss.backward()
+    del logits
+    assert alive() is None
