@@ -140,7 +140,7 @@ def causal_lm_loss(
     """
     checks.check_dense(_OP, "hidden", hidden)
     checks.check_dense(_OP, "labels", labels)
-    if labels.shape != hidden.shape[:-1]:
+    if not internals.equal_sizes(labels.shape, hidden.shape[:-1]):
         need = f"have shape {list(hidden.shape[:-1])}, that of hidden without in_features"
         checks.refuse(RuntimeError, _OP, "labels", need, checks.describe(labels))
     if shift:

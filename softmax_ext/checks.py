@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import internals
 from .autograd.transforms import has_tangent
+from .internals import equal_sizes
 from .options import MEAN, NONE, REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -125,9 +126,9 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> T
         check_device(op, "target", target, input)
     shape = input.shape
     batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
-    if target.shape == batch and target.dtype in _CLASSES:
+    if target.dtype in _CLASSES and equal_sizes(target.shape, batch):
         return target
-    if target.shape == shape:
+    if equal_sizes(target.shape, shape):
         if not target.is_floating_point():
             refuse_integer_probabilities(op, "the input", target, 0 if len(shape) == 1 else 1)
         check_floating(op, "target", target)
@@ -136,7 +137,7 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> T
         return target
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
-    if target.dtype not in _CLASSES or target.shape != batch:
+    if target.dtype not in _CLASSES or not equal_sizes(target.shape, batch):
         # As in torch, another number of rows is a ValueError and everything else a RuntimeError.
         if input.dim() == 1:
             other_size = target.dim() == 1 and target.dtype in _CLASSES
@@ -173,7 +174,7 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
     With class indices it must not require grad either, because torch gives it no gradient there.
     """
     check_dense(op, "weight", weight)
-    if list(weight.shape) != [classes]:
+    if not equal_sizes(weight.shape, [classes]):
         refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", describe(weight))
     if weight.dtype not in _FLOATING:
         refuse(RuntimeError, op, "weight", "be floating", describe(weight), "Use weight.to(input.dtype).")
@@ -254,7 +255,7 @@ def check_row_weight(
     if not isinstance(row_weight, Tensor):
         refuse(TypeError, op, "row_weight", need, describe(row_weight))
     check_dense(op, "row_weight", row_weight)
-    if list(row_weight.shape) != list(rows):
+    if not equal_sizes(row_weight.shape, rows):
         refuse(RuntimeError, op, "row_weight", f"have shape {list(rows)}, one value for each row", describe(row_weight))
     if row_weight.dtype not in _FLOATING:
         way_out = "Use row_weight.to(input.dtype)."

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import inspect
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ class Internal(NamedTuple):
 
     Attributes:
         name: the path by which Python reaches it; ``symbol X`` for the symbol X of libtorch_cpu; ``frame M:F`` for a
-            function F of module M that is searched among the callers.
+            function F of module M that is searched among the callers, or imported by traced code alone.
         purpose: what this package uses it for.
         without: what happens in a torch that lacks it.
         since: the first torch that has it.
@@ -244,6 +244,36 @@ def is_tracing() -> bool:
     if torch.compiler.is_compiling() or _get_dispatch_mode is None or _FAKE is None:
         return torch.compiler.is_compiling()
     return _get_dispatch_mode(_FAKE) is not None
+
+
+TABLE.append(
+    Internal(
+        "frame torch.fx.experimental.symbolic_shapes:guard_or_true",
+        "checks of shapes in traced code where a size has no value yet, as behind a boolean mask",
+        "such a size cannot be compared, and torch raises",
+    )
+)
+_assume = _take("torch._check", "what such a check found, for the code that is traced after it", "as above")
+
+
+def equal_sizes(sizes: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether two shapes are equal. In traced code a size without a value is, from here on, what it is compared with.
+
+    When the code runs, torch raises if it is not.
+    """
+    if not torch.compiler.is_compiling() or _assume is None:
+        return tuple(sizes) == tuple(others)
+    if len(sizes) != len(others):
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # which tracing has imported
+
+    pairs = [(size, other) for size, other in zip(sizes, others, strict=True) if size is not other]
+    for size, other in pairs:
+        if not guard_or_true(size == other):
+            return False
+    for size, other in pairs:
+        _assume(size == other)
+    return True
 
 
 graph_task: Callable[[], int] = _take(

@@ -17,6 +17,7 @@ from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntrop
 from .autograd.transforms import in_transform, needs_plain_formulas
 from .dtypes import autocast, default_loss_dtype
 from .functional import CrossEntropyStats
+from .internals import equal_sizes
 from .linear_ops import Call
 from .operands import Operands, check_classes
 from .options import NONE, Keywords
@@ -39,13 +40,13 @@ def _check_operands(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
     if linear_weight.dim() < 2:
         need = "have shape (num_classes, in_features) or (num_classes, d1, ..., in_features)"
         checks.refuse(RuntimeError, _OP, "linear_weight", need, checks.describe(linear_weight))
-    if input.shape[-1] != linear_weight.shape[-1]:
+    if not equal_sizes(input.shape[-1:], linear_weight.shape[-1:]):
         need = f"have the input's last size, {input.shape[-1]}, as its last"
         checks.refuse(RuntimeError, _OP, "linear_weight", need, checks.describe(linear_weight))
     if linear_weight.dim() > 2 and input.dim() != 2:
         need = f"have shape (N, {input.shape[-1]}) with a linear_weight of {linear_weight.dim()} dimensions"
         checks.refuse(RuntimeError, _OP, "input", need, checks.describe(input))
-    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+    if linear_bias is not None and not equal_sizes(linear_bias.shape, linear_weight.shape[:-1]):
         need = f"have shape {list(linear_weight.shape[:-1])}, that of linear_weight without in_features"
         checks.refuse(RuntimeError, _OP, "linear_bias", need, checks.describe(linear_bias))
 
@@ -63,9 +64,9 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
     checks.check_dense(_OP, "target", target)
     given, batch, classes = target, input.shape[:-1], linear_weight.shape[0]
     if input.dim() > 2:
-        if target.shape == batch:
+        if equal_sizes(target.shape, batch):
             target = target.flatten()
-        elif target.shape == (*batch, classes):
+        elif equal_sizes(target.shape, (*batch, classes)):
             target = target.flatten(0, -2)
         else:
             need = f"have shape {list(batch)} (class indices) or {[*batch, classes]} (probabilities)"
@@ -73,7 +74,7 @@ def _check_target(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_i
             checks.refuse(error, _OP, "target", need, checks.describe(target))
         batch = target.shape[:1]
     logits_shape = (*batch, *linear_weight.shape[:-1])
-    if target.shape == logits_shape:
+    if equal_sizes(target.shape, logits_shape):
         if not target.is_floating_point():
             checks.refuse_integer_probabilities(_OP, "the logits", given, 1 if linear_weight.dim() > 2 else -1)
         if ignore_index is not None:

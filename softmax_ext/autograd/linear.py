@@ -209,8 +209,10 @@ def handed_on(
         live, one = rows_are_live(target, call.options.ignore_index), torch.ones_like(scale)
         scale, of_input = torch.where(live.any(), scale, one), torch.where(live, scale, one)
     found: list[Tensor | None] = [None] * 3
-    sizes = {i: gradient.numel() for i, gradient in enumerate(computed) if gradient is not None}
-    for i in sorted(sizes, key=sizes.__getitem__):
+    order = [i for i, gradient in enumerate(computed) if gradient is not None]
+    if consumes:  # otherwise nothing is freed, and in traced code a size may have no value
+        order.sort(key=[0 if gradient is None else gradient.numel() for gradient in computed].__getitem__)
+    for i in order:
         gradient, computed[i] = computed[i], None
         assert gradient is not None
         found[i] = _scaled(gradient, scale if i else of_input, consumes).to(operands.input.dtype)

@@ -1093,3 +1093,70 @@ def test_torch_function_modes_and_device_contexts():
         loss = cross_entropy(torch.empty(3, 4), torch.empty(3, dtype=torch.int64))
     assert loss.is_meta
     assert loss.dtype == torch.float32
+
+
+# ---- sizes without a value: the rows that a boolean mask picks -----------------------------------------------------
+
+HIDDEN, WEIGHT, LABELS = randn(6, 8), randn(11, 8, seed=1), torch.tensor([1, -100, 3, 4, -100, 2])
+SHARES, FACTORS = randn(6, 11, seed=2).softmax(1), randn(6, seed=3).square()
+PICKED: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(x[x_mask], w, LABELS[mask]),
+    "linear, stats": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
+        x[x_mask], w, LABELS[mask], return_stats=True
+    )[0],
+    "linear, none": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
+        x[x_mask], w, LABELS[mask], reduction="none"
+    ).sum(),
+    "linear, 3 dimensions": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
+        x[x_mask][None], w, LABELS[mask][None]
+    ),
+    "linear, row_weight": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
+        x[x_mask], w, LABELS[mask], row_weight=FACTORS[mask]
+    ),
+    "linear, probabilities": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(x[x_mask], w, SHARES[mask]),
+    "logits": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], LABELS[mask]),
+    "logits, row_weight": lambda x, w, x_mask, mask: cross_entropy(
+        (x @ w.T)[x_mask], LABELS[mask], row_weight=FACTORS[mask]
+    ),
+    "logits, probabilities": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], SHARES[mask]),
+    "logits, weight": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], LABELS[mask], SHARES[0].detach()),
+    "logits, 3 dimensions": lambda x, w, x_mask, mask: cross_entropy(
+        (x @ w.T)[x_mask][..., None], LABELS[mask][:, None]
+    ),
+    "softmax": lambda x, w, x_mask, mask: softmax_ext.softmax((x @ w.T)[x_mask], 1).square().sum(),
+}
+
+
+# A mask is traced, instead of a break of the graph.
+masks = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+
+
+@masks
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("name", PICKED)
+def test_rows_of_a_boolean_mask(name, needs_grad, backend):
+    """inductor itself fails where the same mask is computed twice, with torch's own cross entropy too."""
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        mask = LABELS != -100
+        return PICKED[name](x, w, mask if backend == "inductor" else LABELS != -100, mask)
+
+    operands = [t.clone().requires_grad_(needs_grad) for t in (HIDDEN, WEIGHT)]
+    ours, right = torch.compile(loss, fullgraph=True, backend=backend)(*operands), loss(*operands)
+    assert_close(ours, right)
+    if needs_grad:
+        for grad, expected in zip(*(torch.autograd.grad(found, operands) for found in (ours, right)), strict=True):
+            assert_close(grad, expected)
+
+
+@masks
+def test_masks_that_pick_different_numbers_of_rows():
+    def loss(x: Tensor, mask: Tensor, other: Tensor) -> Tensor:
+        return cross_entropy(x[mask], LABELS[other])
+
+    function = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    mask = LABELS != -100
+    assert_close(function(HIDDEN, mask, mask), loss(HIDDEN, mask, mask))
+    with pytest.raises(RuntimeError, match="Eq"):
+        function(HIDDEN, mask, LABELS == 3)
