@@ -9,10 +9,13 @@
 //   multiply_or_zero(b, d)           b * d, and 0 where b is 0: a class without mass has no part, be its logit -inf
 //   multiply_add(a, b, c)            a * b + c, and
 //   multiply_subtract(a, b, c)       a * b - c, rounded once where the processor can
-//   divide(a, b), log1p(x), tanh(x)
+//   divide(a, b), abs(x), log1p(x), tanh(x)
+//   exp(x)                           of x <= 0; perhaps 0 where that is no normal number
 //
 // and numbers that are the same for all rows are of a type Number that Value can be made from.
 #pragma once
+
+#include <cmath>
 
 #include "params.h"
 
@@ -23,13 +26,16 @@ namespace softmax_ext {
 // z = logit_scale * x, or softcap * tanh(logit_scale * x / softcap).
 template <typename Number>
 struct LogitTransform {
-  Number scale;        // logit_scale
-  Number cap;          // softcap; 0: none, and the next two are not used
-  Number inner_scale;  // scale / cap
-  Number inverse_cap;
+  Number scale;            // logit_scale
+  Number cap;              // softcap; 0: none, and the next three are not used
+  Number inner_scale;      // scale / cap
+  Number size, size_lost;  // |inner_scale|, and what rounding took from it
 
   SOFTMAX_EXT_INLINE explicit LogitTransform(const OptionsOf<Number>& options)
-      : scale(options.logit_scale), cap(options.softcap), inner_scale(scale / cap), inverse_cap(1 / cap) {}
+      : scale(options.logit_scale), cap(options.softcap), inner_scale(scale / cap) {
+    size = scale < 0 ? -inner_scale : inner_scale;
+    size_lost = std::fma(-size, cap, scale < 0 ? -scale : scale) / cap;
+  }
   LogitTransform() = default;
 
   SOFTMAX_EXT_INLINE bool is_capped() const { return cap != 0; }
@@ -41,10 +47,16 @@ SOFTMAX_EXT_KERNEL_INLINE Value capped_logit(const Value& x, const Value& inner_
   return cap * Math::tanh(x * inner_scale);
 }
 
-// dz/dx / logit_scale = 1 - tanh^2, by tanh = z / softcap.
-template <typename Value>
-SOFTMAX_EXT_KERNEL_INLINE Value capped_slope(const Value& tanh) {
-  return Value(1) - tanh * tanh;
+// dz/dx / logit_scale = 1 - tanh^2(u) of a capped logit, u = logit_scale * x / softcap. The difference would cancel where
+// |u| is large, so it is 4 e / (1 + e)^2 with e = exp(-2 |u|). What rounding takes from |u|, `lost`, is a factor
+// 1 - 2 lost of e, which counts where |u| is large.
+template <typename Math, typename Value = typename Math::Value>
+SOFTMAX_EXT_KERNEL_INLINE Value capped_slope(const Value& x, const Value& size, const Value& size_lost) {
+  const Value zero(0), minus_two(-2), x_size = Math::abs(x), u = x_size * size;
+  const Value lost = Math::multiply_add(x_size, size_lost, Math::multiply_subtract(x_size, size, u));
+  const Value rounded = Math::exp(minus_two * u), e = Math::multiply_add(rounded, minus_two * lost, rounded);
+  const Value sum = Value(1) + e;
+  return Math::select(rounded == zero, zero, Math::divide(Value(4) * e, sum * sum));  // of an infinite x `lost` is NaN
 }
 
 // ---- what the rows of a call have in common -------------------------------------------------------------------------
@@ -143,7 +155,7 @@ struct GradientCoefficients {
 //   has_target()                             whether at_target is wanted, and there is a target class. On CUDA only the
 //                                            thread that writes it has z(): another may have overwritten that logit
 //   exp_at_target(z - max)                   exp of that, in the type of the arithmetic
-//   tanh_at_target(z)                        z / softcap
+//   slope_at_target()                        capped_slope
 template <typename Math, typename Number, typename Row>
 SOFTMAX_EXT_KERNEL_INLINE GradientCoefficients<typename Math::Value> gradient_coefficients(
     const RowRules<Number>& rules, const Row& row) {
@@ -177,7 +189,7 @@ SOFTMAX_EXT_KERNEL_INLINE GradientCoefficients<typename Math::Value> gradient_co
   const Value p_less_one = Math::select(d == zero, zero - rest * inverse_sum, p - one);
   Value at_target = y_coef * p_less_one + Math::multiply_or_zero(p, p_coef - g_entropy * d);
   if (rules.eps != 0) at_target = at_target - (rules.has_weight ? uniform * row.weight() : uniform);
-  if (rules.is_capped) at_target = at_target * capped_slope(row.tanh_at_target(z));
+  if (rules.is_capped) at_target = at_target * row.slope_at_target();
   k.at_target = at_target * scale;
   return k;
 }

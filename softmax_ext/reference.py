@@ -122,13 +122,23 @@ def total_weight(
     return shares(target, weight, ignore_index, row_weight).sum(dtype=torch.float64)
 
 
+def _tanh(u: Tensor) -> Tensor:
+    """tanh(u), with derivatives that do not cancel where it is near 1 or -1, as torch's 1 - tanh² does.
+
+    They are those of -2 sigmoid(-2 u), or of 2 sigmoid(2 u) where u is negative: but for a constant, both are tanh.
+    """
+    same_slope = torch.where(u > 0, -2 * torch.sigmoid(-2 * u), 2 * torch.sigmoid(2 * u))
+    return torch.tanh(u.detach()) + (same_slope - same_slope.detach())
+
+
 def _logits(x: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scaled and capped logits z, and the first two derivatives of z in x; None for a second derivative of 0."""
     cap, scale = options.softcap, options.logit_scale
     if cap is None:
         return scale * x, torch.full_like(x, scale), None
-    t = torch.tanh(x * (scale / cap))
-    slope = scale * (1 - t * t)
+    u = x * (scale / cap)
+    t = _tanh(u)
+    slope = 4 * scale * torch.sigmoid(2 * u) * torch.sigmoid(-2 * u)  # 1 - tanh², which would cancel
     return cap * t, slope, -2 * t * slope * (scale / cap)
 
 

@@ -45,14 +45,16 @@ SOFTMAX, LOG_SOFTMAX = "softmax", "log_softmax"
 
 
 class Problem(NamedTuple):
-    """Logits [rows, classes] and their classes [rows]."""
+    """Logits [rows, classes] and their classes [rows]; the logits are capped if there is a softcap."""
 
     logits: Tensor
     target: Tensor
+    softcap: float | None = None
 
     def batches(self) -> list[Problem]:
         """The rows, so many at a time."""
-        return [Problem(*parts) for parts in zip(self.logits.split(_BATCH), self.target.split(_BATCH), strict=True)]
+        parts = zip(self.logits.split(_BATCH), self.target.split(_BATCH), strict=True)
+        return [Problem(*part, self.softcap) for part in parts]
 
 
 def _normal(rows: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -87,8 +89,14 @@ def flat(dtype: torch.dtype, rows: int, classes: int) -> Problem:
 
 def apart(dtype: torch.dtype, rows: int, classes: int) -> Problem:
     """The same in memory where the logits of a class, not of a row, are adjacent."""
-    logits, target = flat(dtype, rows, classes)
-    return Problem(logits.t().contiguous().t(), target)
+    problem = flat(dtype, rows, classes)
+    return problem._replace(logits=problem.logits.t().contiguous().t())
+
+
+def capped(dtype: torch.dtype, rows: int, classes: int) -> Problem:
+    """20 times normal, capped to (-10, 10)."""
+    logits, target = _normal(rows, classes)
+    return Problem((20 / 3 * logits).to(dtype), target, 10.0)
 
 
 class Input(NamedTuple):
@@ -107,6 +115,7 @@ INPUTS = {
     "33 classes, flat": Input(flat, 1500, 33),
     "100 classes, apart": Input(apart, 500, 100),
     "1e5 classes": Input(random, 2, 100_000),
+    "capped": Input(capped, 400, 200),
 }
 
 
@@ -140,8 +149,13 @@ def ulps(actual: Tensor, exact: Exact) -> Tensor:
 class _Row:
     """One row of logits in 60 digits."""
 
-    def __init__(self, logits: Tensor, target: int) -> None:
+    def __init__(self, logits: Tensor, target: int, softcap: float | None = None) -> None:
         values = [mpmath.mpf(x) for x in logits.double().tolist()]
+        slopes = [mpmath.mpf(1)] * len(values)
+        if softcap is not None:
+            cap = mpmath.mpf(softcap)
+            slopes = [mpmath.sech(x / cap) ** 2 for x in values]
+            values = [cap * mpmath.tanh(x / cap) for x in values]
         most = max(values)
         self._below = [x - most for x in values]
         exponentials = [mpmath.exp(x) for x in self._below]
@@ -150,6 +164,7 @@ class _Row:
         self.softmax = [e / total for e in exponentials]
         self.gradient = list(self.softmax)
         self.gradient[target] -= 1
+        self.gradient = [g * slope for g, slope in zip(self.gradient, slopes, strict=True)]
         self.loss = self._log_total - self._below[target]
 
     def log_softmax(self) -> list[mpmath.mpf]:
@@ -157,18 +172,20 @@ class _Row:
 
 
 def exact_results(problem: Problem) -> dict[str, Exact]:
-    """Every result of a problem, flat; the means are of its batches."""
+    """Every result of a problem, flat; the means are of its batches. A softmax has no cap."""
     with mpmath.workdps(_DIGITS):
-        rows = [_Row(x, int(y)) for x, y in zip(problem.logits, problem.target, strict=True)]
+        rows = [_Row(x, int(y), problem.softcap) for x, y in zip(problem.logits, problem.target, strict=True)]
         batches = [rows[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-        return {
+        results = {
             LOSS: Exact.of([row.loss for row in rows]),
             MEAN_LOSS: Exact.of([mpmath.fsum(row.loss for row in batch) / len(batch) for batch in batches]),
             GRADIENT: Exact.of([g for row in rows for g in row.gradient]),
             MEAN_GRADIENT: Exact.of([g / len(batch) for batch in batches for row in batch for g in row.gradient]),
-            SOFTMAX: Exact.of([p for row in rows for p in row.softmax]),
-            LOG_SOFTMAX: Exact.of([value for row in rows for value in row.log_softmax()]),
         }
+        if problem.softcap is None:
+            results[SOFTMAX] = Exact.of([p for row in rows for p in row.softmax])
+            results[LOG_SOFTMAX] = Exact.of([value for row in rows for value in row.log_softmax()])
+        return results
 
 
 # ---- results to judge ----
@@ -178,7 +195,8 @@ Loss = Callable[..., Tensor]
 
 def _loss_and_gradient(function: Loss, problem: Problem, reduction: str) -> tuple[Tensor, Tensor]:
     logits = problem.logits.detach().clone().requires_grad_()
-    loss = function(logits, problem.target, reduction=reduction)
+    options = {} if problem.softcap is None else {"softcap": problem.softcap}
+    loss = function(logits, problem.target, reduction=reduction, **options)
     loss.backward(torch.ones_like(loss))
     return loss.detach(), logits.grad
 
@@ -186,14 +204,20 @@ def _loss_and_gradient(function: Loss, problem: Problem, reduction: str) -> tupl
 def _results(loss: Loss, softmax: Loss, log_softmax: Loss, problem: Problem) -> dict[str, Tensor]:
     losses, gradient = _loss_and_gradient(loss, problem, "none")
     means = [_loss_and_gradient(loss, batch, "mean") for batch in problem.batches()]
-    return {
+    results = {
         LOSS: losses,
         MEAN_LOSS: torch.stack([mean for mean, _ in means]),
         GRADIENT: gradient,
         MEAN_GRADIENT: torch.cat([gradient for _, gradient in means]),
-        SOFTMAX: softmax(problem.logits, -1),
-        LOG_SOFTMAX: log_softmax(problem.logits, -1),
     }
+    if problem.softcap is None:
+        results |= {SOFTMAX: softmax(problem.logits, -1), LOG_SOFTMAX: log_softmax(problem.logits, -1)}
+    return results
+
+
+def _torch_loss(logits: Tensor, target: Tensor, *, reduction: str, softcap: float | None = None) -> Tensor:
+    capped_logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(capped_logits, target, reduction=reduction)
 
 
 def _precomputed(*arguments: Tensor, **options: object) -> Tensor:
@@ -202,7 +226,7 @@ def _precomputed(*arguments: Tensor, **options: object) -> Tensor:
 
 def torch_errors(problem: Problem, exact: dict[str, Exact]) -> dict[str, Tensor]:
     """Of eager torch, for each result."""
-    results = _results(F.cross_entropy, F.softmax, F.log_softmax, problem)
+    results = _results(_torch_loss, F.softmax, F.log_softmax, problem)
     return {name: ulps(value, exact[name]) for name, value in results.items()}
 
 

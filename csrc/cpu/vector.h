@@ -261,6 +261,8 @@ struct VectorMath {
     return at::vec::fmsub(a, b, c);
   }
   SOFTMAX_EXT_INLINE static Vec<T> divide(const Vec<T>& a, const Vec<T>& b) { return a / b; }
+  SOFTMAX_EXT_INLINE static Vec<T> abs(const Vec<T>& x) { return x.abs(); }
+  SOFTMAX_EXT_INLINE static Vec<T> exp(const Vec<T>& x) { return exp_nonpositive(x); }
   SOFTMAX_EXT_INLINE static Vec<T> log1p(const Vec<T>& x) { return x.log1p(); }
   SOFTMAX_EXT_INLINE static Vec<T> tanh(const Vec<T>& x) { return x.tanh(); }
 };

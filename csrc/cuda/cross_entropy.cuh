@@ -72,6 +72,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     return transform.is_capped() ? rounded_product(transform.cap, Math::tanh(x * transform.inner_scale))
                                  : rounded_product(x, transform.scale);
   }
+  DEVICE T slope(T x) const { return capped_slope<Math>(x, transform.size, transform.size_lost); }
 
   // ---- what is known of a row beforehand
 
@@ -202,7 +203,8 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     const Row& row;
     const Sums& sums;
     bool leader;
-    T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_logit, target_weight, own_weight;
+    T state_max, state_rest, state_b_sum, state_q_sum, log_of_sum, target_element, target_logit, target_weight,
+        own_weight;
 
     DEVICE T max() const { return state_max; }
     DEVICE T rest() const { return state_rest; }
@@ -231,12 +233,13 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     DEVICE T entropy() const { return op.entropy[row.number]; }
     DEVICE bool has_target() const { return leader && op.target(row) >= 0; }
     DEVICE T exp_at_target(T d) const { return exp(d); }
-    DEVICE T tanh_at_target(T z) const { return z * op.transform.inverse_cap; }
+    DEVICE T slope_at_target() const { return op.slope(target_element); }
   };
 
-  DEVICE Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T z, bool leader,
+  DEVICE Coefficients finish(const Row& row, const Sums& sums, const Outcome<T>& outcome, T x, bool leader,
                              Totals& total_share) const {
-    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, z, 1, 0};
+    const T z = logit(x);
+    StateRow s{*this, row, sums, leader, outcome.max, outcome.rest, 1, 1, 0, x, z, 1, 0};
     if (!reduces) s.state_max = row.max, s.state_rest = row.rest;
     if (is_skipped(row)) s.state_max = s.state_rest = 0;
     if constexpr (kHasProbabilities)
@@ -328,11 +331,11 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
       if (has.probabilities || has.smooth) load_weights(c, count, w);
 #pragma unroll
       for (int i = 0; i < n; i++) {
-        const T z = logit(held.at(i).of[0]), d = z - k.max;
+        const T x = held.at(i).of[0], d = logit(x) - k.max;
         if (kHasProbabilities && this->grad_probabilities && i < count)
           write_probability_gradient(row, k, d, w[i], c + i);
         values[i] = gradient_without_slope<Math>(has, k, d, exp_nonpositive(d), q[i], w[i], transform.scale);
-        if (has.capped) values[i] *= capped_slope(z * transform.inverse_cap);
+        if (has.capped) values[i] *= slope(x);
       }
     }
   }

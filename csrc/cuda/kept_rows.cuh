@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
     const int loose_class = cut.of_loose(group.thread);
     const bool has_loose = group.thread < loose;
     if (has_loose) held_loose = data.template load<true, 1>(loose_class);
-    const T target_logit = leader && target >= 0 ? op.logit(widen(data.input[0][target])) : T(0);
+    const T target_element = leader && target >= 0 ? widen(data.input[0][target]) : T(0);
 
     const auto each_chunk = [&](const auto& visit) {
 #pragma unroll
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarp ? kWarpBlock : Op::kKep
 
     // ---- 3. write
     Totals share;
-    const auto coefficients = op.finish(row, sums, outcome, target_logit, leader, share);
+    const auto coefficients = op.finish(row, sums, outcome, target_element, leader, share);
     if (op.writes_anything() && op.is_zero(row)) {
 #pragma unroll 1
       for (int k = group.thread; k < cut.chunks; k += group.size) data.template zero<kSize>(cut.of_chunk(k));

@@ -164,6 +164,8 @@ struct ScalarMath {
   DEVICE static T multiply_add(T a, T b, T c) { return fma(a, b, c); }
   DEVICE static T multiply_subtract(T a, T b, T c) { return fma(a, b, -c); }
   DEVICE static T divide(T a, T b) { return cuda::divide(a, b); }
+  DEVICE static T abs(T x) { return ::fabs(x); }
+  DEVICE static T exp(T x) { return ::exp(x); }
   DEVICE static T log1p(T x) { return ::log1p(x); }
   DEVICE static T tanh(T x) { return ::tanh(x); }
 };

@@ -26,8 +26,8 @@
 //   logit(x), sign()                       of an element; -1 where a larger element has a smaller logit
 //   add(sums, max, row, held, c, count)    adds classes c, c + 1, ...: the first `count` elements of a chunk
 //   wants_prediction()                     whether Outcome::prediction is to be found; asked where kPredicts
-//   finish(row, sums, outcome, z, leader, share) -> Coefficients
-//                                          the leader, which has the target's logit z, writes what the row has besides
+//   finish(row, sums, outcome, x, leader, share) -> Coefficients
+//                                          the leader, which has the target's element x, writes what the row has besides
 //                                          its output; `share` is the row's in the total of the losses
 //   add_to_total(share, unit, has)         totals.cuh
 //   writes_anything()                      whether there is an output

@@ -39,7 +39,10 @@ __global__ void __launch_bounds__(kPartThreads) merge_parts(const __grid_constan
 template <typename T>
 void cross_entropy_of_parts(const CrossEntropyParams<T>& params, const Layout& layout, const LossSum* sum,
                             Stream stream) {
-  CrossEntropyOp<T, T, Kind::kAll> op = op_for<T, Kind::kAll>(params, layout);
+  CrossEntropyParams<T> of_logits = params;  // a part has the target's logit, which is transformed already
+  of_logits.options.softcap = 0;
+  of_logits.options.logit_scale = 1;
+  CrossEntropyOp<T, T, Kind::kAll> op = op_for<T, Kind::kAll>(of_logits, layout);
   prepare_total(op, sum, params.rows, stream);
   launch("merge_parts", merge_parts<decltype(op)>, {divide_up(params.rows, kPartThreads), kPartThreads}, stream, op);
 }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
   const bool leader = exists && (target < 0  ? group.thread == 0
                                  : in_chunks ? (target_chunk - begin) % kThreads == group.thread
                                              : has_loose && loose_class == target);
-  const T target_logit = leader && target >= 0 ? op.logit(widen(*data.input_at(0, target))) : T(0);
+  const T target_element = leader && target >= 0 ? widen(*data.input_at(0, target)) : T(0);
 
   // visit(chunks, class of the first, how many)
   const auto each_group = [&](int from, int to, auto last, const auto& visit) {
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kStreamThreads, Op::kPredicts || sizeof(typena
 
   // ---- 2. write
   Totals share;
-  const auto coefficients = op.finish(row, sums, outcome, target_logit, leader, share);
+  const auto coefficients = op.finish(row, sums, outcome, target_element, leader, share);
   op.add_to_total(share, static_cast<unsigned>(at.offset[kRow]), leader);
   if (!op.writes_anything()) return;
   if (op.is_zero(row)) {

@@ -71,7 +71,7 @@ struct ThreadRow {
   }
 
   // Reduces the row; returns its coefficients.
-  DEVICE typename Op::Coefficients finish(const Op& op, const typename Op::Row& row, typename Op::T target_logit,
+  DEVICE typename Op::Coefficients finish(const Op& op, const typename Op::Row& row, typename Op::T target_element,
                                           bool exists, Totals& total) {
     using T = typename Op::T;
     typename Op::Sums sums;
@@ -104,7 +104,7 @@ struct ThreadRow {
       }
     }
     Totals share;
-    const auto coefficients = op.finish(row, sums, outcome, target_logit, exists, share);
+    const auto coefficients = op.finish(row, sums, outcome, target_element, exists, share);
     total.merge(share);
     return coefficients;
   }
@@ -208,8 +208,8 @@ __global__ void __launch_bounds__(kRowThreads, (kMost * kThreadRows<Op, kStaged>
       const bool exists = r + m < here;
       row[m] = op.row(advanced(layout, begin, r + (exists ? m : 0)));
       const int target = op.target(row[m]);
-      const auto target_logit = target < 0 ? typename Op::T(0) : op.logit(widen(logits.row[m][target * logits.stride]));
-      coefficients[m] = held[m].finish(op, row[m], target_logit, exists, total);
+      const auto target_element = target < 0 ? typename Op::T(0) : widen(logits.row[m][target * logits.stride]);
+      coefficients[m] = held[m].finish(op, row[m], target_element, exists, total);
     }
 
     // Write.

@@ -72,9 +72,11 @@ class Rows:
         x = self.flat(logits.detach())
         self.scale, self.cap = abs(options["logit_scale"]), options["softcap"]
         z = oracle.transformed(logits.detach(), self.cap, options["logit_scale"])
-        slope = self.scale * (1 - (z / self.cap).square()) if self.cap else torch.full_like(x, self.scale)
-        self.slope = finite(slope)
-        self.slope_error = 4 * self.scale if self.cap else self.slope
+        self.slope = self.slope_error = torch.full_like(x, self.scale)
+        if self.cap:  # exp(-2 |u|), which the formulas compute from a rounded u
+            u = finite(x).abs() * (self.scale / self.cap)
+            self.slope = self.scale / u.cosh().square()
+            self.slope_error = self.slope * (4 + 4 * u)
         changed = self.cap is not None or options["logit_scale"] != 1
         off = finite(z).abs().amax(-1, keepdim=True) if changed else torch.zeros(*x.shape[:-1], 1, dtype=torch.float64)
         if logit_error is not None:
@@ -255,7 +257,7 @@ class Rows:
         naive = pull + f * self.mass.abs().sum(-1, keepdim=True) + g_nll * self.q.abs().sum(-1, keepdim=True)
         naive = (naive + g_entropy * (1 + entropy)) * self.scale
         allowed = self._allow(size * self.slope, naive.expand_as(self.slope))
-        if self.cap is not None:  # the slope is a difference of like numbers
+        if self.cap is not None:
             allowed = allowed + self.unit * self.slope_error * finite(self._gradient_of_z(f, stats))
         if any(g is not None for g in stats):  # nobody says what the gradient of a NaN is
             allowed = torch.where(self.sick, torch.inf, allowed)

@@ -230,7 +230,7 @@ struct ExactRow {
   const Inputs<T>& in;
   int64_t row, y, argmax = 0;
   bool ignored;
-  std::vector<double> z, p, q, b;
+  std::vector<double> z, slope, p, q, b;
   double factor = 1;  // of the loss
   double lse, not_p_of_max, loss = 0, nll = 0, entropy = 0, b_sum = 0, q_sum = 0, size = 1;
 
@@ -246,6 +246,7 @@ struct ExactRow {
     for (int64_t c = 0; c < classes; c++) {
       const double x = static_cast<T>(o.logit_scale) * in.logits.get(row, c);
       z.push_back(o.softcap == 0 ? x : o.softcap * std::tanh(x / o.softcap));
+      slope.push_back(o.softcap == 0 ? 1 : std::pow(std::cosh(x / o.softcap), -2));
       q.push_back(o.probabilities() ? in.probabilities.get(row, c) : c == y ? 1 : 0);
       b.push_back(weight(c) * ((1 - eps) * q[c] + share));
       if (z[c] > z[argmax]) argmax = c;
@@ -279,11 +280,10 @@ struct ExactRow {
     const double all = g * (b_sum + 2 * o.z_loss * lse) + g_lse + g_nll * q_sum;
     std::vector<double> result;
     for (size_t c = 0; c < z.size(); c++) {
-      const double slope = o.softcap == 0 ? 1 : 1 - z[c] / o.softcap * (z[c] / o.softcap);
       // all p - own, without the cancellation of a p close to 1.
       const double own = g * b[c] + g_nll * q[c], not_p = static_cast<int64_t>(c) == argmax ? not_p_of_max : 1 - p[c];
       const double of_z = (all - own) * p[c] - own * not_p - g_entropy * times(p[c], z[c] - lse + entropy);
-      result.push_back(of_z * slope * o.logit_scale);
+      result.push_back(of_z * slope[c] * o.logit_scale);
     }
     return result;
   }

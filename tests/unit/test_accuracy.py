@@ -17,9 +17,11 @@ INPUTS = {
     "33 classes, flat": Input(accuracy.flat, 180, 33),
     "100 classes, apart": Input(accuracy.apart, 60, 100),
     "5000 classes": Input(accuracy.random, 6, 5000),
+    "capped": Input(accuracy.capped, 30, 200),
 }
 # Of float32 and float64: half the ULPs that z - max has at 24, and a small loss by a maximum close by.
 BOUND = {LOSS: 8, MEAN_LOSS: 4, GRADIENT: 20, MEAN_GRADIENT: 20, SOFTMAX: 20, LOG_SOFTMAX: 8}
+CAPPED_GRADIENT = 40  # the tanh may be off by a unit, which the exponential of up to 20 makes 20
 # What is rounded once is off by half a unit, but for float32's error; a precomputed mean's gradient in float16 twice.
 ROUNDED_ONCE, ROUNDED_TWICE = 0.51, 1.26
 VALUES = [GRADIENT, MEAN_GRADIENT, SOFTMAX, LOG_SOFTMAX]  # of which there are enough for a comparison
@@ -30,16 +32,17 @@ def posed(dtype: torch.dtype) -> list[Posed]:
     return accuracy.pose(dtype, INPUTS)
 
 
-def bound(dtype: torch.dtype, result: str) -> float:
+def bound(dtype: torch.dtype, cell: accuracy.Cell) -> float:
     if dtype in (torch.float64, torch.float32):
-        return BOUND[result]
-    return ROUNDED_TWICE if (dtype, result) == (torch.float16, MEAN_GRADIENT) else ROUNDED_ONCE
+        gradient = cell.result in (GRADIENT, MEAN_GRADIENT)
+        return CAPPED_GRADIENT if cell.input == "capped" and gradient else BOUND[cell.result]
+    return ROUNDED_TWICE if (dtype, cell.result) == (torch.float16, MEAN_GRADIENT) else ROUNDED_ONCE
 
 
 @pytest.mark.parametrize("dtype", accuracy.DTYPES, ids=str)
 def test_errors_are_bounded_and_not_above_torchs(isa, dtype):
     for cell in accuracy.cells(posed(dtype)):
-        assert cell.ours_max <= bound(dtype, cell.result), cell
+        assert cell.ours_max <= bound(dtype, cell), cell
         if cell.result in VALUES:
             assert cell.ours_mean <= 1.02 * cell.torch_mean + 0.01, cell
             assert cell.ours_max <= 1.1 * cell.torch_max + 0.05, cell

@@ -10,6 +10,7 @@ is tested there.
 import itertools
 import math
 
+import mpmath
 import oracle
 import pytest
 import torch
@@ -485,6 +486,58 @@ def test_softcap_of_infinities(dtype, device):
     )
     scale = oracle.largest(exact.grad, 1) * rounded_z.unsqueeze(1)
     oracle.assert_within(grad, exact.grad, oracle.tolerance("grad", exact.grad, dtype, scale=scale), "gradient")
+
+
+def exact_capped(values: Tensor, softcap: float, logit_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the sum of the losses at class 0, and its derivative along ones, by 40 digits.
+
+    And the size of that derivative's terms, p - 1 taken as two: the formulas subtract there.
+    """
+    mp = mpmath.mp
+    first, second, terms = [], [], []
+    with mp.workdps(40):
+        cap, scale = mp.mpf(softcap), mp.mpf(logit_scale)
+        for row in values.tolist():
+            u = [scale * mp.mpf(x) / cap for x in row]
+            e = [mp.exp(cap * mp.tanh(v)) for v in u]
+            total = mp.fsum(e)
+            slope = [scale * mp.sech(v) ** 2 for v in u]
+            mean_slope = mp.fsum(a * s for a, s in zip(e, slope, strict=True)) / total
+            for c, (v, s) in enumerate(zip(u, slope, strict=True)):
+                p = e[c] / total
+                residual = -mp.fsum(e[1:]) / total if c == 0 else p
+                curvature = -2 * mp.tanh(v) * s * scale / cap
+                first.append(float(residual * s))
+                second.append(float(p * (s - mean_slope) * s + residual * curvature))
+                terms.append(float(p * mp.fabs(s - mean_slope) * mp.fabs(s) + (p + (c == 0)) * mp.fabs(curvature)))
+    return tuple(torch.tensor(t, dtype=torch.float64).view(values.shape) for t in (first, second, terms))
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, -0.7])
+@pytest.mark.parametrize("classes", [3, 40, 2500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_logits_far_beyond_the_cap(dtype, classes, logit_scale, device):
+    """Each value is as exact as its own size asks for: 1 - tanh² of such logits would have few digits, or none.
+
+    The mean relative error of torch's composition is 0.003 to 0.1 here in float32.
+    """
+    cap, scale = 5.0, float(torch.tensor(logit_scale, dtype=dtype))
+    values = torch.linspace(-45, 45, 4 * classes, dtype=torch.float64).view(4, classes).to(dtype)
+    values[0, 0], values[1, 0], values[2, 1], values[3, 0] = 40.0, -40.0, 0.0, 1e-3
+    target = torch.zeros(4, dtype=torch.int64, device=device)
+    exact, exact_second, terms = exact_capped(values, cap, scale)
+    bound = 24 * torch.finfo(dtype).eps  # z is rounded at 5, which p has relative to itself
+    for layout, precompute in itertools.product(LAYOUTS, [False, True]):
+        at = laid_out(values.to(device), layout)
+        options = {"reduction": "sum", "softcap": cap, "logit_scale": scale, "precompute_grad": precompute}
+        _, grad = run(at, target, **options)
+        error = ((grad.cpu().double() - exact) / exact).abs().max()
+        assert error <= bound, (layout, precompute, error)
+        x = at.requires_grad_()
+        (grad,) = torch.autograd.grad(cross_entropy(x, target, **options), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        error = ((second.cpu().double() - exact_second).abs() / terms).max()
+        assert error <= 4 * bound, (layout, precompute, error)
 
 
 @pytest.mark.parametrize("kind", ["int64", "probabilities"])

@@ -33,13 +33,14 @@ GradientTerms gradient_terms(const CrossEntropy<T>& p) {
           LogitTransform(p.options).is_capped()};
 }
 
+// `slope` is read where the logits are capped.
 template <typename T>
 inline Vec<T> full_gradient(const CrossEntropy<T>& p, const GradientTerms& has, const GradientVectors<T>& g,
-                            const Vec<T>& z, const Vec<T>& q, const Vec<T>& w) {
+                            const Vec<T>& z, const Vec<T>& q, const Vec<T>& w, const T* slope) {
   const Vec<T> d = z - g.max;
   const Vec<T> gradient =
       gradient_without_slope<VectorMath<T>>(has, g, d, exp_nonpositive(d), q, w, Vec<T>(p.options.logit_scale));
-  return has.capped ? gradient * capped_slope(z / Vec<T>(LogitTransform(p.options).cap)) : gradient;
+  return has.capped ? gradient * Vec<T>::loadu(slope) : gradient;
 }
 
 }  // namespace

@@ -10,11 +10,22 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// z of the run in place (LogitTransform).
+// Whether a gradient needs the slopes of the logits (capped_slope).
 template <typename T>
-void transform_run(const CrossEntropy<T>& p, T* z, int64_t padded) {
+bool needs_slopes(const CrossEntropy<T>& p) {
+  return p.grad_logits && LogitTransform(p.options).is_capped();
+}
+
+// z of the run in place (LogitTransform); and the slopes of its logits, if `slope` is given: they are capped then.
+template <typename T>
+void transform_run(const CrossEntropy<T>& p, T* z, int64_t padded, T* slope) {
   constexpr int64_t L = kLanes<T>;
   const LogitTransform<T> transform(p.options);
+  if (slope) {
+    const Vec<T> size(transform.size), size_lost(transform.size_lost);
+    for (int64_t i = 0; i < padded; i += L)
+      capped_slope<VectorMath<T>>(Vec<T>::loadu(z + i), size, size_lost).store(slope + i);
+  }
   if (transform.is_capped()) {
     const Vec<T> inner_scale(transform.inner_scale), cap(transform.cap);
     for (int64_t i = 0; i < padded; i += L)
@@ -25,12 +36,17 @@ void transform_run(const CrossEntropy<T>& p, T* z, int64_t padded) {
   }
 }
 
-// z of one class, by the same instructions as its whole vector: a target that is the maximum must equal it.
 template <typename T>
-T load_logit(const CrossEntropy<T>& p, int64_t at) {
-  alignas(64) T z[kLanes<T>] = {static_cast<T>(load_value(p.logits, p.logits_type, at))};
-  transform_run(p, z, kLanes<T>);
-  return z[0];
+struct OneLogit {
+  T z, slope;  // 1 unless it is needed
+};
+
+// Of one class, by the same instructions as its whole vector: a target that is the maximum must equal it.
+template <typename T>
+OneLogit<T> load_logit(const CrossEntropy<T>& p, int64_t at) {
+  alignas(64) T z[kLanes<T>] = {static_cast<T>(load_value(p.logits, p.logits_type, at))}, slope[kLanes<T>] = {1};
+  transform_run(p, z, kLanes<T>, needs_slopes(p) ? slope : nullptr);
+  return {z[0], slope[0]};
 }
 
 template <typename T>
@@ -39,24 +55,26 @@ bool needs_no_copy(const CrossEntropy<T>& p) {
 }
 
 // z of the classes [at, at + n) of a row, padded with -inf to whole vectors; in `buffer` unless they can be used in
-// place.
+// place. And their slopes, if `slope` is given.
 template <typename T>
-const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buffer) {
+const T* load_row_block(const CrossEntropy<T>& p, int64_t at, int64_t n, T* buffer, T* slope) {
   const int64_t padded = round_up(n, kLanes<T>);
   if (padded == n && needs_no_copy(p)) return static_cast<const T*>(p.logits) + at;
   load_run(p.logits, p.logits_type, at, n, buffer);
   std::fill(buffer + n, buffer + padded, T(0));
-  transform_run(p, buffer, padded);
+  transform_run(p, buffer, padded, slope);
   std::fill(buffer + n, buffer + padded, -kInfinity<T>);
   return buffer;
 }
 
-// z of the classes [first, first + classes) of a tile.
+// z of the classes [first, first + classes) of a tile, and their slopes, if `slope` is given.
 template <typename T>
-void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer) {
+void load_tile_block(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes, T* buffer,
+                     T* slope) {
   load_operand_tile(p.layout, kLogits, p.logits, p.logits_type, at, first, classes, buffer);
   if (LogitTransform(p.options).is_identity()) return;
-  for (int64_t c = 0; c < classes; c++) transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>));
+  for (int64_t c = 0; c < classes; c++)
+    transform_run(p, buffer + c * kTile, round_up(at.rows, kLanes<T>), slope ? slope + c * kTile : nullptr);
 }
 
 // Probabilities [at, at + n); in `buffer` unless they are of type T. Not padded.

@@ -21,6 +21,7 @@ struct RowBatch {
   int64_t y[kTile];                      // class, of those that the logits have; -1: none, ignored, or in another part
   alignas(64) double live[kTile];        // 0 where ignored, else 1
   alignas(64) T z[kTile];                // logit of class y
+  alignas(64) T slope[kTile];            // of that logit, where slopes are needed
   alignas(64) double weight[kTile];      // of class y
   alignas(64) double row_weight[kTile];  // where rows are weighed; 0 where ignored
   BatchSums<T> sums;
@@ -320,7 +321,7 @@ struct GradientLanes : RowLanes<T> {
   DoubleVec entropy() const { return load_double(upstream.saved_entropy + this->r); }
   bool has_target() const { return !this->p.has_probabilities; }
   DoubleVec exp_at_target(const DoubleVec&) const { return load_double(upstream.exp_at_target + this->r); }
-  DoubleVec tanh_at_target(const DoubleVec& z) const { return z / DoubleVec(LogitTransform(this->p.options).cap); }
+  DoubleVec slope_at_target() const { return load_double(this->batch.slope + this->r); }
 };
 
 // Fills the coefficients of the gradient and its value at the target.

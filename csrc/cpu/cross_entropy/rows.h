@@ -26,7 +26,9 @@ void reduce_row(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch
   BlockBuffer<T> q_block;
   RowTerms<T> terms;
   const int64_t first = at.offset[kLogits];
-  const auto load = [&](int64_t c, int64_t n, T* buffer) { return load_row_block(p, first + c, n, buffer); };
+  const auto load = [&](int64_t c, int64_t n, T* buffer) {
+    return load_row_block<T>(p, first + c, n, buffer, nullptr);
+  };
   const auto add_terms = [&](T max, const T* z, int64_t c, int64_t n) {
     if (!has_terms(p)) return;
     terms.move_to(max);
@@ -88,7 +90,8 @@ void write_gradient_from_exps(const CrossEntropy<T>& p, const Position& at, cons
 template <typename T>
 void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, const RowBatch<T>& batch, int64_t r) {
   constexpr int64_t L = kLanes<T>;
-  BlockBuffer<T> z_block, q_block;
+  BlockBuffer<T> z_block, q_block, slope_block;
+  T* const slope = needs_slopes(p) ? slope_block.data : nullptr;
   const Store store = store_of(p);
   const GradientVectors<T> g = broadcast(batch, r);
   const GradientTerms has = gradient_terms(p);
@@ -97,7 +100,8 @@ void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, co
     n = std::min(kBlock<T>, p.layout.classes - c);
     const int64_t from = at.offset[kLogits] + c;
     const Ahead ahead = ahead_of<T>(p.logits, p.logits_type, from + n);
-    const T* const z = direct ? static_cast<const T*>(p.logits) + from : load_row_block(p, from, n, z_block.data);
+    const T* const z =
+        direct ? static_cast<const T*>(p.logits) + from : load_row_block(p, from, n, z_block.data, slope);
     if (!has.any() && p.grad_logits)
       write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, store,
                    [g, z, ahead](int64_t i, int64_t count) {
@@ -116,10 +120,11 @@ void write_gradient_from_logits(const CrossEntropy<T>& p, const Position& at, co
                    });
     if (has.any() && p.grad_logits)
       write_run<T>(p.grad_logits, p.logits_type, at.offset[kGradLogits] + c, n, store,
-                   [&p, has, g, z, c, ahead, q = q_block.data](int64_t i, int64_t count) {
+                   [&p, has, g, z, c, ahead, slope, q = q_block.data](int64_t i, int64_t count) {
                      ahead.fetch(i / L);
                      const Vec<T> qi = p.has_probabilities ? Vec<T>::loadu(q + i) : Vec<T>(0);
-                     return full_gradient(p, has, g, load_converted<T>(z + i, count), qi, load_weight(p, c + i));
+                     return full_gradient(p, has, g, load_converted<T>(z + i, count), qi, load_weight(p, c + i),
+                                          slope + i);
                    });
   }
 }

@@ -68,14 +68,16 @@ void load_targets(const CrossEntropy<T>& p, RowBatch<T>& batch) {
   move_to_part(p, batch);
 }
 
-// The logits of the targets; class 0 of row r is element first[r].
+// The logits of the targets, and their slopes; class 0 of row r is element first[r].
 template <typename T>
 void load_target_logits(const CrossEntropy<T>& p, RowBatch<T>& batch, const int64_t* first) {
   if (p.has_probabilities) return;
   const T* const own = needs_no_copy(p) ? static_cast<const T*>(p.logits) : nullptr;
   for (int64_t r = 0; r < batch.rows; r++) {
     const int64_t at = first[r] + batch.y[r] * p.layout.class_stride[kLogits];
-    batch.z[r] = batch.y[r] < 0 ? T(0) : own ? own[at] : load_logit(p, at);
+    const OneLogit<T> of = batch.y[r] < 0 ? OneLogit<T>{0, 1} : own ? OneLogit<T>{own[at], 1} : load_logit(p, at);
+    batch.z[r] = of.z;
+    batch.slope[r] = of.slope;
   }
 }
 
@@ -84,7 +86,7 @@ template <typename T>
 void close_batch(RowBatch<T>& batch) {
   const int64_t padded = round_up(batch.rows, std::max(kLanes<double>, kLanes<T>));
   for (int64_t r = batch.rows; r < padded; r++) {
-    batch.z[r] = batch.sums.max[r] = 0;
+    batch.z[r] = batch.slope[r] = batch.sums.max[r] = 0;
     batch.live[r] = batch.weight[r] = batch.row_weight[r] = batch.sums.rest[r] = batch.sums.lost[r] = 0;
     batch.dot[r] = batch.b_sum[r] = batch.q_dot[r] = batch.q_sum[r] = batch.sums.weighted[r] = 0;
   }

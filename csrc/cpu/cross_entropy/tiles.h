@@ -10,8 +10,19 @@ namespace softmax_ext {
 namespace CPU_CAPABILITY {
 namespace {
 
-// The buffers of a tile: logits or exponentials; probabilities, and their gradient, where there are any.
+// The buffers of a tile: logits or exponentials; probabilities, and their gradient, where there are any; and behind them
+// the slopes of the logits, where they are needed.
 enum TileBuffer { kZ, kQ, kGradQ };
+
+template <typename T>
+int buffers_before_slopes(const CrossEntropy<T>& p) {
+  return p.grad_probabilities ? 3 : p.has_probabilities ? 2 : 1;
+}
+
+template <typename T>
+T* slopes_of(const CrossEntropy<T>& p, const TileBuffers<T>& buffers) {
+  return needs_slopes(p) ? buffers.get(buffers_before_slopes(p)) : nullptr;
+}
 
 // What the visit of a tile works in.
 template <typename T>
@@ -20,11 +31,7 @@ struct TileScratch {
   RowTerms<T>* terms;  // of its rows, where there are any
 
   TileScratch(const CrossEntropy<T>& p, Scratch& scratch)
-      : buffers(p.layout,
-                p.grad_probabilities  ? 3
-                : p.has_probabilities ? 2
-                                      : 1,
-                scratch),
+      : buffers(p.layout, buffers_before_slopes(p) + needs_slopes(p), scratch),
         terms(scratch.take<RowTerms<T>>(has_terms(p) ? kTile : 0)) {}
 };
 
@@ -34,11 +41,12 @@ bool holds_exps(const CrossEntropy<T>& p, const TileBuffers<T>& buffers) {
   return p.forward && p.grad_logits && !LogitTransform(p.options).is_capped() && buffers.whole();
 }
 
-// Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile.
+// Loads z, and q where the target is probabilities, of the classes [first, first + classes) of a tile; for a gradient
+// also the slopes, where they are needed.
 template <typename T>
 void load_tile_blocks(const CrossEntropy<T>& p, const Position& at, int64_t first, int64_t classes,
-                      const TileBuffers<T>& buffers) {
-  load_tile_block(p, at, first, classes, buffers.get(kZ));
+                      const TileBuffers<T>& buffers, bool for_gradient) {
+  load_tile_block(p, at, first, classes, buffers.get(kZ), for_gradient ? slopes_of(p, buffers) : nullptr);
   if (!p.has_probabilities) return;
   load_operand_tile(p.layout, kProbabilities, p.probabilities, p.probabilities_type, at, first, classes,
                     buffers.get(kQ));
@@ -81,7 +89,7 @@ void reduce_tile(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batc
   T* const z = buffers.get(kZ);
   for (int64_t c = 0; c < p.layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), p.layout.classes - c);
-    if (c > 0) load_tile_blocks(p, at, c, n, buffers);
+    if (c > 0) load_tile_blocks(p, at, c, n, buffers, false);
     // Before the exponentials take the place of the logits.
     if (has_terms(p)) add_tile_terms(p, at, batch, terms, c, n, buffers);
     const auto ahead = [&](int64_t r) { return ahead_of_tile(p, at, c, r); };
@@ -125,9 +133,10 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
   const auto weight_of = [&p](int64_t c) { return Vec<T>(p.weight ? p.weight[c] : T(1)); };
   T* const z = buffers.get(kZ);
   const T* const q = p.has_probabilities ? buffers.get(kQ) : nullptr;
+  const T* const slopes = slopes_of(p, buffers);
   for (int64_t c = 0; c < layout.classes; c += buffers.classes()) {
     const int64_t n = std::min(buffers.classes(), layout.classes - c);
-    if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers);
+    if (!buffers.whole()) load_tile_blocks(p, at, c, n, buffers, true);
     if (p.grad_probabilities) {
       T* const grad_q = buffers.get(kGradQ);
       fill_tile(grad_q, n, at.rows, [&](int64_t r) {
@@ -145,36 +154,36 @@ void write_tile_gradients(const CrossEntropy<T>& p, const Position& at, const Ro
         if (masks) std::copy(batch.live + r, batch.live + r + kLanes<T>, live);
         const Ahead ahead = has_exps ? Ahead::nothing(z) : ahead_of_tile(p, at, c, r);
         const Vec<T> dead = masks ? Vec<T>::loadu(live) == none : none;
-        return [ahead, dead, masks, c, value, g = load_rows(batch, r), zr = z + r, qr = q ? q + r : q](int64_t i) {
+        return [ahead, dead, masks, c, r, value, g = load_rows(batch, r), zr = z + r, qr = q ? q + r : q](int64_t i) {
           ahead.fetch(i);
           const Vec<T> x = Vec<T>::loadu(zr + i * kTile);
-          const Vec<T> v = value(g, x, qr ? Vec<T>::loadu(qr + i * kTile) : Vec<T>(0), c + i);
+          const Vec<T> v = value(g, x, qr ? Vec<T>::loadu(qr + i * kTile) : Vec<T>(0), c + i, i * kTile + r);
           return masks ? Vec<T>::blendv(v, Vec<T>(0), dead) : v;
         };
       });
     };
     if (!has.any() && has_exps)
-      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>&, int64_t) {
+      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>&, int64_t, int64_t) {
         return plain_gradient<VectorMath<T>>(g, e);
       });
     else if (!has.any())
-      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t) {
+      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>&, int64_t, int64_t) {
         return plain_gradient<VectorMath<T>>(g, exp_nonpositive(x - g.max));
       });
     else if (has_exps)
-      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>& y, int64_t i) {
+      write([&](const GradientVectors<T>& g, const Vec<T>& e, const Vec<T>& y, int64_t i, int64_t) {
         return gradient_without_logit<VectorMath<T>>(has, g, e, y, weight_of(i), Vec<T>(p.options.logit_scale));
       });
     else
-      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i) {
-        return full_gradient(p, has, g, x, y, weight_of(i));
+      write([&](const GradientVectors<T>& g, const Vec<T>& x, const Vec<T>& y, int64_t i, int64_t at) {
+        return full_gradient(p, has, g, x, y, weight_of(i), slopes + at);
       });
     if (buffers.whole()) put_at_targets(batch, z);
     store_operand_tile(layout, kGradLogits, z, p.grad_logits, p.logits_type, at, c, n, store_of(p));
   }
 }
 
-// The logits of the targets of a tile, from the buffer where it holds all classes.
+// The logits of the targets of a tile, and their slopes, from the buffers where it holds all classes.
 template <typename T>
 void load_tile_target_logits(const CrossEntropy<T>& p, const Position& at, RowBatch<T>& batch,
                              const TileBuffers<T>& buffers) {
@@ -185,8 +194,11 @@ void load_tile_target_logits(const CrossEntropy<T>& p, const Position& at, RowBa
     load_target_logits(p, batch, first);
     return;
   }
-  const T* const z = buffers.get(kZ);
-  for (int64_t r = 0; r < at.rows; r++) batch.z[r] = batch.y[r] < 0 ? T(0) : z[batch.y[r] * kTile + r];
+  const T *const z = buffers.get(kZ), *const slopes = slopes_of(p, buffers);
+  for (int64_t r = 0; r < at.rows; r++) {
+    batch.z[r] = batch.y[r] < 0 ? T(0) : z[batch.y[r] * kTile + r];
+    batch.slope[r] = batch.y[r] < 0 || !slopes ? T(1) : slopes[batch.y[r] * kTile + r];
+  }
 }
 
 template <typename T>
@@ -199,7 +211,7 @@ double visit_tile(const CrossEntropy<T>& p, int64_t unit, const TileScratch<T>& 
   for (int64_t r = 0; r < at.rows; r++) batch.number[r] = at.offset[kRow] + r * p.layout.inner_stride[kRow];
   load_targets(p, batch);
   load_row_weights(p, batch);
-  load_tile_blocks(p, at, 0, std::min(buffers.classes(), p.layout.classes), buffers);
+  load_tile_blocks(p, at, 0, std::min(buffers.classes(), p.layout.classes), buffers, buffers.whole());
   load_tile_target_logits(p, at, batch, buffers);
   double loss = 0;
   if (p.forward)
