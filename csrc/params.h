@@ -89,6 +89,7 @@ struct CrossEntropyParams {
   const double* weight_sum;  // over all classes; null: their number
   const T* row_weight;       // [rows], a factor of the loss; null: 1, or in forward by probability
   OptionsOf<T> options;
+  const double* z_factor;  // of options.z_loss; null: 1
 
   bool forward;
   int64_t rows;

@@ -70,9 +70,15 @@ struct RowRules {
   bool writes_second;  // the gradient of the probabilities
   bool is_capped;
   Number eps, share;  // label_smoothing, and that divided by the number of classes
-  Number z_loss;
-  Number scale;  // logit_scale
+  Number z_loss;      // with its factor
+  Number scale;       // logit_scale
 };
+
+// The factor of z_loss in a mean whose denominator is a sum of class weights, so that the z terms are divided by the same
+// sum without them, `of_rows`. Where no row counts it is 0, which makes no NaN.
+SOFTMAX_EXT_INLINE double z_factor_of(double of_weights, double of_rows) {
+  return of_weights == 0 && of_rows == 0 ? 0 : of_weights / of_rows;
+}
 
 // ---- loss and statistics --------------------------------------------------------------------------------------------
 

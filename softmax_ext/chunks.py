@@ -149,7 +149,7 @@ def forward(
         run: of the plan *whole* or *rows*.
         stats: whether to return lse, nll, entropy and prediction too.
         needs: which of the gradients of input, linear_weight and linear_bias are needed.
-        denominator: [] float64, or None for 1.
+        denominator: a total weight (reference.total_weight), or None for 1.
 
     Returns:
         ``[loss]`` or ``[loss, lse, nll, entropy, prediction]``, each [N, *K]; what :func:`gradients` takes as
@@ -171,7 +171,7 @@ def forward(
             loss, _, _, *statistics = ops.cross_entropy_(*arguments, denominator, factors)
             sums.add(rows, x, of_rows, logits)
         else:
-            loss, of_state, _, *statistics = ops.cross_entropy(*arguments, False, None, factors)
+            loss, of_state, _, *statistics = ops.cross_entropy(*arguments, False, denominator, factors)
             live.put(of_state, state, rows, 1)
         for values, result in zip([loss, *statistics], results, strict=False):
             live.put(values, result, rows)
@@ -181,6 +181,7 @@ def forward(
 def gradients(
     run: Run,
     upstream: Upstream,
+    total: Tensor | None,
     state: Tensor | None,
     entropy: Tensor | None,
     needs: Sequence[bool],
@@ -191,6 +192,7 @@ def gradients(
     Args:
         run: of the plan *whole* or *rows*.
         upstream: a gradient for each position, [N, *K].
+        total: a total weight with the denominator 1, or None for 1.
         state: what ``forward`` returned, or None: it is computed again.
         entropy: [N, *K], what ``forward`` returned. It is used where ``upstream`` has a gradient of it and there is a
             state.
@@ -204,7 +206,7 @@ def gradients(
     sums = _GradientSums(chunks, needs)
     options = options._replace(reduction=NONE)
     grad_target = target.new_empty(target.shape) if needs_target else None
-    one = operands.input.new_ones((), dtype=torch.float64)
+    one = operands.input.new_ones((), dtype=torch.float64) if total is None else total
     for rows, x, of_rows, logits in chunks:
         factors = chunks.row_weight(rows)
         kept: list[Tensor | None] = [None, None]

@@ -152,12 +152,12 @@ class _GradientSums:
         return [t for t in (input, self.weight, self.bias) if t is not None]
 
 
-def _finished(sweeps: _Sweeps, stats: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _finished(sweeps: _Sweeps, stats: bool, denominator: Tensor | None) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The first sweep, and then the live rows' losses, state and statistics."""
     wide, options = sweeps.run.wide, sweeps.run.options._replace(reduction=NONE)
     parts = sweeps.first(stats).unsqueeze(0)
     indices = None if sweeps.target.is_floating_point() else sweeps.target
-    arguments = (*options, wide, wide == torch.float64, stats, None, sweeps.classes, sweeps.row_weight)
+    arguments = (*options, wide, wide == torch.float64, stats, denominator, sweeps.classes, sweeps.row_weight)
     loss, state, _, *statistics = ops.cross_entropy_of_parts(parts, indices, sweeps.weight, *arguments)
     return loss, state, statistics
 
@@ -169,7 +169,7 @@ def forward(
     operands, live, options, wide, *_ = run
     check_classes(operands.target, operands.linear_weight.shape[0], options.ignore_index)
     sweeps = _Sweeps(run)
-    loss, state, statistics = _finished(sweeps, stats)
+    loss, state, statistics = _finished(sweeps, stats, denominator)
     sums = _GradientSums(sweeps, needs)
     results = empty_results(run, stats)
     for values, result in zip([loss, *statistics], results, strict=True):
@@ -194,6 +194,7 @@ def forward(
 def gradients(
     run: Run,
     upstream: Upstream,
+    total: Tensor | None,
     state: Tensor | None,
     entropy: Tensor | None,
     needs: Sequence[bool],
@@ -206,7 +207,7 @@ def gradients(
     of_rows = [None if g is None else live.pick(g).contiguous() for g in upstream]
     has_first = state is None
     if state is None:
-        _, state, statistics = _finished(sweeps, upstream.entropy is not None)
+        _, state, statistics = _finished(sweeps, upstream.entropy is not None, None)
         entropy = statistics[2] if statistics else None
     else:
         state = live.pick(state, dim=1)
@@ -214,7 +215,7 @@ def gradients(
     sums = _GradientSums(sweeps, needs)
     target = operands.target
     grad_target = target.new_empty(target.shape) if needs_target else None
-    one = state.new_ones((), dtype=torch.float64)
+    one = state.new_ones((), dtype=torch.float64) if total is None else total
     for chunk, logits in sweeps.second(has_first):
         saved = (sweeps.target_of(chunk), operands.weight, state, one, entropy)
         arguments = (*of_rows, sweeps.shaped(logits), *saved, *options)

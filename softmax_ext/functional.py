@@ -221,7 +221,9 @@ def cross_entropy(
         label_smoothing: in [0, 1] (Inception-v3, arXiv:1512.00567, section 7).
         dtype: compute and return in this dtype without a converted copy. Default: the input's (promoted with the
             probabilities'); float32 for half types under autocast.
-        z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5).
+        z_loss: factor of the squared log-sum-exp (PaLM, arXiv:2204.02311, section 5). Class weights do not scale these
+            terms. The mean of class indices divides them by the number of rows that count, or by the sum of their
+            ``row_weight``; a ``denominator`` that is given divides everything.
         softcap: caps the logits smoothly to (-softcap, softcap) (Gemma 2, arXiv:2408.00118, section 2); None
             or 0: no cap.
         logit_scale: factor of the logits, an inverse temperature.

@@ -203,7 +203,8 @@ def linear_cross_entropy(
             Use ``chunk_rows``.
         dtype: the dtype of the loss and of the arithmetic on each logit. Default: the operands'; float32 for half types
             under autocast. The matrix products are in the operands' dtype.
-        z_loss: factor of the squared log-sum-exp.
+        z_loss: factor of the squared log-sum-exp, which class weights do not scale, as in
+            :func:`softmax_ext.cross_entropy`.
         softcap: caps the logits smoothly to (-softcap, softcap); None or 0: no cap.
         logit_scale: factor of the logits, an inverse temperature.
         denominator: what the sum of the losses is divided by, for "sum" and for "mean" alike; a number or a tensor of

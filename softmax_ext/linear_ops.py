@@ -17,7 +17,7 @@ from .dtypes import arithmetic_dtype
 from .operands import LiveRows, Operands, Run
 from .options import MEAN, NONE, SCHEMA, Options
 from .plans import LIMITS_SCHEMA, Limits, LinearPlan
-from .reference import Upstream, total_weight
+from .reference import Upstream, divisor_of, total_weight, undivided
 
 _FORWARD = {plans.WHOLE: chunks.forward, plans.ROWS: chunks.forward, plans.CLASSES: class_chunks.forward}
 _GRADIENTS = {plans.WHOLE: chunks.gradients, plans.ROWS: chunks.gradients, plans.CLASSES: class_chunks.gradients}
@@ -64,11 +64,9 @@ def _forward(
     options = options._replace(skips_ignored=True)
     plan = _choose(operands, (needs, False) if any(needs) else (later[:3], later[3]), limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
-    if denominator is None:
-        total = total_weight(target, weight, options.dim, options.ignore_index, row_weight)
-    else:
-        total = denominator.clone()
-    divisor = total if options.reduction == MEAN and input.dtype != torch.float16 else None  # see chunks.py
+    total = total_weight(target, weight, options, row_weight) if denominator is None else denominator.clone()
+    divides = options.reduction == MEAN and input.dtype != torch.float16  # see chunks.py
+    divisor = total if divides else undivided(total)
     with torch.autocast(input.device.type, enabled=False):  # it would turn float16's float32 products into float16
         live = LiveRows(operands, options.ignore_index, limits.live_rows)
         divisor_of_all = float16.divisor_of_forward(operands, options) if any(needs) else None
@@ -83,10 +81,15 @@ def _forward(
     if options.reduction != NONE:
         loss = loss.sum(dtype=torch.float64)
     if options.reduction == MEAN:
-        loss = loss / total
+        loss = loss / divisor_of(total)
     if live.poison is not None:
         loss = loss + live.poison
     return [loss.to(dtype or input.dtype), total, state, *of_rows, *gradients]
+
+
+def _total_shape(target: Tensor, weight: Tensor | None, denominator: Tensor | None, options: Options) -> Sequence[int]:
+    """That of the total weight, which a sum has here too."""
+    return ops.total_shape(target, weight, denominator, options) if options.reduction == MEAN else []
 
 
 def _fake_forward(
@@ -99,12 +102,12 @@ def _fake_forward(
     *arguments: Any,
 ) -> list[Tensor]:
     options, (dtype, stats, *others) = Options.split(arguments)
-    _, (needs, *_) = Limits.split(others)
+    _, (needs, _, _, denominator, _) = Limits.split(others)
     rows = [input.shape[0], *linear_weight.shape[1:-1]]
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     results = [
         input.new_empty(rows if options.reduction == NONE else [], dtype=dtype or input.dtype),
-        input.new_empty([], dtype=torch.float64),
+        input.new_empty(_total_shape(target, weight, denominator, options), dtype=torch.float64),
         input.new_empty(chunks.state_shape(options, target, rows, needs), dtype=wide),
     ]
     if stats:
@@ -140,7 +143,7 @@ def _backward(
     if grad_loss is not None:
         grad_loss = grad_loss.to(wide)
         if options.reduction == MEAN:
-            grad_loss = grad_loss / total.to(wide)
+            grad_loss = grad_loss / divisor_of(total).to(wide)
         grad_loss = grad_loss.expand(input.shape[0], *linear_weight.shape[1:-1])
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
@@ -155,7 +158,7 @@ def _backward(
         divisor = float16.divisor_of_backward(operands, options, upstream, needs_target)
         if divisor is not None:
             upstream = Upstream(*(None if g is None else g / divisor for g in upstream))
-        results = _GRADIENTS[plan.name](run, upstream, state, entropy, parameters, needs_target)
+        results = _GRADIENTS[plan.name](run, upstream, undivided(total), state, entropy, parameters, needs_target)
         if divisor is not None:
             results = [t.mul_(divisor) for t in results]
     differentiable = (input, linear_weight, linear_bias, target)

@@ -12,7 +12,7 @@ If the CPU library cannot be loaded, the operators are missing and ``load_error`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,17 @@ def state_values(probabilities: bool, options: Options) -> int:
     return 4 if probabilities else 3 if options.weighs_by_probability else 2
 
 
+def total_shape(
+    target: Tensor | None, weight: Tensor | None, denominator: Tensor | None, options: Options
+) -> Sequence[int]:
+    """The shape of total_weight (csrc/ops/schema.cpp); the target is None where it is probabilities."""
+    if denominator is not None:
+        return denominator.shape
+    if options.reduction != MEAN:
+        return [0]
+    return [2] if options.scales_z_loss(target, weight) else []
+
+
 def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
     """The results of cross_entropy, without data."""
     options, (dtype, stats, precompute_grad, *rest) = Options.split(arguments)
@@ -60,11 +71,11 @@ def fake_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *ar
     loss_dtype = dtype or input.dtype
     probabilities = target.is_floating_point()
     arithmetic = arithmetic_dtype(input.dtype, loss_dtype, target.dtype)
-    has_total = options.reduction == MEAN or any(d is not None for d in rest[:1])  # the denominator may be left out
+    denominator = rest[0] if rest else None  # it may be left out
     outputs = [
         input.new_empty(batch if options.reduction == NONE else [], dtype=loss_dtype),
         input.new_empty([state_values(probabilities, options), *batch], dtype=arithmetic),
-        input.new_empty([] if has_total else [0], dtype=torch.float64),
+        input.new_empty(total_shape(target, weight, denominator, options), dtype=torch.float64),
     ]
     if stats:
         outputs += [input.new_empty(batch, dtype=arithmetic) for _ in range(3)]
@@ -101,11 +112,10 @@ def _fake_cross_entropy_of_parts(
     options, (dtype, wide, stats, denominator, *_) = Options.split(arguments)
     batch = parts.shape[2:]
     arithmetic = torch.float64 if wide else torch.float32
-    has_total = options.reduction == MEAN or denominator is not None
     outputs = [
         parts.new_empty(batch if options.reduction == NONE else [], dtype=dtype),
         parts.new_empty([state_values(target is None, options), *batch], dtype=arithmetic),
-        parts.new_empty([] if has_total else [0], dtype=torch.float64),
+        parts.new_empty(total_shape(target, weight, denominator, options), dtype=torch.float64),
     ]
     if stats:
         outputs += [parts.new_empty(batch, dtype=arithmetic) for _ in range(3)]

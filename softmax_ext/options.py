@@ -31,6 +31,14 @@ class Options(NamedTuple):
     weighs_by_probability: bool = False
     skips_ignored: bool = False
 
+    def scales_z_loss(self, target: Tensor | None, weight: Tensor | None) -> bool:
+        """Whether the z terms of a mean have a denominator of their own, the rows that count without class weights.
+
+        Not with a denominator that is given. The target is None where it is probabilities.
+        """
+        has_classes = target is not None and not target.is_floating_point()
+        return self.z_loss != 0 and weight is not None and self.reduction == MEAN and has_classes
+
     @staticmethod
     def split(arguments: Sequence[Any]) -> tuple[Options, Sequence[Any]]:
         """Splits an operator's arguments, which begin with the options, into these and the other arguments."""

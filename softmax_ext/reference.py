@@ -110,16 +110,39 @@ def shares(target: Tensor, weight: Tensor | None, ignore_index: int, row_weight:
     return torch.where(live, share, 0.0)
 
 
-def total_weight(
-    target: Tensor, weight: Tensor | None, dim: int, ignore_index: int, row_weight: Tensor | None = None
-) -> Tensor:
-    """The mean's denominator, [] float64: the sum of ``shares``; for probabilities that of row_weight, or the rows."""
+def total_weight(target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None = None) -> Tensor:
+    """The total weight of rows, float64: [], the mean's denominator, or [2], that and the factor of z_loss.
+
+    The denominator is the sum of ``shares``; for probabilities that of row_weight, or the number of rows. The factor is
+    there where the z terms have a denominator of their own, which has no class weights: the one over the other.
+    """
     if target.is_floating_point():
-        if row_weight is not None and target.shape[dim] != 0:
+        if row_weight is not None and target.shape[options.dim] != 0:
             return row_weight.sum(dtype=torch.float64)
-        rows = target.numel() // max(target.shape[dim], 1)
+        rows = target.numel() // max(target.shape[options.dim], 1)
         return torch.full((), float(rows), dtype=torch.float64, device=target.device)
-    return shares(target, weight, ignore_index, row_weight).sum(dtype=torch.float64)
+    total = shares(target, weight, options.ignore_index, row_weight).sum(dtype=torch.float64)
+    if not options.scales_z_loss(target, weight):
+        return total
+    of_rows = shares(target, None, options.ignore_index, row_weight).sum(dtype=torch.float64)
+    nothing = (total == 0) & (of_rows == 0)  # no row counts, and none gets a NaN
+    return torch.stack([total, torch.where(nothing, 0.0, total / of_rows)])
+
+
+def divisor_of(total: Tensor) -> Tensor:
+    """The mean's denominator, [], of a total weight."""
+    return total[0] if total.dim() else total
+
+
+def z_factor_of(total: Tensor) -> Tensor | None:
+    """The factor of z_loss, [], of a total weight; None: 1."""
+    return total[1] if total.dim() and total.shape[0] == 2 else None
+
+
+def undivided(total: Tensor) -> Tensor | None:
+    """The total weight with the denominator 1; None where that is all there is to it."""
+    factor = z_factor_of(total)
+    return None if factor is None else torch.stack([torch.ones_like(factor), factor])
 
 
 def _tanh(u: Tensor) -> Tensor:
@@ -176,15 +199,25 @@ class Rows:
         weight: [C] or None.
         options: the other arguments.
         row_weight: of the input's shape without ``options.dim``, or None: a factor of each row's loss, and a constant.
+        total: the total weight. None where no result is reduced to a mean.
     """
 
     def __init__(
-        self, input: Tensor, target: Tensor, weight: Tensor | None, options: Options, row_weight: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: Options,
+        row_weight: Tensor | None = None,
+        total: Tensor | None = None,
     ) -> None:
         self.options = options
         self.dtype = input.dtype
+        self.total = total
         double = torch.float64 in (input.dtype, target.dtype)
         arithmetic = torch.float64 if double else torch.float32
+        factor = None if total is None else z_factor_of(total)
+        self.z_loss = options.z_loss if factor is None else options.z_loss * factor.to(arithmetic)
         x = input.movedim(options.dim, -1).to(arithmetic)
         classes = x.shape[-1]
         if target.is_floating_point():
@@ -242,7 +275,7 @@ class Rows:
             surprise = torch.where((self.row_weight == 0).unsqueeze(-1) & (surprise == torch.inf), 0.0, surprise)
         loss = _weighted_cost(self.weights, self.mass, surprise).sum(-1)
         if self.options.z_loss != 0:  # the square may overflow
-            loss = loss + self.options.z_loss * self.lse.square()
+            loss = loss + self.z_loss * self.lse.square()
         return torch.where(self.live, self._weighed(loss), 0.0)
 
     def nll(self) -> Tensor:
@@ -261,7 +294,7 @@ class Rows:
     # ---- first derivatives ----
 
     def _alpha(self, g: RowGradients) -> Tensor:
-        pull = g.loss * (self.b_sum + 2 * self.options.z_loss * self.lse)
+        pull = g.loss * (self.b_sum + 2 * self.z_loss * self.lse)
         return pull + g.lse + g.nll * self.y.sum(-1) + g.entropy * self.mean
 
     def _gradient_z(self, g: RowGradients) -> Tensor:
@@ -288,7 +321,7 @@ class Rows:
         u = self._along(dx, self.slope)
         t = self._along(dq, None)
         mean_u = (self.p * u).sum(-1)
-        loss = self.b_sum * mean_u - (self.b * u).sum(-1) + 2 * self.options.z_loss * self.lse * mean_u
+        loss = self.b_sum * mean_u - (self.b * u).sum(-1) + 2 * self.z_loss * self.lse * mean_u
         loss = loss + _product(self.class_weight * t, -self.log_p).sum(-1)
         nll = self.y.sum(-1) * mean_u - (self.y * u).sum(-1) + _product(t, -self.log_p).sum(-1)
         centred = torch.where(self.p == 0, 0.0, self.z - self.mean.unsqueeze(-1))
@@ -320,7 +353,7 @@ class Rows:
         mean_change = (dp * z).sum(-1) + mean_u.squeeze(-1)
         alpha = self._alpha(g).unsqueeze(-1)
         beta = -g.entropy.unsqueeze(-1)
-        alpha_change = 2 * self.options.z_loss * g.loss * mean_u.squeeze(-1) + g.entropy * mean_change
+        alpha_change = 2 * self.z_loss * g.loss * mean_u.squeeze(-1) + g.entropy * mean_change
         out = dp * (alpha + beta * z) + self.p * (alpha_change.unsqueeze(-1) + beta * u)
         tau = self._mass_gradient(g) * self._along(dq, None)
         out = self.slope * (out + self.p * tau.sum(-1, keepdim=True) - tau)
@@ -335,19 +368,22 @@ class Rows:
 
     # ---- reduction ----
 
-    def row_gradients(
-        self,
-        upstream: Sequence[Tensor | None],
-        total_weight: Tensor,
-    ) -> RowGradients:
+    def _divided(self, values: Tensor) -> Tensor:
+        """The values over the mean's denominator, if there is a mean."""
+        if self.options.reduction != MEAN:
+            return values
+        assert self.total is not None
+        return values / divisor_of(self.total).to(values.dtype)
+
+    def row_gradients(self, upstream: Sequence[Tensor | None]) -> RowGradients:
         """The upstream gradients of each row, from those of the reduced loss and the statistics; None counts as 0.
 
         That of the loss is for the loss before it is multiplied by row_weight.
         """
         loss, lse, nll, entropy = upstream
         zero = torch.zeros_like(self.lse)
-        if loss is not None and self.options.reduction == MEAN:
-            loss = loss.to(zero.dtype) / total_weight.to(zero.dtype)
+        if loss is not None:
+            loss = self._divided(loss.to(zero.dtype))
         g = RowGradients(*(zero if t is None else zero + t.to(zero.dtype) for t in (loss, lse, nll, entropy)))
         loss = g.loss if self.row_weight is None else g.loss * self.row_weight
         return RowGradients(
@@ -357,19 +393,16 @@ class Rows:
             self._unless_skipped(g.entropy),
         )
 
-    def reduce(self, rows: Tensor, total_weight: Tensor) -> Tensor:
+    def reduce(self, rows: Tensor) -> Tensor:
         """The reduction of one value per row."""
-        if self.options.reduction == NONE:
-            return rows
-        reduced = rows.sum()
-        return reduced / total_weight.to(rows.dtype) if self.options.reduction == MEAN else reduced
+        return rows if self.options.reduction == NONE else self._divided(rows.sum())
 
-    def reduce_slope(self, rows: Tensor, total_weight: Tensor) -> Tensor:
+    def reduce_slope(self, rows: Tensor) -> Tensor:
         """The derivative of the reduced loss, from that of each row's loss.
 
         It is 0 if all rows are ignored, as the gradients are.
         """
-        reduced = self.reduce(rows, total_weight)
+        reduced = self.reduce(rows)
         return torch.where(self.live.any(), reduced, 0.0) if self.options.reduction == MEAN else reduced
 
 
@@ -386,12 +419,12 @@ def cross_entropy(
     """(loss,) or, with ``stats``, (loss, lse, nll, entropy, prediction), differentiable to any order, in weight too."""
     if dtype == torch.float64:
         input = input.double()
-    rows = Rows(input, target, weight, options, row_weight)
     # A copy, because backward divides by what it was.
     total = None if denominator is None else denominator.clone()
     if total is None:
-        total = total_weight(target, weight, options.dim, options.ignore_index, row_weight)
-    loss = rows.reduce(rows.loss(), total).to(dtype or input.dtype)
+        total = total_weight(target, weight, options, row_weight)
+    rows = Rows(input, target, weight, options, row_weight, total)
+    loss = rows.reduce(rows.loss()).to(dtype or input.dtype)
     if not stats:
         return (loss,)
     # A copy, because the loss may be computed from rows.lse: a caller's hook or in-place change must not reach that.

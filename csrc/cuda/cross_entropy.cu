@@ -16,7 +16,7 @@ Kind kind_for(const CrossEntropyParams<T>& p) {
   const bool smoothing = p.options.label_smoothing != 0 && (p.forward || p.weight);
   const bool by_probability = p.forward && p.options.weighs_by_probability;
   const bool statistics = p.stats || p.grad_lse.given || p.grad_nll.given || p.grad_entropy.given;
-  return smoothing || by_probability || statistics || p.part || !LogitTransform(p.options).is_identity()
+  return smoothing || by_probability || statistics || p.part || p.z_factor || !LogitTransform(p.options).is_identity()
              ? Kind::kOptions
              : Kind::kPlain;
 }

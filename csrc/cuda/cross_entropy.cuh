@@ -18,7 +18,7 @@ struct CrossEntropyCoefficients : GradientCoefficients<T> {
 //   kPlain      the sum of exponentials is all that it needs of the classes: class indices, class weights, row weights,
 //               z_loss, and in backward smoothing without weights
 //   kOptions    a transformation of the logits, smoothing, row weights by probability, statistics and their gradients,
-//               sums of a part of the classes
+//               sums of a part of the classes, a factor of z_loss
 //   kAll        probability targets and their gradient; arithmetic in double, which is not for speed
 enum class Kind { kPlain, kOptions, kAll };
 
@@ -193,6 +193,7 @@ struct CrossEntropyOp : CrossEntropyParams<Arithmetic> {
     rules.eps = this->options.label_smoothing;
     rules.share = share;
     rules.z_loss = this->options.z_loss;
+    if (kGeneral && this->z_factor) rules.z_loss *= static_cast<T>(*this->z_factor);
     rules.scale = kGeneral ? transform.scale : T(1);
     return rules;
   }

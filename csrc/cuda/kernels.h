@@ -69,6 +69,9 @@ void sum_weights(const T* weight, int64_t n, double* sum, double* scratch, Strea
 template <typename T>
 void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* sum, double* scratch, Stream stream);
 
+// total[1] = z_factor_of(total[0], total[1]): of the weights' sum and the rows'.
+void set_z_factor(double* total, Stream stream);
+
 // *to.loss = 0, or 0 / *to.denominator: of no rows.
 void sum_no_losses(const LossSum& to, Stream stream);
 

@@ -67,6 +67,8 @@ void sum(const char* name, const Value& value, int64_t n, double* to, double* sc
     launch(name, sum_shares<Weights<double>>, {1, kThreads, 1, kShared}, stream, Weights<double>{scratch}, blocks, to);
 }
 
+__global__ void divide_sums(double* total) { total[1] = z_factor_of(total[0], total[1]); }
+
 __global__ void write_empty_sum(const LossSum to) {
   store_value(0 / (to.mean ? *to.denominator : 1), to.loss, to.loss_type, 0);
 }
@@ -95,6 +97,8 @@ void sum_targets(const CrossEntropyParams<T>& params, int64_t classes, double* t
                                  params.row_weight};
   sum("sum_targets", weights, params.rows, total, scratch, stream);
 }
+
+void set_z_factor(double* total, Stream stream) { launch("divide_sums", divide_sums, {1, 1}, stream, total); }
 
 void sum_no_losses(const LossSum& to, Stream stream) { launch("write_empty_sum", write_empty_sum, {1, 1}, stream, to); }
 

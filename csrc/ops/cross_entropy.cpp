@@ -104,13 +104,15 @@ Forward outputs(const Call& call, ScalarType loss_scalar, ScalarType arithmetic,
                 const std::optional<Tensor>& grad, const std::optional<Tensor>& denominator, bool overwrites) {
   if (denominator) {
     check_device(*denominator, call.input, call.op, "denominator");
-    STD_TORCH_CHECK(denominator->dim() == 0 && denominator->scalar_type() == ScalarType::Double, call.op,
-                    ": denominator must be a float64 scalar.");
+    const bool has_sizes = denominator->dim() == 0 || (denominator->dim() == 1 && denominator->size(0) == 2);
+    STD_TORCH_CHECK(has_sizes && denominator->scalar_type() == ScalarType::Double, call.op,
+                    ": denominator must be a float64 scalar, or two with a factor of z_loss.");
     STD_TORCH_CHECK(call.options.reduction != kSum, call.op, ": a sum has no denominator; use reduction ", kMean, ".");
   }
   const DType loss_type = dtype_of(loss_scalar, call.op, "dtype");
-  const std::vector<int64_t> total_sizes =
-      call.options.reduction == kMean ? std::vector<int64_t>{} : std::vector<int64_t>{0};
+  std::vector<int64_t> total_sizes;
+  if (call.options.reduction != kMean) total_sizes = {0};
+  if (scales_z_loss(call)) total_sizes = {2};
   const std::vector<int64_t> loss_sizes = call.options.reduction == kNone ? call.batch : std::vector<int64_t>{};
   Forward out{arithmetic,
               loss_type,
@@ -238,8 +240,9 @@ void backward(Call& call, UpstreamGradients grads, const Tensor& state, const Te
                       (arithmetic == ScalarType::Double || arithmetic == ScalarType::Float),
                   call.op, ": state must come from cross_entropy.");
   set_row_weight(call, row_weight, arithmetic);
-  STD_TORCH_CHECK(call.options.reduction != kMean ||
-                      (total_weight.numel() == 1 && total_weight.scalar_type() == ScalarType::Double),
+  const bool has_total = total_weight.numel() == 1 || total_weight.numel() == 2;
+  STD_TORCH_CHECK((call.options.reduction != kMean && total_weight.numel() == 0) ||
+                      (has_total && total_weight.scalar_type() == ScalarType::Double && total_weight.is_contiguous()),
                   call.op, ": total_weight must come from cross_entropy.");
   if (grads.entropy) {
     STD_TORCH_CHECK(

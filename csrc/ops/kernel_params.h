@@ -45,6 +45,7 @@ CrossEntropyParams<T> forward_params(const Call& call, const Forward& out) {
   CrossEntropyParams<T> p = cross_entropy_params<T>(call);
   p.forward = true;
   if (out.saves_state) p.state = values_of<T>(out.state);
+  p.z_factor = z_factor_in(out.total_weight);
   p.stats = !out.stats.empty();
   if (p.stats) {
     p.lse = values_of<T>(out.stats[0]);
@@ -78,17 +79,17 @@ CrossEntropyParams<T> parts_params(const Call& call, const Forward& out) {
   return p;
 }
 
-// `divisor` is the mean's denominator, in the device's memory; null without.
 template <typename T>
-CrossEntropyParams<T> backward_params(const Call& call, const Backward& operands, const double* divisor) {
+CrossEntropyParams<T> backward_params(const Call& call, const Backward& operands) {
   CrossEntropyParams<T> p = cross_entropy_params<T>(call);
+  p.z_factor = z_factor_in(operands.total_weight);
   p.state = values_of<T>(operands.state);
   if (call.options.weighs_by_probability) p.row_weight = p.state + 2 * p.rows;
   if (operands.entropy_values) p.entropy = values_of<T>(*operands.entropy_values);
   if (operands.grad_input) p.grad_logits = operands.grad_input->data_ptr();
   if (operands.grad_target) p.grad_probabilities = operands.grad_target->data_ptr();
   p.grad_loss = operands.grad_loss;
-  p.grad_loss.divisor = divisor;
+  if (call.options.reduction == kMean) p.grad_loss.divisor = const_values_of<double>(operands.total_weight);
   p.grad_lse = operands.grad_lse;
   p.grad_nll = operands.grad_nll;
   p.grad_entropy = operands.grad_entropy;

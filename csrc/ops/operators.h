@@ -46,7 +46,7 @@ struct Forward {
   DType loss_type;
   Tensor loss;                 // [*batch] or []
   Tensor state;                // [2, 3 or 4, *batch], or [0]: no backward follows
-  Tensor total_weight;         // [] float64: the mean's denominator; or [0]: there is none
+  Tensor total_weight;         // [] float64: the mean's denominator; [2]: and the factor of z_loss; [0]: there is none
   std::vector<Tensor> stats;   // none, or lse, nll, entropy, prediction: [*batch]
   std::optional<Tensor> grad;  // of the input's shape, for an upstream gradient of 1; may be the input
   bool saves_state;
@@ -66,6 +66,16 @@ struct Backward {
 // Whether there is a denominator: of the mean, or given for rows that are part of one.
 inline bool has_total(const Call& call, const Forward& out) {
   return out.total_is_given || call.options.reduction == kMean;
+}
+
+// Whether the z terms of a mean have a denominator of their own, the rows that count without class weights.
+inline bool scales_z_loss(const Call& call) {
+  return call.options.reduction == kMean && call.options.z_loss != 0 && call.weight && !call.probabilities;
+}
+
+// The factor of z_loss in a total weight; null: 1.
+inline const double* z_factor_in(const Tensor& total_weight) {
+  return total_weight.numel() == 2 ? static_cast<const double*>(total_weight.const_data_ptr()) + 1 : nullptr;
 }
 
 // Whether a gradient that is written before its upstream gradient is known is divided by the mean's denominator. Not in

@@ -18,9 +18,12 @@ void define_operators(torch::stable::detail::StableLibrary& library) {
   //    grad_input is for an upstream gradient of 1; in float16 with the mean, of total_weight.
   //    state is [2, *batch] with class indices, [3, *batch] with weighs_by_probability, [4, *batch] with probabilities
   //    (params.h).
-  //    total_weight is [] float64, the mean's denominator; [0] without one.
-  //    `denominator`, [] float64, takes the place of the mean's own: for rows that are part of a larger mean. With the
-  //    reduction "none" the losses are not divided, so that their sum is rounded once; grad_input is.
+  //    total_weight is float64: [], the mean's denominator; [2], that and a factor of z_loss; [0] without a mean. There
+  //    is a factor where class weights are in the denominator and z_loss is not 0: the z terms are then divided by the
+  //    sum over the rows without class weights, and so the factor is the one sum over the other.
+  //    `denominator`, of the same form, takes the place of total_weight: for rows that are part of a larger mean. With
+  //    the reduction "none" the losses are not divided, so that their sum is rounded once; grad_input is. A factor of
+  //    z_loss counts with every reduction, here and in backward's total_weight.
   //    `row_weight`, [*batch], is a factor of each row's loss, and of what the row adds to the mean's denominator.
   library.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " OPTIONS
               ", ScalarType? dtype, bool stats, bool precompute_grad, Tensor? denominator=None, Tensor? "

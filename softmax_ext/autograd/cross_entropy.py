@@ -23,7 +23,7 @@ from torch.autograd import Function
 from .. import internals, ops
 from ..dtypes import arithmetic_dtype
 from ..options import MEAN, NONE, Options
-from ..reference import Rows, Upstream, shares, total_weight
+from ..reference import Rows, Upstream, divisor_of, shares, total_weight, undivided
 from . import refusals
 from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread, to_front
 
@@ -77,11 +77,11 @@ class CrossEntropyBackward(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *upstream, input, target, weight, total, row_weight = ctx.saved_tensors
-        rows = Rows(input, target, weight, ctx.options, row_weight)
-        g = rows.row_gradients(upstream, total)
+        rows = Rows(input, target, weight, ctx.options, row_weight, total)
+        g = rows.row_gradients(upstream)
         along_input, along_target = spread(grads, ctx.needs)
         slopes = rows.derivative(along_input, along_target)
-        slopes = slopes._replace(loss=rows.reduce_slope(slopes.loss, total))
+        slopes = slopes._replace(loss=rows.reduce_slope(slopes.loss))
         needs = BackwardCall(*ctx.needs_input_grad)
         of_upstream = [
             slope.to(like.dtype) if needed and like is not None else None
@@ -96,10 +96,10 @@ class CrossEntropyBackward(Function):
     @nested_forward_mode
     def jvp(ctx: Any, saved: list[Any], *tangents: Tensor | None) -> tuple[Tensor, ...]:
         *upstream, input, target, weight, total, row_weight = saved
-        rows = Rows(input, target, weight, ctx.options, row_weight)
-        g = rows.row_gradients(upstream, total)
+        rows = Rows(input, target, weight, ctx.options, row_weight, total)
+        g = rows.row_gradients(upstream)
         along = BackwardCall(*tangents)
-        dg = rows.row_gradients(along.upstream, total)
+        dg = rows.row_gradients(along.upstream)
         needs_input, needs_target = ctx.needs
         out = []
         if needs_input:
@@ -113,8 +113,9 @@ class CrossEntropyBackward(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size, call = info.batch_size, BackwardCall(*args)
         dims: Any = BackwardCall(*in_dims)
-        if dims.weight is not None:
+        if dims.weight is not None or (dims.total_weight is not None and _scales_z_loss(call, dims)):
             return one_by_one(CrossEntropyBackward, size, in_dims, args)
+        of_rows = undivided(call.total_weight) if _scales_z_loss(call, dims) else None
         options: Options = call.options
         input = to_front(call.input, dims.input, size)
         lse, nll, entropy = (
@@ -131,7 +132,7 @@ class CrossEntropyBackward(Function):
                 to_front(call.target, dims.target, size),
                 call.weight,
                 to_front(call.state, dims.state, size, to=1).contiguous(),
-                torch.ones((), dtype=torch.float64, device=input.device),
+                torch.ones((), dtype=torch.float64, device=input.device) if of_rows is None else of_rows,
                 None if call.entropy is None else to_front(call.entropy, dims.entropy, size).contiguous(),
                 options._replace(dim=options.dim + 1, reduction=NONE),
                 call.needs_input,
@@ -140,6 +141,14 @@ class CrossEntropyBackward(Function):
             )
         )
         return grads, (0,) * len(grads)
+
+
+def _scales_z_loss(call: BackwardCall, dims: Any) -> bool:
+    """Whether the total weight of each sample has a factor of z_loss."""
+    shape = list(call.total_weight.shape)
+    if dims.total_weight is not None:
+        del shape[dims.total_weight]
+    return shape == [2]
 
 
 def _loss_of_rows(call: BackwardCall, dims: BackwardCall, size: int, input: Tensor) -> Tensor | None:
@@ -152,7 +161,8 @@ def _loss_of_rows(call: BackwardCall, dims: BackwardCall, size: int, input: Tens
         return grad
     grad = grad.to(call.state.dtype)
     if call.options.reduction == MEAN:
-        grad = grad / to_front(call.total_weight, dims.total_weight, size).to(grad.dtype)
+        total = divisor_of(call.total_weight) if dims.total_weight is None else call.total_weight
+        grad = grad / to_front(total, dims.total_weight, size).to(grad.dtype)
     rows = [n for d, n in enumerate(input.shape) if d != call.options.dim + 1]
     return grad.reshape(size, *[1] * (len(rows) - 1)).expand(rows)
 
@@ -171,8 +181,8 @@ def formula_gradients(
 
     Where autograd batches gradients, torch's operations have a graph and tangents, but a Function silently loses both.
     """
-    rows = Rows(input, target, weight, options, row_weight)
-    of_rows = rows.row_gradients(upstream, total)
+    rows = Rows(input, target, weight, options, row_weight, total)
+    of_rows = rows.row_gradients(upstream)
     needs_input, needs_target = needs
     grad_target = rows.target_gradient(of_rows).to(target.dtype) if needs_target else None
     return [rows.gradient(of_rows) if needs_input else None, grad_target]
@@ -252,10 +262,10 @@ class CrossEntropy(Function):
         along_input, along_target, along_weight, *_ = tangents
         if along_weight is not None:
             raise RuntimeError("cross_entropy: weight has no forward-mode derivative here. Use weight.detach().")
-        rows = Rows(input, target, weight, ctx.options, row_weight)
+        rows = Rows(input, target, weight, ctx.options, row_weight, total)
         along = rows.derivative(along_input, along_target)
         loss_dtype, stats_dtype = ctx.dtypes
-        loss = rows.reduce_slope(along.loss, total).to(loss_dtype)
+        loss = rows.reduce_slope(along.loss).to(loss_dtype)
         if not ctx.stats:
             return loss, None, None
         return (loss, None, None, *(t.to(stats_dtype) for t in along[1:]), None)
@@ -265,7 +275,10 @@ class CrossEntropy(Function):
         size = info.batch_size
         input, target, weight, denominator, options, dtype, stats, row_weight = args
         input_dim, target_dim, weight_dim, denominator_dim, *_, row_weight_dim = in_dims
-        if weight_dim is not None:
+        has_factor = options.scales_z_loss(target, weight)  # of each sample
+        if denominator is not None:
+            has_factor = denominator.dim() > (denominator_dim is not None)
+        if weight_dim is not None or has_factor:
             return one_by_one(CrossEntropy, size, in_dims, args)
         x, y = to_front(input, input_dim, size), to_front(target, target_dim, size)
         factors = None if row_weight is None else to_front(row_weight, row_weight_dim, size)
@@ -295,7 +308,7 @@ def _weight_per_sample(target: Tensor, weight: Tensor | None, options: Options, 
         if row_weight is not None and target.shape[options.dim + 1] != 0:
             return _sum_per_sample(row_weight.double())
         sample = target.new_empty(()).expand(target.shape[1:])
-        return total_weight(sample, weight, options.dim, options.ignore_index).expand(target.shape[0])
+        return total_weight(sample, weight, options).expand(target.shape[0])
     return _sum_per_sample(shares(target, weight, options.ignore_index, row_weight).double())
 
 
@@ -484,7 +497,7 @@ def _scale(ctx: Any, gradient: Tensor, grad_loss: Any) -> None:
     """Multiplies a precomputed gradient by its upstream gradient, in place."""
     if gradient.dtype == torch.float16 and ctx.options.reduction == MEAN:  # forward did not divide it by the total
         *_, total, _, _ = ctx.saved_tensors
-        grad_loss = grad_loss.to(total.dtype) / total
+        grad_loss = grad_loss.to(total.dtype) / divisor_of(total)
     ops.scale_rows_(gradient, grad_loss, ctx.options.dim)
 
 

@@ -27,7 +27,7 @@ from ..dtypes import arithmetic_dtype
 from ..linear_ops import Call
 from ..operands import Operands, rows_are_live
 from ..options import MEAN
-from ..reference import Rows, Upstream
+from ..reference import Rows, Upstream, divisor_of
 from . import refusals
 from .cross_entropy import BackwardCall, CrossEntropy, CrossEntropyBackward, Results, formula_gradients
 from .transforms import is_batched, is_plain, is_plain_backward, nested_forward_mode, one_by_one, spread
@@ -200,7 +200,7 @@ def handed_on(
     target = operands.target
     scale = grad_loss.to(total.dtype)
     if call.options.reduction == MEAN and operands.input.dtype == torch.float16:  # forward did not divide by it
-        scale = scale / total
+        scale = scale / divisor_of(total)
     divisor = float16.divisor_of_forward(operands, call.options)
     if divisor is not None:
         scale = scale * divisor
@@ -267,9 +267,9 @@ class LinearCrossEntropy(Function):
             along = along + logits_of(input, of_linear_weight, None, wide)
         if of_linear_bias is not None:
             along = along + of_linear_bias
-        rows = Rows(logits, target, weight, options, row_weight)
+        rows = Rows(logits, target, weight, options, row_weight, total)
         loss, *stats = rows.derivative(along, of_target)
-        results = [rows.reduce_slope(loss, total), None, None, *stats, None][: len(ctx.dtypes)]
+        results = [rows.reduce_slope(loss), None, None, *stats, None][: len(ctx.dtypes)]
         return tuple(None if t is None else t.to(d) for t, d in zip(results, ctx.dtypes, strict=True))
 
     @staticmethod

@@ -569,6 +569,10 @@ FACTORS = torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64)
 WEIGHED: dict[str, Callable[..., Any]] = {
     "given": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, z_loss=0.1),
     "given, with class weights": lambda x, f: cross_entropy(x * 1, Y, W, row_weight=f),
+    "given, with class weights and z_loss": lambda x, f: cross_entropy(x * 1, Y, W, row_weight=f, z_loss=0.1),
+    "given, with both in a linear layer": lambda x, f: softmax_ext.linear_cross_entropy(
+        x, HEAD, Y, weight=W, row_weight=f, z_loss=0.1
+    ),
     "given, inplace": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, inplace=True, precompute_grad=True),
     "given, none": lambda x, f: cross_entropy(x * 1, Y, row_weight=f, reduction="none"),
     "given, to a module": lambda x, f: CrossEntropyLoss(W)(x, Y, row_weight=f, denominator=3),

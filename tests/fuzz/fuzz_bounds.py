@@ -126,17 +126,24 @@ class Rows:
         self._weigh(options["row_weight"])
         if not isinstance(options["row_weight"], str):
             each = each * self.row_weight
-        self.total = each.sum()
+        self.total = self.total_of_z_terms = each.sum()
+        if not target.is_floating_point():
+            factors = self.live if isinstance(options["row_weight"], str) else self.row_weight
+            self.total_of_z_terms = factors.double().sum()
         if options["denominator"] is not None:
             self.options = {**options, "reduction": "mean"}
-            self.total = torch.tensor(options["denominator"], dtype=torch.float64)
-        self.no_weight = bool(self.options["reduction"] == "mean" and self.total == 0 and self.live.any())
+            self.total = self.total_of_z_terms = torch.tensor(options["denominator"], dtype=torch.float64)
+        is_mean = self.options["reduction"] == "mean"
+        self.no_weight = bool(is_mean and self.total * self.total_of_z_terms == 0 and self.live.any())
+        # So that z_loss times it can be divided by the total, with the rest of a row's loss.
+        self.z_factor = finite(self.total / self.total_of_z_terms) if is_mean else 1.0
+        self.z_loss = options["z_loss"] * abs(self.z_factor)
         self.massless = self.unflat((z == -torch.inf) & ((self.mass == 0) | (self.row_weight == 0)) & m.isfinite())
         self.dead = self.unflat((~self.live).expand_as(x))
         self.shape = x.shape[:-1]
 
         limit = torch.finfo(work).max / 16
-        lse2 = options["z_loss"] * self.lse_error.square() if options["z_loss"] else torch.zeros_like(m)
+        lse2 = self.z_loss * self.lse_error.square() if options["z_loss"] else torch.zeros_like(m)
         sizes = [finite(z).abs(), d, self.minus_log_p * self.mass.abs(), lse2.expand_as(d)]
         sizes += [finite(x * self.scale).abs()]
         big = torch.stack(sizes).amax(0) if classes else torch.zeros_like(d)
@@ -175,7 +182,7 @@ class Rows:
 
     def loss_bound(self) -> Tensor:
         """Of each row's loss, [M, 1]."""
-        z_loss = self.options["z_loss"]
+        z_loss = self.z_loss
         size = (self.smooth_mass * self.e + self.true_mass * self.e).sum(-1, keepdim=True)
         square = finite(self.lse).square()
         size = size + z_loss * (2 * finite(self.lse).abs() * self.lse_error + square) * self.live
@@ -237,7 +244,7 @@ class Rows:
         loss, *stats = upstream
         f = self.factor(loss)
         g_lse, g_nll, g_entropy = (torch.zeros_like(self.m) if g is None else g.abs().unsqueeze(-1) for g in stats)
-        z_pull = 2 * self.options["z_loss"] * f
+        z_pull = 2 * self.z_loss * f
         q = torch.where(self.one_hot > 0, 0, self.q.abs())
         of_lse = (z_pull * (finite(self.lse).abs() + self.lse_error)).nan_to_num(0)
         pull = f * self.mass.abs().sum(-1, keepdim=True) + of_lse + g_lse
@@ -266,7 +273,7 @@ class Rows:
     def _gradient_of_z(self, f: Tensor, stats: list[Tensor | None]) -> Tensor:
         """A magnitude of dL/dz."""
         of_stats = sum((g.abs().unsqueeze(-1) for g in stats if g is not None), start=torch.zeros_like(self.m))
-        size = f * (1 + self.mass.abs().sum(-1, keepdim=True) + 2 * self.options["z_loss"] * finite(self.lse).abs())
+        size = f * (1 + self.mass.abs().sum(-1, keepdim=True) + 2 * self.z_loss * finite(self.lse).abs())
         return size + of_stats * (1 + self.q.abs().sum(-1, keepdim=True) + self.minus_log_p * self.p)
 
     def target_gradient(self, upstream: list[Tensor | None], dtype: torch.dtype) -> Bounded:
@@ -338,7 +345,8 @@ def exact_loss(logits: Tensor, target: Tensor, weight: Tensor | None, rows: Rows
         return oracle.cross_entropy_loss(z, target, weight, **options)
     # Nothing of the target class's own term, also where that is infinite.
     uniform = torch.full_like(z, 1 / z.shape[dim])
-    each = oracle.cross_entropy_loss(z, uniform, weight, reduction="none", z_loss=options["z_loss"])
+    z_loss = options["z_loss"] * float(rows.z_factor)
+    each = oracle.cross_entropy_loss(z, uniform, weight, reduction="none", z_loss=z_loss)
     each = torch.where((rows.row_weight != 0).squeeze(-1), each * rows.row_weight.squeeze(-1), 0)
     if options["reduction"] == "none":
         return each

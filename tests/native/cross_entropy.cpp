@@ -22,7 +22,7 @@ struct Case {
   bool weighted, stats, sum_only;
   bool row_weighted, by_probability;
   int64_t ignore_index;
-  double smoothing, z_loss, softcap, logit_scale;
+  double smoothing, z_loss, z_factor, softcap, logit_scale;
   // Where the gradient is written: in the visit of the forward pass, over a copy of the logits too, or in backward.
   bool precompute, in_place;
   bool grad_lse, grad_nll, grad_entropy;  // in backward
@@ -37,8 +37,8 @@ std::string text_of(const Case& o) {
   const char* const targets[] = {" int64", " uint8", " probabilities "};
   words += targets[static_cast<int>(o.target)];
   if (o.probabilities()) words += name_of(o.probabilities_type);
-  words += text(" ignore ", o.ignore_index, " smoothing ", o.smoothing, " z_loss ", o.z_loss, " softcap ", o.softcap,
-                " scale ", o.logit_scale);
+  words += text(" ignore ", o.ignore_index, " smoothing ", o.smoothing, " z_loss ", o.z_loss, " times ", o.z_factor,
+                " softcap ", o.softcap, " scale ", o.logit_scale);
   const std::pair<bool, const char*> flags[] = {{o.at_end, "at the end"},
                                                 {o.non_temporal, "non-temporal"},
                                                 {o.weighted, "weighted"},
@@ -75,6 +75,7 @@ Case draw(Random& random) {
   o.ignore_index = random.pick<int64_t>({-100, 0});
   o.smoothing = random.pick({0.0, 0.0, 0.1, 1.0});
   o.z_loss = random.pick({0.0, 0.0, 0.01});
+  o.z_factor = o.at_end ? 1.0 : 2.5;
   o.softcap = random.pick({0.0, 0.0, 0.0, 20.0});
   o.logit_scale = random.pick({1.0, 1.0, 0.5});
   o.precompute = random.one_in(2);
@@ -191,6 +192,7 @@ void run_both(const Case& o, const Inputs<T>& in, Outputs<T>& out) {
   k.options = rounded_to<T>(
       Options{0, kNone, o.ignore_index, o.smoothing, o.z_loss, o.softcap, o.logit_scale, o.by_probability, false});
   if (o.row_weighted) k.row_weight = in.row_weight.values();
+  if (o.z_factor != 1) k.z_factor = &o.z_factor;
   k.state = out.state.values();
   k.entropy = out.entropy.values();
   const double divisor = 2;
@@ -264,7 +266,7 @@ struct ExactRow {
       loss += times(b[c], lse - z[c]);
       if (std::isfinite(z[c])) size = std::max(size, std::abs(z[c]));
     }
-    loss += o.z_loss * lse * lse;
+    loss += o.z_loss * o.z_factor * lse * lse;
     if (o.row_weighted) factor = in.row_weight[row];
     if (o.by_probability && !ignored) factor = p[y];
     loss *= factor;
@@ -277,7 +279,7 @@ struct ExactRow {
     const double g = ignored ? 0 : factor * upstream(in.grad_loss, true),
                  g_nll = ignored ? 0 : upstream(in.grad_nll, o.grad_nll);
     const double g_lse = upstream(in.grad_lse, o.grad_lse), g_entropy = upstream(in.grad_entropy, o.grad_entropy);
-    const double all = g * (b_sum + 2 * o.z_loss * lse) + g_lse + g_nll * q_sum;
+    const double all = g * (b_sum + 2 * o.z_loss * o.z_factor * lse) + g_lse + g_nll * q_sum;
     std::vector<double> result;
     for (size_t c = 0; c < z.size(); c++) {
       // all p - own, without the cancellation of a p close to 1.
@@ -301,7 +303,7 @@ template <typename T>
 double gradient_size(const ExactRow<T>& exact, const std::vector<double>& gradient) {
   double size = 0;
   for (double value : gradient) size = std::max(size, std::abs(value));
-  const double of_terms = exact.o.smoothing * exact.b_sum + 2 * exact.o.z_loss * std::abs(exact.lse);
+  const double of_terms = exact.o.smoothing * exact.b_sum + 2 * exact.o.z_loss * exact.o.z_factor * std::abs(exact.lse);
   size += of_terms * std::abs(exact.upstream(exact.in.grad_loss, true));
   if (exact.o.grad_lse) size += std::abs(exact.upstream(exact.in.grad_lse, true));
   if (exact.o.grad_nll) size += std::abs(exact.upstream(exact.in.grad_nll, true));

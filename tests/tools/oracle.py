@@ -186,19 +186,27 @@ def cross_entropy_loss(
     denominator: float | None = None,
     row_weight: Tensor | str | None = None,
 ) -> Tensor:
-    """Torch's loss of the transformed logits, and z_loss lse^2 for each row. Differentiable to any order."""
+    """Torch's loss of the transformed logits, and z_loss lse^2 for each row. Differentiable to any order.
+
+    A mean divides the first by the class weights of the rows, the second by the rows, if no denominator is given.
+    """
     if row_weight is not None:
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
         options |= {"softcap": softcap, "logit_scale": logit_scale, "reduction": "none"}
-        rows = cross_entropy_loss(input, target, weight, **options)
         factors = row_factors(input, target, row_weight, ignore_index, softcap=softcap, logit_scale=logit_scale)
-        rows = torch.where(factors == 0, 0, factors * torch.where(factors == 0, 0, rows))
+
+        def weighed(rows: Tensor) -> Tensor:
+            return torch.where(factors == 0, 0, factors * torch.where(factors == 0, 0, rows))
+
+        rows = weighed(cross_entropy_loss(input, target, weight, **options))
+        penalty = weighed(z_terms(input, target, ignore_index, z_loss, softcap, logit_scale))
         if reduction == "none":
-            return rows
-        if denominator is None:
+            return rows + penalty
+        if denominator is None and reduction == "mean":
             shares = 1 if isinstance(row_weight, str) else factors
-            denominator = total_weight(target, weight, class_dim(input), ignore_index, shares)
-        return rows.sum() / (denominator if reduction == "mean" else 1)
+            totals = [total_weight(target, w, class_dim(input), ignore_index, shares) for w in (weight, None)]
+            return rows.sum() / totals[0] + (penalty.sum() / totals[1] if z_loss != 0 else 0)
+        return (rows + penalty).sum() / (denominator if reduction == "mean" else 1)
     if denominator is not None:
         options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         options |= {"softcap": softcap, "logit_scale": logit_scale, "reduction": "sum"}
@@ -210,14 +218,21 @@ def cross_entropy_loss(
     )
     if z_loss == 0:
         return loss
-    penalty = z_loss * logsumexp(z, dim).square()
-    if not target.is_floating_point():
-        penalty = torch.where(target != ignore_index, penalty, 0)
+    penalty = z_terms(input, target, ignore_index, z_loss, softcap, logit_scale)
     if reduction == "none":
         return loss + penalty
     if reduction == "sum":
         return loss + penalty.sum()
-    return loss + penalty.sum() / total_weight(target, weight, dim, ignore_index)
+    return loss + penalty.sum() / total_weight(target, None, dim, ignore_index)
+
+
+def z_terms(
+    input: Tensor, target: Tensor, ignore_index: int, z_loss: float, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """z_loss lse^2 of each row; 0 where it is ignored."""
+    dim = class_dim(input)
+    penalty = z_loss * logsumexp(transformed(input, softcap, logit_scale).movedim(-1, dim), dim).square()
+    return penalty if target.is_floating_point() else torch.where(target != ignore_index, penalty, 0)
 
 
 def row_factors(

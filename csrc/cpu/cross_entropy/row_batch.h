@@ -74,7 +74,7 @@ inline RowRules<double> row_rules(const CrossEntropy<T>& p) {
   rules.is_capped = LogitTransform(o).is_capped();
   rules.eps = o.label_smoothing;
   rules.share = rules.eps / static_cast<double>(p.all_classes);
-  rules.z_loss = o.z_loss;
+  rules.z_loss = p.z_factor ? o.z_loss * *p.z_factor : o.z_loss;
   rules.scale = o.logit_scale;
   return rules;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "../../cpu/dispatch.h"
+#include "../../row_math.h"
 #include "../kernel_params.h"
 #include "non_temporal.h"
 #include "parallel.h"
@@ -88,13 +89,13 @@ double sum_of_rows(const Call& call) {
   return sum;
 }
 
-// Checks the target and returns the mean's denominator.
+// Checks the target and returns the mean's denominator with these class weights, or without any.
 template <typename T>
-double scan_targets(const Call& call, const Weights<T>& weights) {
+double scan_targets(const Call& call, const T* weight) {
   if (call.probabilities) return call.all_classes > 0 ? sum_of_rows<T>(call) : 0;
   const void* data = call.target.const_data_ptr();
-  return call.byte_target ? scan_classes(call, static_cast<const uint8_t*>(data), weights.weight_data())
-                          : scan_classes(call, static_cast<const int64_t*>(data), weights.weight_data());
+  return call.byte_target ? scan_classes(call, static_cast<const uint8_t*>(data), weight)
+                          : scan_classes(call, static_cast<const int64_t*>(data), weight);
 }
 
 // With what each addition rounds off added at the end (Neumaier, Zeitschrift für Angewandte Mathematik und Mechanik 54,
@@ -133,17 +134,18 @@ double run(CrossEntropyParams<T> params, const Weights<T>& weights, const Layout
 template <typename T>
 void forward(const Call& call, const Forward& out, CrossEntropyParams<T> p, const Layout& layout, bool non_temporal) {
   const Weights<T> weights(call);
-  const double weight_of_targets = scan_targets(call, weights);
-  const double total_weight = out.total_is_given ? *values_of<double>(out.total_weight) : weight_of_targets;
+  double* const total = has_total(call, out) ? values_of<double>(out.total_weight) : nullptr;
+  const double weight_of_targets = scan_targets(call, weights.weight_data());
+  if (total && !out.total_is_given) {
+    total[0] = weight_of_targets;
+    if (p.z_factor) total[1] = z_factor_of(total[0], scan_targets<T>(call, nullptr));
+  }
   p.loss_type = out.loss_type;
   if (call.options.reduction == kNone) p.loss = out.loss.data_ptr();
-  const double* const divisor = divides_by_total(call, out) ? &total_weight : nullptr;
-  if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divisor, true};
+  if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divides_by_total(call, out) ? total : nullptr, true};
   const double sum = run(p, weights, layout, non_temporal);
-  const bool is_mean = call.options.reduction == kMean;
-  if (is_mean) *values_of<double>(out.total_weight) = total_weight;
   if (call.options.reduction != kNone)
-    set_value(out.loss.data_ptr(), out.loss_type, is_mean ? sum / total_weight : sum);
+    set_value(out.loss.data_ptr(), out.loss_type, call.options.reduction == kMean ? sum / total[0] : sum);
 }
 
 template <typename T>
@@ -155,7 +157,7 @@ void forward(const Call& call, const Forward& out) {
 template <typename T>
 void part(const Call& call, bool stats, const std::optional<Tensor>& before, const Tensor& to) {
   const Weights<T> weights(call);
-  scan_targets(call, weights);
+  scan_targets(call, weights.weight_data());
   const JointLayout joint = cross_entropy_layout(call, std::nullopt, std::nullopt, kLayoutRule);
   run(part_params<T>(call, before, stats, to), weights, joint.layout(), false);
 }
@@ -172,12 +174,10 @@ void of_parts(const Call& call, const Forward& out) {
 template <typename T>
 void backward(const Call& call, const Backward& operands) {
   const Weights<T> weights(call);
-  scan_targets(call, weights);
+  scan_targets(call, weights.weight_data());
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kLayoutRule);
-  const bool is_mean = call.options.reduction == kMean;
-  const CrossEntropyParams<T> p =
-      backward_params<T>(call, operands, is_mean ? const_values_of<double>(operands.total_weight) : nullptr);
-  run(p, weights, joint.layout(), operands.grad_input && is_non_temporal(*operands.grad_input, call.input));
+  run(backward_params<T>(call, operands), weights, joint.layout(),
+      operands.grad_input && is_non_temporal(*operands.grad_input, call.input));
 }
 
 }  // namespace

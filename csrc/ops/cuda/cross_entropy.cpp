@@ -62,8 +62,7 @@ void check_classes(const Call& call, const CrossEntropyParams<T>& p, cuda::Strea
       call.byte_target ? static_cast<const uint8_t*>(classes)[row] : static_cast<const int64_t*>(classes)[row]);
 }
 
-// The mean's denominator from the targets, for a gradient that is to be divided by it; without one it comes with the sum
-// of the losses.
+// The total weight from the targets, where it is needed beforehand; otherwise it comes with the sum of the losses.
 template <typename T>
 void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor& total, const Workspace<T>& workspace,
                  cuda::Stream stream) {
@@ -71,6 +70,11 @@ void sum_targets(const Call& call, const CrossEntropyParams<T>& p, const Tensor&
     torch::stable::fill_(total, static_cast<double>(call.all_classes > 0 ? call.rows : 0));  // numel / classes
   else
     cuda::sum_targets(p, call.all_classes, values_of<double>(total), workspace.doubles(), stream);
+  if (!p.z_factor) return;
+  CrossEntropyParams<T> unweighted = p;
+  unweighted.weight = nullptr;
+  cuda::sum_targets(unweighted, call.all_classes, values_of<double>(total) + 1, workspace.doubles(), stream);
+  cuda::set_z_factor(values_of<double>(total), stream);
 }
 
 // Of no rows: the sum is 0, and a mean 0 / 0 or 0 / denominator.
@@ -110,11 +114,11 @@ void forward(const Call& call, const Forward& out) {
   workspace.add_to(p);
   check_classes(call, p, stream);
 
-  const bool divides = divides_by_total(call, out);
+  const bool divides = divides_by_total(call, out), sums_first = (divides || p.z_factor) && !out.total_is_given;
   double* total = has_total(call, out) ? values_of<double>(out.total_weight) : nullptr;
-  if (divides && !out.total_is_given) sum_targets(call, p, out.total_weight, workspace, stream);
+  if (sums_first) sum_targets(call, p, out.total_weight, workspace, stream);
   if (out.grad) p.grad_loss = {nullptr, DType::kFloat64, 0, divides ? total : nullptr, true};
-  with_losses(call, out, p, joint.layout(), divides || out.total_is_given,
+  with_losses(call, out, p, joint.layout(), sums_first || out.total_is_given,
               [&](const CrossEntropyParams<T>& params, const cuda::LossSum* sum) {
                 cuda::cross_entropy(params, joint.layout(), sum, stream);
               });
@@ -143,7 +147,9 @@ void of_parts(const Call& call, const Forward& out) {
   rows.outer = call.rows;
   CrossEntropyParams<T> p = parts_params<T>(call, out);
   workspace.add_to(p);
-  with_losses(call, out, p, rows, out.total_is_given,
+  const bool sums_first = p.z_factor && !out.total_is_given;
+  if (sums_first) sum_targets(call, p, out.total_weight, workspace, on.stream());
+  with_losses(call, out, p, rows, sums_first || out.total_is_given,
               [&](const CrossEntropyParams<T>& params, const cuda::LossSum* sum) {
                 cuda::cross_entropy_of_parts(params, rows, sum, on.stream());
               });
@@ -155,9 +161,7 @@ void backward(const Call& call, const Backward& operands) {
   const OnDevice on(call.input);
   const Workspace<T> workspace(call, on.stream());
   const JointLayout joint = cross_entropy_layout(call, operands.grad_input, operands.grad_target, kCudaLayoutRule);
-  const bool is_mean = call.options.reduction == kMean;
-  CrossEntropyParams<T> p =
-      backward_params<T>(call, operands, is_mean ? const_values_of<double>(operands.total_weight) : nullptr);
+  CrossEntropyParams<T> p = backward_params<T>(call, operands);
   workspace.add_to(p);
   check_classes(call, p, on.stream());
   cuda::cross_entropy(p, joint.layout(), nullptr, on.stream());
