@@ -17,9 +17,7 @@
 SOFTMAX_EXT_BY_LIBM(Sleef_expd4_u10, "avx2", __m256d, double, std::exp)
 SOFTMAX_EXT_BY_LIBM(Sleef_log1pd4_u10, "avx2", __m256d, double, std::log1p)
 SOFTMAX_EXT_BY_LIBM(Sleef_tanhd4_u10, "avx2", __m256d, double, std::tanh)
-SOFTMAX_EXT_BY_LIBM(Sleef_tanhf8_u10, "avx2", __m256, float, std::tanh)
 SOFTMAX_EXT_BY_LIBM(Sleef_expd8_u10, "avx512f", __m512d, double, std::exp)
 SOFTMAX_EXT_BY_LIBM(Sleef_log1pd8_u10, "avx512f", __m512d, double, std::log1p)
 SOFTMAX_EXT_BY_LIBM(Sleef_tanhd8_u10, "avx512f", __m512d, double, std::tanh)
-SOFTMAX_EXT_BY_LIBM(Sleef_tanhf16_u10, "avx512f", __m512, float, std::tanh)
 #endif

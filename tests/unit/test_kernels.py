@@ -1,4 +1,4 @@
-"""The kernels as such: their exponential, and every instruction set that runs here."""
+"""The kernels as such: their exponential, their tanh, and every instruction set that runs here."""
 
 import oracle
 import pytest
@@ -42,6 +42,21 @@ def test_exp_is_within_its_ulps(isa):
     error = (kernel_exp(x).double() - exact).abs() / ulp
     worst = error.argmax()
     assert error[worst] <= oracle.EXP_ULPS, f"{error[worst]:.3f} ULP at {x[worst].item()!r}"
+
+
+@of_the_cpu
+def test_tanh_is_within_its_ulps(isa):
+    """Of the CPU's float32: the log-sum-exp of a single class is its logit."""
+    u = torch.cat([torch.linspace(0, 10, 200_000), torch.linspace(0.99, 1.01, 50_000), torch.logspace(-37, 1, 50_000)])
+    u = torch.cat([u, -u])
+    target = torch.zeros(len(u), dtype=torch.int64)
+    z = softmax_ext.cross_entropy(u[:, None], target, softcap=1.0, return_stats=True)[1].lse
+    exact = u.double().tanh()
+    ulp = torch.finfo(torch.float32).eps * torch.exp2(exact.abs().log2().floor())
+    error = ((z.double() - exact).abs() / ulp).nan_to_num(0)
+    worst = error.argmax()
+    assert error[worst] <= 1.2, f"{error[worst]:.3f} ULP at {u[worst].item()!r}"
+    assert torch.equal(z[u == 0], u[u == 0])
 
 
 @of_the_cpu
