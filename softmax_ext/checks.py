@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -54,10 +55,10 @@ def check_floating(op: str, argument: str, value: Tensor) -> None:
         refuse(NotImplementedError, op, argument, need, describe(value), f"Use {argument}.float().")
 
 
-def check_dtype(op: str, dtype: torch.dtype | None) -> None:
+def check_dtype(op: str, dtype: torch.dtype | None, way_out: str = "") -> None:
     """TypeError unless ``dtype`` is a torch.dtype or None; NotImplementedError unless the kernels compute it."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        refuse(TypeError, op, "dtype", "be a torch.dtype or None", describe(dtype))
+        refuse(TypeError, op, "dtype", "be a torch.dtype or None", describe(dtype), way_out)
     if dtype is not None and dtype not in _FLOATING:
         refuse(NotImplementedError, op, "dtype", "be float64, float32, bfloat16, float16 or None", f"{dtype}")
 
@@ -205,6 +206,11 @@ def check_options(
     TypeError for an option that is not a number. ValueError for one out of range, but as in torch a RuntimeError for
     ``label_smoothing``.
     """
+    if isinstance(reduction, str) and reduction == "elementwise_mean":
+        warnings.warn(
+            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3
+        )
+        reduction = "mean"
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         torchs = f"{reduction} is not a valid value for reduction."
         refuse(ValueError, op, "reduction", 'be "mean", "sum" or "none"', f"{reduction!r}", torchs)

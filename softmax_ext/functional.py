@@ -6,11 +6,13 @@ operator directly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import checks, internals, ops, reference
 from .autograd import compiled, refusals
@@ -19,6 +21,7 @@ from .autograd.softmax import Softmax, eager_softmax
 from .autograd.transforms import in_transform, needs_plain_formulas
 from .dtypes import default_loss_dtype
 from .options import Keywords, Options
+from .scripting import not_scriptable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,6 +48,14 @@ class CrossEntropyStats(NamedTuple):
     prediction: Tensor
 
 
+def _new_stats(cls: type[CrossEntropyStats], lse: Tensor | Iterable[Any], *others: Any, **named: Any) -> Any:
+    """Of one iterable too: so does Tensor.__torch_function__ make it for a subclass, as it makes torch.return_types."""
+    return _new(cls, lse, *others, **named) if others or named else _new(cls, *lse)
+
+
+_new: Any = CrossEntropyStats.__new__
+CrossEntropyStats.__new__ = _new_stats  # type: ignore[method-assign, assignment]
+
 # An exported program that returns CrossEntropyStats can be saved only with this.
 internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_ext.CrossEntropyStats")
 
@@ -52,11 +63,20 @@ internals.register_namedtuple(CrossEntropyStats, serialized_type_name="softmax_e
 # ---- softmax ----
 
 
+def _default_dim(op: str, input: Tensor, stacklevel: int) -> int:
+    """What torch takes where no ``dim`` is given, with torch's warning."""
+    checks.check_dense(op, "input", input)
+    if not torch.compiler.is_compiling():  # Dynamo does not trace warnings
+        text = f"Implicit dimension choice for {op} has been deprecated. Change the call to include dim=X as an argument."
+        warnings.warn(text, stacklevel=stacklevel)
+    return 0 if input.dim() in (0, 1, 3) else 1
+
+
 def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: bool) -> Tensor:
     checks.check_dense(op, "input", input)
     dim = checks.integer(op, "dim", dim)
     if dtype is not None:
-        checks.check_dtype(op, dtype)
+        checks.check_dtype(op, dtype, "The third argument is dtype; torch has _stacklevel there.")
     rank = len(input.shape) or 1
     if not -rank <= dim < rank:
         checks.refuse(IndexError, op, "dim", f"lie in [{-rank}, {rank - 1}]", f"{dim}")
@@ -68,11 +88,11 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     if not input.shape:
         return _softmax(op, input.unsqueeze(0), 0, dtype, log).squeeze(0)
     dim = dim % rank
-    transformed = in_transform()
+    transformed, compiling = in_transform(), torch.compiler.is_compiling()
     result: Tensor
-    if torch.compiler.is_compiling():
-        if transformed:  # as in needs_plain_formulas
-            return input.log_softmax(dim, dtype) if log else input.softmax(dim, dtype)
+    if compiling and transformed:  # as in needs_plain_formulas
+        result = (internals.log_softmax if log else internals.softmax)(input, dim, dtype)
+    elif compiling or torch.jit.is_tracing():
         result = compiled.softmax(input, dim, log, dtype, ops.VERSION)
     elif transformed:
         result = Softmax.apply(input, dim, log, dtype)
@@ -83,7 +103,10 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     return result
 
 
-def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+@not_scriptable("torch.nn.functional.softmax")
+def softmax(
+    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3
+) -> Tensor:
     r"""Softmax over one dimension, :math:`p_c = e^{x_c - m} / \sum_k e^{x_k - m}` with :math:`m = \max x`.
 
     The counterpart of :func:`torch.nn.functional.softmax` as one fused kernel. It reads the input without a copy,
@@ -91,9 +114,11 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
 
     Args:
         input: any shape and strides; float64, float32, bfloat16 or float16. With ``dtype`` also integers and bool.
-        dim: the dimension that sums to 1, from ``-input.dim()`` to ``input.dim() - 1``.
+        dim: the dimension that sums to 1, from ``-input.dim()`` to ``input.dim() - 1``. None, which is deprecated: 0
+            for 0, 1 and 3 dimensions, else 1, with a UserWarning.
         dtype: compute and return in this dtype, without a converted copy of a floating input. Default: the input's;
             float32 for half types on CUDA under autocast.
+        _stacklevel: of the warning where ``dim`` is None; the third argument of torch's function.
 
     Returns:
         A tensor of the input's shape and of ``dtype``.
@@ -104,15 +129,28 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
         ValueError: ``dim`` does not fit 64 bits.
         NotImplementedError: a dtype or layout that is not supported.
     """
+    if has_torch_function_unary(input) and not torch.compiler.is_compiling():
+        keywords = {"dim": dim, "dtype": dtype, "_stacklevel": _stacklevel}
+        return handle_torch_function(softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
+    if dim is None:
+        dim = _default_dim("softmax", input, _stacklevel)
     return _softmax("softmax", input, dim, dtype, False)
 
 
-def log_softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+@not_scriptable("torch.nn.functional.log_softmax")
+def log_softmax(
+    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3
+) -> Tensor:
     r"""Logarithm of the softmax over one dimension, :math:`x_c - m - \log \sum_k e^{x_k - m}`.
 
     The counterpart of :func:`torch.nn.functional.log_softmax`. Here :math:`m = \max x`. Arguments, result and errors
     are those of :func:`softmax`, but the exponentials of the result sum to 1 over ``dim``.
     """
+    if has_torch_function_unary(input) and not torch.compiler.is_compiling():
+        keywords = {"dim": dim, "dtype": dtype, "_stacklevel": _stacklevel}
+        return handle_torch_function(log_softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
+    if dim is None:
+        dim = _default_dim("log_softmax", input, _stacklevel)
     return _softmax("log_softmax", input, dim, dtype, True)
 
 
@@ -157,6 +195,7 @@ def cross_entropy(
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
+@not_scriptable("torch.nn.functional.cross_entropy")
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -263,6 +302,28 @@ def cross_entropy(
             different devices; a second backward after ``inplace``.
         NotImplementedError: logits of another dtype or layout.
     """
+    if has_torch_function_variadic(input, target, weight, denominator, row_weight) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            cross_entropy,
+            (input, target, weight, denominator, row_weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            dtype=dtype,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            denominator=denominator,
+            row_weight=row_weight,
+            precompute_grad=precompute_grad,
+            inplace=inplace,
+            return_stats=return_stats,
+        )
     op = "cross_entropy"
     checks.check_dense(op, "input", input)
     if size_average is not None or reduce is not None:
@@ -327,7 +388,7 @@ def run(
     results: Sequence[Tensor]
     if transformed:
         results = CrossEntropy.apply(input, target, weight, denominator, options, dtype, stats, row_weight)
-    elif compiling:
+    elif compiling or torch.jit.is_tracing():
         arguments = (*options, dtype, stats, False, denominator, row_weight, ops.VERSION)
         results = compiled.cross_entropy(input, target, weight, *arguments)
     elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):

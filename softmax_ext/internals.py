@@ -327,6 +327,18 @@ product_of_halves: Callable[..., torch.Tensor] | None = _take(
     "the factors are converted to float32, a slice at a time",
 )
 
+# ---- formulas ----
+
+softmax: Callable[..., torch.Tensor] = _take(
+    "torch.ops.aten.softmax.int",
+    "softmax in the formulas: softmax_ext.patch() would bring torch's own names back to this package",
+    "torch.softmax, as it was when this package was imported",
+    torch.softmax,
+)
+log_softmax: Callable[..., torch.Tensor] = _take(
+    "torch.ops.aten.log_softmax.int", "log_softmax in the formulas, as above", "as above", torch.log_softmax
+)
+
 # ---- other ----
 
 

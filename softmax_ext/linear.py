@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, functional, internals, linear_ops, plans
 from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of, without_ignored
@@ -21,6 +22,7 @@ from .internals import equal_sizes
 from .linear_ops import Call
 from .operands import Operands, check_classes
 from .options import NONE, Keywords
+from .scripting import not_scriptable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,6 +123,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, CrossEntropyStats]: ...
 
 
+@not_scriptable("torch.nn.functional.linear and torch.nn.functional.cross_entropy")
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -240,6 +243,32 @@ def linear_cross_entropy(
             a ``memory`` that no plan fits into, where the text names the least; for another ``logits_dtype``; and on
             the CPU, or with probabilities, for a wrong ``live_rows``.
     """
+    tensors = (input, linear_weight, target, linear_bias, weight, denominator, row_weight)
+    if has_torch_function_variadic(*tensors) and not torch.compiler.is_compiling():
+        return handle_torch_function(  # type: ignore[no-any-return]
+            linear_cross_entropy,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            dtype=dtype,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            denominator=denominator,
+            row_weight=row_weight,
+            return_stats=return_stats,
+            chunk_rows=chunk_rows,
+            memory=memory,
+            logits_dtype=logits_dtype,
+            live_rows=live_rows,
+        )
     _check_operands(input, linear_weight, linear_bias)
     detached = return_stats == "detached"
     if not isinstance(return_stats, bool) and not detached:
@@ -292,7 +321,7 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call, detached: b
     With ``detached`` the statistics get no upstream gradient.
     """
     input, linear_weight, linear_bias, target, weight, _ = operands
-    transformed, compiling = in_transform(), torch.compiler.is_compiling()
+    transformed, compiling = in_transform(), torch.compiler.is_compiling() or torch.jit.is_tracing()
     if needs_plain_formulas(target, weight, transformed, compiling):
         return _through_logits(operands, denominator, call)
     differentiable = (input, linear_weight, linear_bias, target)

@@ -10,46 +10,54 @@ from torch import Tensor, nn
 
 from . import checks, functional, linear
 from .functional import CrossEntropyStats
+from .scripting import not_scriptable
+
+# So that a warning of a function shows the line that calls the module: behind the functions of nn.Module.
+_STACKLEVEL = 6
 
 
+@not_scriptable("torch.nn.Softmax")
 class Softmax(nn.Softmax):
     """Softmax over one dimension; the counterpart of :class:`torch.nn.Softmax`.
 
     Args:
-        dim: the dimension that sums to 1; required, unlike torch's.
+        dim: the dimension that sums to 1; None, which is deprecated, chooses one as the function does.
 
     Shapes, dtypes and errors are those of :func:`softmax_ext.softmax`.
     """
 
-    dim: int
+    dim: int | None
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(checks.integer("softmax", "dim", dim))
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__(None if dim is None else checks.integer("softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape -> probabilities of the same shape and dtype."""
-        return functional.softmax(input, self.dim)
+        return functional.softmax(input, self.dim, _stacklevel=_STACKLEVEL)
 
 
+@not_scriptable("torch.nn.LogSoftmax")
 class LogSoftmax(nn.LogSoftmax):
     """Log-softmax over one dimension; the counterpart of :class:`torch.nn.LogSoftmax`.
 
     Args:
-        dim: the dimension over which the exponentials of the result sum to 1; required, unlike torch's.
+        dim: the dimension over which the exponentials of the result sum to 1; None, which is deprecated, chooses one as the
+            function does.
 
     Shapes, dtypes and errors are those of :func:`softmax_ext.log_softmax`.
     """
 
-    dim: int
+    dim: int | None
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(checks.integer("log_softmax", "dim", dim))
+    def __init__(self, dim: int | None = None) -> None:
+        super().__init__(None if dim is None else checks.integer("log_softmax", "dim", dim))
 
     def forward(self, input: Tensor) -> Tensor:
         """Input of any shape -> log-probabilities of the same shape and dtype."""
-        return functional.log_softmax(input, self.dim)
+        return functional.log_softmax(input, self.dim, _stacklevel=_STACKLEVEL)
 
 
+@not_scriptable("torch.nn.CrossEntropyLoss")
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Softmax cross entropy; the counterpart of :class:`torch.nn.CrossEntropyLoss`.
 
@@ -129,6 +137,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
+@not_scriptable("torch.nn.Linear and torch.nn.CrossEntropyLoss")
 class LinearCrossEntropyLoss(nn.Module):
     """A linear layer and the softmax cross entropy of its output; the counterpart of torch.nn.LinearCrossEntropyLoss.
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import internals
 from .options import MEAN, NONE, Options
 
 
@@ -229,7 +230,7 @@ class Rows:
         z, self.slope, self.curvature = _logits(x, options)
         largest = _largest(z)
         self.z = z - largest
-        self.log_p = self.z.log_softmax(-1)
+        self.log_p = internals.log_softmax(self.z, -1)
         self.p = self.log_p.exp()
         lse = largest.squeeze(-1) + self.z.logsumexp(-1)
         lse = torch.where(lse.isfinite(), lse, lse + torch.nan)  # as in the kernels: NaN without a distribution

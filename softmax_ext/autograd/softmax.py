@@ -115,7 +115,7 @@ class Softmax(Function):
     def jvp(ctx: Any, saved: list[Any], tangent: Tensor, *_: None) -> Any:
         (x,) = saved  # the input and not the output, because nested forward mode would miss the output's tangent
         t = tangent.to(ctx.output_dtype)
-        p = x.softmax(ctx.dim, dtype=ctx.output_dtype)
+        p = internals.softmax(x, ctx.dim, ctx.output_dtype)
         centred = t - (t * p).sum(ctx.dim, keepdim=True)
         return centred if ctx.log else p * centred
 
