@@ -14,6 +14,7 @@ _diagnosing = ("-m", "softmax_ext") in zip(sys.orig_argv, sys.orig_argv[1:], str
 if ops.load_error is not None and not _diagnosing:
     raise ImportError(f"softmax_ext: {ops.load_error} (python -m softmax_ext tells more)")
 
+from . import flops  # noqa: E402, F401
 from .causal_lm import CausalLMStats, causal_lm_loss  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
 from .linear import linear_cross_entropy  # noqa: E402

@@ -207,9 +207,7 @@ def check_options(
     ``label_smoothing``.
     """
     if isinstance(reduction, str) and reduction == "elementwise_mean":
-        warnings.warn(
-            "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3
-        )
+        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3)
         reduction = "mean"
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         torchs = f"{reduction} is not a valid value for reduction."

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import checks, internals, ops, reference
 from .autograd import compiled, refusals
@@ -21,6 +20,7 @@ from .autograd.softmax import Softmax, eager_softmax
 from .autograd.transforms import in_transform, needs_plain_formulas
 from .dtypes import default_loss_dtype
 from .options import Keywords, Options
+from .overrides import hand_over, has_torch_function_unary, has_torch_function_variadic, is_jit_tracing
 from .scripting import not_scriptable
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def _default_dim(op: str, input: Tensor, stacklevel: int) -> int:
     """What torch takes where no ``dim`` is given, with torch's warning."""
     checks.check_dense(op, "input", input)
     if not torch.compiler.is_compiling():  # Dynamo does not trace warnings
-        text = f"Implicit dimension choice for {op} has been deprecated. Change the call to include dim=X as an argument."
+        text = (
+            f"Implicit dimension choice for {op} has been deprecated. Change the call to include dim=X as an argument."
+        )
         warnings.warn(text, stacklevel=stacklevel)
     return 0 if input.dim() in (0, 1, 3) else 1
 
@@ -92,7 +94,7 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
     result: Tensor
     if compiling and transformed:  # as in needs_plain_formulas
         result = (internals.log_softmax if log else internals.softmax)(input, dim, dtype)
-    elif compiling or torch.jit.is_tracing():
+    elif compiling or is_jit_tracing():
         result = compiled.softmax(input, dim, log, dtype, ops.VERSION)
     elif transformed:
         result = Softmax.apply(input, dim, log, dtype)
@@ -104,9 +106,7 @@ def _softmax(op: str, input: Tensor, dim: int, dtype: torch.dtype | None, log: b
 
 
 @not_scriptable("torch.nn.functional.softmax")
-def softmax(
-    input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3
-) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
     r"""Softmax over one dimension, :math:`p_c = e^{x_c - m} / \sum_k e^{x_k - m}` with :math:`m = \max x`.
 
     The counterpart of :func:`torch.nn.functional.softmax` as one fused kernel. It reads the input without a copy,
@@ -131,7 +131,7 @@ def softmax(
     """
     if has_torch_function_unary(input) and not torch.compiler.is_compiling():
         keywords = {"dim": dim, "dtype": dtype, "_stacklevel": _stacklevel}
-        return handle_torch_function(softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
+        return hand_over(softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
     if dim is None:
         dim = _default_dim("softmax", input, _stacklevel)
     return _softmax("softmax", input, dim, dtype, False)
@@ -148,7 +148,7 @@ def log_softmax(
     """
     if has_torch_function_unary(input) and not torch.compiler.is_compiling():
         keywords = {"dim": dim, "dtype": dtype, "_stacklevel": _stacklevel}
-        return handle_torch_function(log_softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
+        return hand_over(log_softmax, (input,), input, **keywords)  # type: ignore[no-any-return]
     if dim is None:
         dim = _default_dim("log_softmax", input, _stacklevel)
     return _softmax("log_softmax", input, dim, dtype, True)
@@ -302,10 +302,11 @@ def cross_entropy(
             different devices; a second backward after ``inplace``.
         NotImplementedError: logits of another dtype or layout.
     """
-    if has_torch_function_variadic(input, target, weight, denominator, row_weight) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
+    tensors = (input, target, weight, denominator, row_weight)
+    if has_torch_function_variadic(*tensors) and not torch.compiler.is_compiling():
+        return hand_over(  # type: ignore[no-any-return]
             cross_entropy,
-            (input, target, weight, denominator, row_weight),
+            tensors,
             input,
             target,
             weight=weight,
@@ -388,7 +389,7 @@ def run(
     results: Sequence[Tensor]
     if transformed:
         results = CrossEntropy.apply(input, target, weight, denominator, options, dtype, stats, row_weight)
-    elif compiling or torch.jit.is_tracing():
+    elif compiling or is_jit_tracing():
         arguments = (*options, dtype, stats, False, denominator, row_weight, ops.VERSION)
         results = compiled.cross_entropy(input, target, weight, *arguments)
     elif not (torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)):

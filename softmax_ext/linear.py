@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import checks, functional, internals, linear_ops, plans
 from .autograd.linear import NOTHING, EagerLinearCrossEntropy, LinearCrossEntropy, logits_of, without_ignored
@@ -22,6 +21,7 @@ from .internals import equal_sizes
 from .linear_ops import Call
 from .operands import Operands, check_classes
 from .options import NONE, Keywords
+from .overrides import hand_over, has_torch_function_variadic, is_jit_tracing
 from .scripting import not_scriptable
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def linear_cross_entropy(
     """
     tensors = (input, linear_weight, target, linear_bias, weight, denominator, row_weight)
     if has_torch_function_variadic(*tensors) and not torch.compiler.is_compiling():
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return hand_over(  # type: ignore[no-any-return]
             linear_cross_entropy,
             tensors,
             input,
@@ -321,7 +321,7 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call, detached: b
     With ``detached`` the statistics get no upstream gradient.
     """
     input, linear_weight, linear_bias, target, weight, _ = operands
-    transformed, compiling = in_transform(), torch.compiler.is_compiling() or torch.jit.is_tracing()
+    transformed, compiling = in_transform(), torch.compiler.is_compiling() or is_jit_tracing()
     if needs_plain_formulas(target, weight, transformed, compiling):
         return _through_logits(operands, denominator, call)
     differentiable = (input, linear_weight, linear_bias, target)

@@ -48,6 +48,23 @@ def _choose(operands: Operands, needs: tuple[Sequence[bool], bool], limits: Limi
     return plans.choose(operands.problem(*needs), limits._replace(live_rows=None))
 
 
+def plan_of_forward(operands: Operands, needs: Sequence[bool], later: Sequence[bool], limits: Limits) -> LinearPlan:
+    """The plan of ``forward``."""
+    return _choose(operands, (needs, False) if any(needs) else (later[:3], later[3]), limits)
+
+
+def plan_of_backward(
+    operands: Operands, state: Tensor | None, needs: Sequence[bool], later: Sequence[bool], limits: Limits
+) -> LinearPlan:
+    """The plan of ``backward``.
+
+    A state is of forward's logits. The same products, of the same rows in the same chunks, give their bits again, and
+    so the largest logit is the state's maximum again.
+    """
+    which = later if state is not None else needs
+    return _choose(operands, (which[:3], which[3]), limits)
+
+
 def _forward(
     input: Tensor,
     linear_weight: Tensor,
@@ -62,7 +79,7 @@ def _forward(
     limits, (needs, later, rounds, denominator, _) = Limits.split(others)
     operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
     options = options._replace(skips_ignored=True)
-    plan = _choose(operands, (needs, False) if any(needs) else (later[:3], later[3]), limits)
+    plan = plan_of_forward(operands, needs, later, limits)
     wide = arithmetic_dtype(input.dtype, target.dtype, dtype or input.dtype)
     total = total_weight(target, weight, options, row_weight) if denominator is None else denominator.clone()
     divides = options.reduction == MEAN and input.dtype != torch.float16  # see chunks.py
@@ -148,11 +165,8 @@ def _backward(
     upstream = Upstream(grad_loss, grad_lse, grad_nll, grad_entropy)
     operands = Operands(input, linear_weight, linear_bias, target, weight, row_weight)
     *parameters, needs_target = needs
-    # A state is of forward's logits. The same products, of the same rows in the same chunks, give their bits again, and
-    # so the largest logit is the state's maximum again.
-    of_forward = (later[:3], later[3]) if state is not None else (parameters, needs_target)
     options = options._replace(skips_ignored=True)
-    plan = _choose(operands, of_forward, limits)
+    plan = plan_of_backward(operands, state, needs, later, limits)
     with torch.autocast(input.device.type, enabled=False):
         run = Run(operands, LiveRows(operands, options.ignore_index, limits.live_rows), options, wide, plan, limits)
         divisor = float16.divisor_of_backward(operands, options, upstream, needs_target)

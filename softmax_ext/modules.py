@@ -41,8 +41,8 @@ class LogSoftmax(nn.LogSoftmax):
     """Log-softmax over one dimension; the counterpart of :class:`torch.nn.LogSoftmax`.
 
     Args:
-        dim: the dimension over which the exponentials of the result sum to 1; None, which is deprecated, chooses one as the
-            function does.
+        dim: the dimension over which the exponentials of the result sum to 1; None, which is deprecated, chooses one
+            as the function does.
 
     Shapes, dtypes and errors are those of :func:`softmax_ext.log_softmax`.
     """
