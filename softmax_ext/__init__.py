@@ -19,6 +19,7 @@ from .causal_lm import CausalLMStats, causal_lm_loss  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, log_softmax, softmax  # noqa: E402
 from .linear import linear_cross_entropy  # noqa: E402
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, Softmax  # noqa: E402
+from .patch import Patch, PatchReport, patch, unpatch  # noqa: E402
 from .plans import LinearPlan, linear_plan  # noqa: E402
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearPlan",
     "LogSoftmax",
+    "Patch",
+    "PatchReport",
     "Softmax",
     "__version__",
     "causal_lm_loss",
@@ -35,5 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_plan",
     "log_softmax",
+    "patch",
     "softmax",
+    "unpatch",
 ]

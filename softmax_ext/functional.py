@@ -328,7 +328,7 @@ def cross_entropy(
     op = "cross_entropy"
     checks.check_dense(op, "input", input)
     if size_average is not None or reduce is not None:
-        reduction = internals.legacy_reduction(size_average, reduce)
+        reduction = checks.legacy_reduction(size_average, reduce)
     rank = input.dim()
     dim = 0 if rank < 2 else 1
     options = checks.check_options(op, dim, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import inspect
 import platform
+import sys
 from collections.abc import Callable, Sequence
 from functools import reduce
 from importlib.util import find_spec
@@ -28,7 +29,8 @@ class Internal(NamedTuple):
 
     Attributes:
         name: the path by which Python reaches it; ``symbol X`` for the symbol X of libtorch_cpu; ``frame M:F`` for a
-            function F of module M that is searched among the callers, or imported by traced code alone.
+            function F of module M that is searched among the callers; ``source P:F`` for a function F in the file P of
+            torch, which is not imported for it.
         purpose: what this package uses it for.
         without: what happens in a torch that lacks it.
         since: the first torch that has it.
@@ -67,6 +69,10 @@ def _exists(name: str) -> bool:
             return hasattr(ctypes.CDLL("libtorch_cpu.so"), rest)  # its name is enough, because torch has loaded it
         except OSError:
             return False
+    if kind == "source":
+        file, function = rest.split(":")
+        source = Path(torch.__file__).parent / file
+        return source.exists() and f"def {function}(" in source.read_text()
     if kind == "frame":
         module, function = rest.split(":")
         try:
@@ -248,7 +254,7 @@ def is_tracing() -> bool:
 
 TABLE.append(
     Internal(
-        "frame torch.fx.experimental.symbolic_shapes:guard_or_true",
+        "source fx/experimental/symbolic_shapes.py:guard_or_true",
         "checks of shapes in traced code where a size has no value yet, as behind a boolean mask",
         "such a size cannot be compared, and torch raises",
     )
@@ -274,6 +280,19 @@ def equal_sizes(sizes: Sequence[int], others: Sequence[int]) -> bool:
     for size, other in pairs:
         _assume(size == other)
     return True
+
+
+_take(
+    "torch.compiler._is_exporting_flag",
+    "whether torch.export traces: before 2.12 torch.compiler.is_exporting() is true under torch.compile too",
+    "torch.compiler.is_exporting()",
+)
+
+
+def is_exporting() -> bool:
+    """Whether code is being traced by torch.export."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 graph_task: Callable[[], int] = _take(
@@ -327,6 +346,40 @@ product_of_halves: Callable[..., torch.Tensor] | None = _take(
     "the factors are converted to float32, a slice at a time",
 )
 
+# ---- torch's functions replaced (patch.py) ----
+
+_function_modes = _take(
+    "torch.overrides._get_current_function_mode_stack",
+    "whether the only modes are those of torch.device and torch.set_default_device",
+    "under a default device patched functions are torch's own",
+)
+_DeviceContext = _take("torch.utils._device.DeviceContext", "such a mode", "as above")
+
+
+def only_default_device() -> bool:
+    """Whether no TorchFunctionMode is active but for those that choose a device for new tensors."""
+    if _function_modes is None or _DeviceContext is None:
+        return False
+    return all(type(mode) is _DeviceContext for mode in _function_modes())
+
+
+DYNAMO = "torch._dynamo"
+"""The module that lists torch's functions when it is imported. One that is replaced then is none of torch's to it."""
+TABLE.append(
+    Internal(
+        "source _dynamo/trace_rules.py:get_tensor_method",
+        "lists the methods of Tensor, as above, before they are replaced",
+        "torch.compile may refuse Tensor.softmax under softmax_ext.patch()",
+    )
+)
+
+
+def list_tensor_methods() -> None:
+    """Has Dynamo, which is imported, list the methods of Tensor: it does so once."""
+    rules = sys.modules.get(f"{DYNAMO}.trace_rules")
+    getattr(rules, "get_tensor_method", lambda: None)()
+
+
 # ---- formulas ----
 
 softmax: Callable[..., torch.Tensor] = _take(
@@ -340,20 +393,6 @@ log_softmax: Callable[..., torch.Tensor] = _take(
 )
 
 # ---- other ----
-
-
-def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    if reduce is not None and not reduce:
-        return "none"
-    return "mean" if size_average is None or size_average else "sum"
-
-
-legacy_reduction: Callable[[bool | None, bool | None], str] = _take(
-    "torch.nn._reduction.legacy_get_string",
-    "the reduction that size_average and reduce stand for, with torch's warning",
-    "the same without the warning",
-    _legacy_reduction,
-)
 
 register_namedtuple: Callable[..., None] = _take(
     "torch.utils._pytree._register_namedtuple",
