@@ -321,18 +321,20 @@ def _run(operands: Operands, denominator: Tensor | None, call: Call, detached: b
     With ``detached`` the statistics get no upstream gradient.
     """
     input, linear_weight, linear_bias, target, weight, _ = operands
-    transformed, compiling = in_transform(), torch.compiler.is_compiling() or is_jit_tracing()
-    if needs_plain_formulas(target, weight, transformed, compiling):
+    transformed, compiling = in_transform(), torch.compiler.is_compiling()
+    jit_tracing = not compiling and is_jit_tracing()  # what it makes is one graph, whatever will be differentiated
+    if needs_plain_formulas(target, weight, transformed, compiling or jit_tracing):
         return _through_logits(operands, denominator, call)
     differentiable = (input, linear_weight, linear_bias, target)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable]
     # Forward can compute the gradients if the upstream gradient, not known yet, is one factor for all of them.
-    is_one = call.options.reduction != NONE and (detached or not call.stats)
-    precomputes = any(needs) and is_one and not target.requires_grad
-    # Where a transform differentiates, nobody knows what.
-    may_need = (True, True, linear_bias is not None, target.is_floating_point()) if transformed else needs
+    has_one_factor = call.options.reduction != NONE and (detached or not call.stats)
+    precomputes = any(needs) and has_one_factor and not (target.requires_grad or jit_tracing)
+    # Where a transform or a traced graph is differentiated, nobody knows in what.
+    unknown = transformed or jit_tracing
+    may_need = (True, True, linear_bias is not None, target.is_floating_point()) if unknown else needs
     call = call._replace(later=(may_need[0], may_need[1], may_need[2], may_need[3]))
-    if compiling or not (any(needs) or transformed):
+    if compiling or jit_tracing or not (any(needs) or transformed):
         needed = needs[:3] if precomputes else NOTHING
         results = linear_ops.forward(*operands, *call.arguments(needed, True, denominator))
     elif precomputes and not transformed and not internals.saved_tensor_hooks_active():

@@ -23,6 +23,11 @@ _FORWARD = {plans.WHOLE: chunks.forward, plans.ROWS: chunks.forward, plans.CLASS
 _GRADIENTS = {plans.WHOLE: chunks.gradients, plans.ROWS: chunks.gradients, plans.CLASSES: class_chunks.gradients}
 
 
+def _numbers(flags: Sequence[bool]) -> list[int]:
+    """The flags as 0 and 1: torch.jit.trace takes no list of bools."""
+    return [int(flag) for flag in flags]
+
+
 class Call(NamedTuple):
     """The arguments of a call that are not tensors; see linear_cross_entropy."""
 
@@ -35,12 +40,12 @@ class Call(NamedTuple):
 
     def arguments(self, needs: Sequence[bool], rounds: bool, denominator: Tensor | None) -> tuple[Any, ...]:
         """The arguments of ``forward`` behind the operands."""
-        flags = (list(needs), list(self.later), rounds)
+        flags = (_numbers(needs), _numbers(self.later), rounds)
         return (*self.options, self.dtype, self.stats, *self.limits, *flags, denominator, ops.VERSION)
 
     def backward_arguments(self, needs: Sequence[bool]) -> tuple[Any, ...]:
         """The arguments of ``backward`` behind the operands."""
-        return (*self.options, *self.limits, list(needs), list(self.later))
+        return (*self.options, *self.limits, _numbers(needs), _numbers(self.later))
 
 
 def _choose(operands: Operands, needs: tuple[Sequence[bool], bool], limits: Limits) -> LinearPlan:
@@ -219,7 +224,7 @@ forward = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema=f"({_OPERANDS}, {SCHEMA}, ScalarType? dtype, bool stats, {LIMITS_SCHEMA}, "
-    "bool[] needs, bool[] later, bool rounds, Tensor? denominator, int version) -> Tensor[]",
+    "int[] needs, int[] later, bool rounds, Tensor? denominator, int version) -> Tensor[]",
 )
 forward.register_fake(_fake_forward)
 
@@ -231,6 +236,6 @@ backward = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema=f"({_UPSTREAM}, Tensor total, Tensor? state, Tensor? entropy, {_OPERANDS}, {SCHEMA}, "
-    f"{LIMITS_SCHEMA}, bool[] needs, bool[] later) -> Tensor[]",
+    f"{LIMITS_SCHEMA}, int[] needs, int[] later) -> Tensor[]",
 )
 backward.register_fake(_fake_backward)

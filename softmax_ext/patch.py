@@ -202,7 +202,7 @@ class _Installation:
         self.replaced = [_Replaced(self, *target) for target in _TARGETS]
 
     def count(self, function: str, reason: _Reason) -> None:
-    XX
+        """Counts a call; none in what torch.compile traces."""
         if self.reports and not internals.is_tracing() and not getattr(_thread, "inside_torch", False):
             for report in self.reports:
                 report._count(function, reason)

@@ -412,3 +412,20 @@ def test_legacy_reduction_warns_as_torch_does(device):
     logits, target = torch.randn(2, 3, device=device), torch.tensor([0, 1], device=device)
     with pytest.warns(UserWarning, match="deprecated"):
         cross_entropy(logits, target, size_average=False)
+
+
+def test_elementwise_mean(device):
+    """Is the mean, with torch's warning, at the line of the call."""
+    logits, target = torch.randn(2, 3, device=device), torch.tensor([0, 1], device=device)
+    calls = {
+        "cross_entropy": lambda reduction: cross_entropy(logits, target, reduction=reduction),
+        "module": lambda reduction: softmax_ext.CrossEntropyLoss(reduction=reduction)(logits, target),
+        "linear": lambda reduction: softmax_ext.linear_cross_entropy(
+            logits, torch.eye(3, device=device), target, reduction=reduction
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match="^reduction='elementwise_mean' is deprecated. Please use") as caught:
+            loss = call("elementwise_mean")
+        assert torch.equal(loss, call("mean")), name
+        assert name == "module" or [w.filename for w in caught] == [__file__]

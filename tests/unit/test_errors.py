@@ -256,12 +256,6 @@ OPTIONS = {
     "reduction batchmean": Misuse(
         loss(X, Y, reduction="batchmean"), ValueError, ("reduction must be", "got 'batchmean'")
     ),
-    "reduction elementwise_mean": Misuse(
-        loss(X, Y, reduction="elementwise_mean"),
-        ValueError,
-        ("reduction must be", "elementwise_mean"),
-        "deprecated since 1.0",
-    ),
     "ignore_index float": Misuse(
         loss(X, Y, ignore_index=1.0), TypeError, ("ignore_index must be an int", "1.0 (float)")
     ),
@@ -466,10 +460,6 @@ INPLACE = {
 
 SOFTMAX = {
     "list": Misuse(loss(X.tolist(), 1), TypeError, ("input must be a Tensor", "got list"), "AttributeError there"),
-    "dim None": Misuse(
-        loss(X, None), TypeError, ("dim must be an int", "got None"), "deprecated: torch guesses the dimension"
-    ),
-    "dim missing": Misuse(loss(X), TypeError, ("dim",), "deprecated: torch guesses the dimension"),
     "dim str": Misuse(loss(X, "C"), TypeError, ("dim must be an int", "'C' (str)"), NAMES),
     "dim float": Misuse(loss(X, 1.0), TypeError, ("dim must be an int", "1.0 (float)")),
     "dim bool": Misuse(loss(X, True), TypeError, ("dim must be an int", "True (bool)")),
@@ -909,13 +899,6 @@ def test_modules(row):
 @pytest.mark.parametrize("row", LINEAR_MODULES.values(), ids=LINEAR_MODULES)
 def test_linear_module(row):
     check(row, Watched(), nn if hasattr(nn, "LinearCrossEntropyLoss") else None, "linear_cross_entropy")
-
-
-@pytest.mark.parametrize("module", [softmax_ext.Softmax, softmax_ext.LogSoftmax])
-def test_softmax_modules_need_a_dimension(module):
-    """Torch's takes None and guesses, with a warning."""
-    with pytest.raises(TypeError, match="dim"):
-        module()
 
 
 # ---- bad classes ---------------------------------------------------------------------------------------------------

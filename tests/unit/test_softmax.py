@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import warnings
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import contiguous, reversed_dims, stepped
 from torch import Tensor
+from torch.testing import assert_close
 
 import softmax_ext
 from softmax_ext import log_softmax, softmax
@@ -248,12 +250,40 @@ def test_log_softmax_is_the_logarithm(x):
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_arguments_are_torchs(name):
-    """By name as in torch; dim is required here, and torch's private _stacklevel is left out."""
-    theirs = [p for p in inspect.signature(getattr(F, name)).parameters if not p.startswith("_")]
+    """By name and with torch's defaults; dtype is third here, where torch has _stacklevel."""
+    theirs = inspect.signature(getattr(F, name)).parameters
     ours = inspect.signature(getattr(softmax_ext, name)).parameters
-    assert list(ours) == theirs
-    assert ours["dim"].default is inspect.Parameter.empty
-    assert ours["dtype"].default is None
+    assert list(ours) == ["input", "dim", "dtype", "_stacklevel"]
+    assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items()}
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4), (2, 3, 4), (2, 3, 4, 5)])
+def test_dim_left_out(name, shape, device):
+    """torch's choice, and its warning at the line of the call."""
+    x = torch.randn(shape, device=device)
+    module = {"softmax": softmax_ext.Softmax, "log_softmax": softmax_ext.LogSoftmax}[name]()
+    calls = {
+        "function": lambda f: f(x),
+        "None": lambda f: f(x, None),
+        "_stacklevel": lambda f: (lambda: f(x, _stacklevel=4))(),
+        "module": lambda f: module(x),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = getattr(F, name)(x.cpu())
+    for label, call in calls.items():
+        with pytest.warns(UserWarning, match=f"^Implicit dimension choice for {name} has been deprecated") as caught:
+            ours = call(getattr(softmax_ext, name))
+        assert_close(ours.cpu(), theirs, msg=label)
+        assert [w.filename for w in caught] == [__file__], label
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_torchs_third_argument(name):
+    with pytest.raises(TypeError, match=r"dtype must be .* got 3 .* third argument is dtype; torch has _st"):
+        getattr(softmax_ext, name)(torch.randn(3), 0, 3)
+    assert getattr(softmax_ext, name)(torch.randn(3), 0, _stacklevel=3, dtype=torch.float64).dtype == torch.float64
 
 
 def test_modules_are_the_functions(device):
