@@ -348,6 +348,9 @@ product_of_halves: Callable[..., torch.Tensor] | None = _take(
 
 # ---- torch's functions replaced (patch.py) ----
 
+with contextlib.suppress(ImportError):
+    import torch.utils._device  # torch imports it late
+
 _function_modes = _take(
     "torch.overrides._get_current_function_mode_stack",
     "whether the only modes are those of torch.device and torch.set_default_device",

@@ -77,7 +77,7 @@ def _name(dtype: object) -> str:
 
 
 def _unsupported_softmax(input: Any, dim: Any, dtype: Any) -> _Reason:
-    reason = _unsupported_logits(input) or _unsupported_here(input)
+    reason = _unsupported_here(input) or _unsupported_logits(input)
     if reason is not None:
         return reason
     if dtype is not None and dtype not in checks.FLOATING:
@@ -91,7 +91,7 @@ def _unsupported_softmax(input: Any, dim: Any, dtype: Any) -> _Reason:
 def _unsupported_cross_entropy(
     input: Any, target: Any, weight: Any, ignore_index: Any, reduction: Any, label_smoothing: Any
 ) -> _Reason:
-    reason = _unsupported_logits(input) or _unsupported_tensor("target", target) or _unsupported_here(input)
+    reason = _unsupported_here(input) or _unsupported_logits(input) or _unsupported_tensor("target", target)
     if reason is None and weight is not None:
         reason = _unsupported_weight(input, target, weight)
     if reason is not None:
@@ -356,9 +356,9 @@ class _Call(NamedTuple):
     dtype: Any
 
     @staticmethod
-    def of(input: Any = None, dim: Any = None, dtype: Any = None, *others: Any, out: Any = None, **named: Any) -> _Call:
-        """The arguments by their usual names. torch has other names for them too, as ``axis``."""
-        return _Call(input, dim, dtype)
+    def of(input: Any = None, dim: Any = None, dtype: Any = None, *others: Any, **named: Any) -> _Call:
+        """The arguments by their usual names. torch has more names, as ``axis`` and ``out``; then ``dim`` is None."""
+        return _Call(input, None if others or named else dim, dtype)
 
 
 _TARGETS: list[tuple[Any, str, Callable[..., Callable[..., Any]]]] = [
