@@ -61,7 +61,7 @@ check: $(VENV)/.test $(VENV)/.integrations $(VENV)/.built ## what CI runs beside
 	$(MAKE) dist wheel
 
 # What depends on torch's version: its compiler, transforms and autograd, what it says, and whether the libraries load.
-VERSIONED := compile $(patsubst %,unit/test_%.py,transforms linear linear_rows inplace integration errors modules) package/test_diagnostics.py
+VERSIONED := compile $(patsubst %,unit/test_%.py,transforms linear linear_rows inplace integration errors modules patch torch_function flops) package/test_diagnostics.py
 
 # The library is the one of .venv: built with one torch it serves every other, which is a part of what this tests.
 test-torch: $(VENV)-torch-$(VERSION)/.installed $(VENV)/.built ## run what depends on the torch with VERSION=2.11.0, in .venv-torch-2.11.0

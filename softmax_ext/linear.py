@@ -174,7 +174,8 @@ def linear_cross_entropy(
     - where the upstream gradients differ from row to row (reduction "none", ``return_stats=True``);
     - for a target that requires grad;
     - for a second backward;
-    - under ``torch.func`` and under saved-tensor hooks (checkpoint, save_on_cpu).
+    - under ``torch.func`` and under saved-tensor hooks (checkpoint, save_on_cpu);
+    - in what torch.jit.trace makes.
 
     All logits exist at once:
 

@@ -484,9 +484,9 @@ def patch(report: bool = False) -> Patch:
     Values are torch's within rounding. README.md says under "What differs" where they are not, and that a class out of
     range is a NaN on CUDA, unless SOFTMAX_EXT_CHECK_TARGETS is set. A call that torch refuses may get either's error.
 
-    Under torch.compile the rules are the same. What is compiled under a patch uses softmax_ext. Code that was compiled
-    before is compiled anew where torch guards the name that it looked up (functions of modules), and goes on with
-    torch's own where it does not (methods of Tensor). The other way round it is compiled anew.
+    Under torch.compile the rules are the same, but methods of Tensor are torch's own, and so is what torch's functions
+    call inside. Code that was compiled before patch() or unpatch() is compiled anew where it calls one of the other
+    functions.
 
     Args:
         report: whether to count the calls, in the ``report`` of the result.
