@@ -23,8 +23,8 @@ from .options import MEAN, NONE, REDUCTIONS, Options
 
 _LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 _STRIDED = torch.strided
-CLASSES = (torch.int64, torch.uint8)
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CLASSES = (torch.int64, torch.uint8)
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
@@ -39,6 +39,16 @@ def refuse(error: type[Exception], op: str, argument: str, need: str, got: str, 
     raise error(f"{op}: {argument} must {need}; got {got}.{' ' + way_out if way_out else ''}")
 
 
+def is_computed(dtype: torch.dtype) -> bool:
+    """Whether the kernels compute the dtype."""
+    return dtype in _FLOATING
+
+
+def is_of_classes(dtype: torch.dtype) -> bool:
+    """Whether class indices may have the dtype."""
+    return dtype in _CLASSES
+
+
 def check_dense(op: str, argument: str, value: Any) -> None:
     """TypeError unless ``value`` is a Tensor; NotImplementedError for sparse and nested Tensors."""
     if not isinstance(value, Tensor):
@@ -50,7 +60,7 @@ def check_dense(op: str, argument: str, value: Any) -> None:
 
 def check_floating(op: str, argument: str, value: Tensor) -> None:
     """NotImplementedError unless the kernels compute the dtype of ``value``."""
-    if value.dtype not in FLOATING:
+    if value.dtype not in _FLOATING:
         need = "be float64, float32, bfloat16 or float16"
         refuse(NotImplementedError, op, argument, need, describe(value), f"Use {argument}.float().")
 
@@ -59,7 +69,7 @@ def check_dtype(op: str, dtype: torch.dtype | None, way_out: str = "") -> None:
     """TypeError unless ``dtype`` is a torch.dtype or None; NotImplementedError unless the kernels compute it."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
         refuse(TypeError, op, "dtype", "be a torch.dtype or None", describe(dtype), way_out)
-    if dtype is not None and dtype not in FLOATING:
+    if dtype is not None and dtype not in _FLOATING:
         refuse(NotImplementedError, op, "dtype", "be float64, float32, bfloat16, float16 or None", f"{dtype}")
 
 
@@ -127,7 +137,7 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> T
         check_device(op, "target", target, input)
     shape = input.shape
     batch = shape[:1] + shape[2:] if len(shape) > 2 else shape[:-1]
-    if target.dtype in CLASSES and equal_sizes(target.shape, batch):
+    if target.dtype in _CLASSES and equal_sizes(target.shape, batch):
         return target
     if equal_sizes(target.shape, shape):
         if not target.is_floating_point():
@@ -138,10 +148,10 @@ def check_target(op: str, input: Tensor, target: Tensor, ignore_index: int) -> T
         return target
     if input.dim() == 1 and list(target.shape) == [1]:
         target = target.squeeze(0)  # as torch allows
-    if target.dtype not in CLASSES or not equal_sizes(target.shape, batch):
+    if target.dtype not in _CLASSES or not equal_sizes(target.shape, batch):
         # As in torch, another number of rows is a ValueError and everything else a RuntimeError.
         if input.dim() == 1:
-            other_size = target.dim() == 1 and target.dtype in CLASSES
+            other_size = target.dim() == 1 and target.dtype in _CLASSES
         else:
             other_size = target.shape[:1] != input.shape[:1]
         error = ValueError if other_size else RuntimeError
@@ -160,7 +170,7 @@ def _classes_elsewhere(op: str, shape: torch.Size, target: Tensor) -> str:
 
 def check_logits(op: str, input: Tensor, target: object) -> None:
     """The same as ``check_floating``, but the text tells when logits and target are probably swapped."""
-    if input.dtype in FLOATING:
+    if input.dtype in _FLOATING:
         return
     if isinstance(target, Tensor) and target.is_floating_point():
         need = "be float64, float32, bfloat16 or float16"
@@ -177,7 +187,7 @@ def check_weight(op: str, input: Tensor, weight: Tensor, classes: int, indices: 
     check_dense(op, "weight", weight)
     if not equal_sizes(weight.shape, [classes]):
         refuse(RuntimeError, op, "weight", f"have shape [{classes}], one value for each class", describe(weight))
-    if weight.dtype not in FLOATING:
+    if weight.dtype not in _FLOATING:
         refuse(RuntimeError, op, "weight", "be floating", describe(weight), "Use weight.to(input.dtype).")
     check_device(op, "weight", weight, input)
     if indices and torch.is_grad_enabled() and internals.requires_grad(weight):
@@ -199,9 +209,10 @@ def _warn(text: str) -> None:
 
 def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """The reduction that these deprecated arguments stand for, with torch's warning."""
-    reduction = "none" if reduce is not None and not reduce else "sum"
-    if reduction == "sum" and (size_average is None or size_average):
-        reduction = "mean"
+    if reduce is not None and not reduce:
+        reduction = "none"
+    else:
+        reduction = "mean" if size_average is None or size_average else "sum"
     _warn(f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.")
     return reduction
 
@@ -222,7 +233,7 @@ def check_options(
     ``label_smoothing``.
     """
     if isinstance(reduction, str) and reduction == "elementwise_mean":
-        warnings.warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.", stacklevel=3)
+        _warn("reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead.")
         reduction = "mean"
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         torchs = f"{reduction} is not a valid value for reduction."
@@ -276,7 +287,7 @@ def check_row_weight(
     check_dense(op, "row_weight", row_weight)
     if not equal_sizes(row_weight.shape, rows):
         refuse(RuntimeError, op, "row_weight", f"have shape {list(rows)}, one value for each row", describe(row_weight))
-    if row_weight.dtype not in FLOATING:
+    if row_weight.dtype not in _FLOATING:
         way_out = "Use row_weight.to(input.dtype)."
         refuse(RuntimeError, op, "row_weight", "be floating", describe(row_weight), way_out)
     check_device(op, "row_weight", row_weight, input)

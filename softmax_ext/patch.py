@@ -67,7 +67,7 @@ def _unsupported_tensor(argument: str, tensor: Any) -> _Reason:
 
 def _unsupported_logits(input: Any) -> _Reason:
     reason = _unsupported_tensor("input", input)
-    if reason is None and input.dtype not in checks.FLOATING:
+    if reason is None and not checks.is_computed(input.dtype):
         reason = f"input: {_name(input.dtype)}"
     return reason
 
@@ -80,7 +80,7 @@ def _unsupported_softmax(input: Any, dim: Any, dtype: Any) -> _Reason:
     reason = _unsupported_here(input) or _unsupported_logits(input)
     if reason is not None:
         return reason
-    if dtype is not None and dtype not in checks.FLOATING:
+    if dtype is not None and not checks.is_computed(dtype):
         return f"dtype: {_name(dtype)}"
     rank = input.dim() or 1
     if dim is not None and not (type(dim) is int and -rank <= dim < rank):
@@ -112,8 +112,8 @@ def _unsupported_cross_entropy(
 def _is_target(input: Tensor, target: Tensor) -> bool:
     """Whether dtype, device and shape are those of class indices or of probabilities."""
     rank = input.dim()
-    probabilities = target.dtype in checks.FLOATING
-    if target.device != input.device or not rank or not (probabilities or target.dtype in checks.CLASSES):
+    probabilities = checks.is_computed(target.dtype)
+    if target.device != input.device or not rank or not (probabilities or checks.is_of_classes(target.dtype)):
         return False
     if torch.compiler.is_compiling():  # a comparison of sizes would be a guard
         return target.dim() == (rank if probabilities else rank - 1)
@@ -125,7 +125,7 @@ def _unsupported_weight(input: Tensor, target: Tensor, weight: Any) -> _Reason:
     reason = _unsupported_tensor("weight", weight)
     if reason is not None:
         return reason
-    if weight.dtype not in checks.FLOATING:
+    if not checks.is_computed(weight.dtype):
         return f"weight: {_name(weight.dtype)}"
     if weight.device != input.device or weight.dim() != 1:
         return "weight: another device or shape"

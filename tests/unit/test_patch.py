@@ -654,6 +654,8 @@ calls = {
     "CrossEntropyLoss": lambda x: criterion(x, y),
     "Softmax": lambda x: module(x),
     "size_average": lambda x: F.cross_entropy(x, y, size_average=False),
+    "elementwise_mean": lambda x: F.cross_entropy(x, y, reduction="elementwise_mean"),
+    "no dim": lambda x: F.softmax(x),
     "axis": lambda x: torch.softmax(x, axis=1),
     "negative": lambda x: F.cross_entropy(x, y, label_smoothing=-1.0),
 }
