@@ -39,7 +39,8 @@ class CrossEntropyStats(NamedTuple):
             or all of them are -inf.
         nll: lse - z_y, neither weighted nor smoothed; for probabilities sum q_c (lse - z_c). 0 for an ignored row.
         entropy: that of the predicted distribution.
-        prediction: the class of the largest logit, the first if there are several; int64.
+        prediction: the class of the largest logit, the first if there are several; int64. Here an ignored position has
+            one too: ``prediction.where(target != -100, -1)`` leaves it out.
     """
 
     lse: Tensor
@@ -278,11 +279,13 @@ def cross_entropy(
             "probability": the probability of the row's target class, as a constant; for class indices only. The mean
             divides as it does without (dynamic fine-tuning, arXiv:2508.05629). The statistics are not multiplied.
         precompute_grad: the forward computes the gradient too, while the row is in cache. The backward then only
-            multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad.
+            multiplies it by the upstream gradient, if that is not 1. Ignored if probabilities require grad. In float16
+            the gradient is rounded before a loss scale multiplies it, so that small probabilities give 0.
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
             ``precompute_grad``. The input's values are lost then. A graph that still needs them is refused, and so is a
             later use that is differentiated. A later use without a gradient, as of metrics, cannot be noticed and reads
-            the gradient: ``return_stats`` has predictions and entropy.
+            the gradient: ``return_stats`` has predictions and entropy. ``torch.autograd.grad`` with respect to the
+            logits needs their ``torch.autograd.graph.get_gradient_edge``, taken before.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:

@@ -297,10 +297,10 @@ def apply(
     """Gives a model of transformers this package's loss.
 
     With ``linear=True`` output layer and loss are one, as in :func:`softmax_ext.linear_cross_entropy`: in training,
-    where labels are given, the logits are never all made. ``outputs.logits`` is None then. They are made in eval mode and
-    where ``model(..., output_logits=True)`` asks for them. A cap or a scale of the logits is taken from what the model's
-    own forward does (Gemma 2, Cohere, Granite). A forward that does anything else with them gets them, and a warning
-    says so.
+    where labels are given, the logits are never all made. ``outputs.logits`` is None then. They are made in eval mode
+    and where ``model(..., output_logits=True)`` asks for them. A cap or a scale of the logits is taken from what the
+    model's own forward does (Gemma 2, Cohere, Granite). A forward that does anything else with them gets them, and a
+    warning says so.
 
     The loss is transformers' own in all else: shifted labels or ``shift_labels``, ``num_items_in_batch``, float32. Call
     this before or after peft; before torch.compile, DistributedDataParallel and whatever replaces ``model.forward``.

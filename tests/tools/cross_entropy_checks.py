@@ -32,11 +32,12 @@ def run(input: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor, 
     wants_target = target.is_floating_point() and not strategy.inplace and not strategy.precompute_grad
     target = target.detach().requires_grad_(wants_target)
     x = oracle.as_computed(input) if strategy.inplace else input.detach().requires_grad_()
+    edge = torch.autograd.graph.get_gradient_edge(x)  # before x becomes the result of what overwrites it
     loss = cross_entropy(
         x, target, weight, precompute_grad=strategy.precompute_grad, inplace=strategy.inplace, **options
     )
     result = loss.detach().clone()
-    grads = torch.autograd.grad(loss, [x, target] if wants_target else [x], upstream.expand_as(loss))
+    grads = torch.autograd.grad(loss, [edge, target] if wants_target else [edge], upstream.expand_as(loss))
     if strategy.inplace:
         assert grads[0].data_ptr() == input.data_ptr(), "inplace=True has put the gradient elsewhere"
     return result, grads[0], grads[1] if wants_target else None

@@ -700,3 +700,11 @@ def test_logits_are_freed_after_the_backward(retained, inplace):
     loss.backward()
     del logits
     assert alive() is None
+
+
+@both
+def test_the_gradient_of_the_logits_by_the_edge_taken_before(inplace):
+    _, logits = leaf_and_logits(3, 4)
+    expected = torch.autograd.grad(F.cross_entropy(logits, TARGET), logits)[0]
+    edge = torch.autograd.graph.get_gradient_edge(logits)
+    assert_close(torch.autograd.grad(cross_entropy(logits, TARGET, **inplace), edge)[0], expected)
