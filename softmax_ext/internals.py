@@ -271,14 +271,14 @@ def equal_sizes(sizes: Sequence[int], others: Sequence[int]) -> bool:
         return tuple(sizes) == tuple(others)
     if len(sizes) != len(others):
         return False
-    from torch.fx.experimental.symbolic_shapes import guard_or_true  # which tracing has imported
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true  # which tracing has imported
 
-    pairs = [(size, other) for size, other in zip(sizes, others, strict=True) if size is not other]
-    for size, other in pairs:
+    for size, other in zip(sizes, others, strict=True):
         if not guard_or_true(size == other):
             return False
-    for size, other in pairs:
-        _assume(size == other)
+    for size, other in zip(sizes, others, strict=True):
+        if not guard_or_false(size == other):
+            _assume(size == other)
     return True
 
 

@@ -509,8 +509,15 @@ def eager_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, *c
     """EagerCrossEntropy: the loss, then the statistics."""
     weight = None if weight is None else internals.alive(weight)
     input = internals.alive(input)
-    results = _apply(input, internals.alive(target), weight, call)
+    target = internals.alive(target)
     *_, precompute_grad, inplace, _, _ = call
-    if precompute_grad and inplace:
-        InplaceCrossEntropy.replaces_history_of(input)
+    if not (precompute_grad and inplace):
+        results = _apply(input, target, weight, call)
+    else:
+        version = input._version
+        try:
+            results = _apply(input, target, weight, call)
+        finally:  # after KeyboardInterrupt too
+            if input._version != version:
+                InplaceCrossEntropy.replaces_history_of(input)
     return results if type(results) is tuple else (results,)

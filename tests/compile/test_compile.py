@@ -1102,7 +1102,7 @@ def test_torch_function_modes_and_device_contexts():
 # ---- sizes without a value: the rows that a boolean mask picks -----------------------------------------------------
 
 HIDDEN, WEIGHT, LABELS = randn(6, 8), randn(11, 8, seed=1), torch.tensor([1, -100, 3, 4, -100, 2])
-SHARES, FACTORS = randn(6, 11, seed=2).softmax(1), randn(6, seed=3).square()
+SHARES, PICKED_FACTORS = randn(6, 11, seed=2).softmax(1), randn(6, seed=3).square()
 PICKED: dict[str, Callable[..., Tensor]] = {
     "linear": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(x[x_mask], w, LABELS[mask]),
     "linear, stats": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
@@ -1115,12 +1115,12 @@ PICKED: dict[str, Callable[..., Tensor]] = {
         x[x_mask][None], w, LABELS[mask][None]
     ),
     "linear, row_weight": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
-        x[x_mask], w, LABELS[mask], row_weight=FACTORS[mask]
+        x[x_mask], w, LABELS[mask], row_weight=PICKED_FACTORS[mask]
     ),
     "linear, probabilities": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(x[x_mask], w, SHARES[mask]),
     "logits": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], LABELS[mask]),
     "logits, row_weight": lambda x, w, x_mask, mask: cross_entropy(
-        (x @ w.T)[x_mask], LABELS[mask], row_weight=FACTORS[mask]
+        (x @ w.T)[x_mask], LABELS[mask], row_weight=PICKED_FACTORS[mask]
     ),
     "logits, probabilities": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], SHARES[mask]),
     "logits, weight": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], LABELS[mask], SHARES[0].detach()),

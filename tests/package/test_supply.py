@@ -55,7 +55,8 @@ def test_every_requirement_is_pinned():
     pins = pinned()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["project"]["optional-dependencies"]
-    wanted = [*project["build-system"]["requires"], *(one for group in groups.values() for one in group)]
+    of_groups = [one for group in groups.values() for one in group if not one.startswith("softmax_ext[")]
+    wanted = [*project["build-system"]["requires"], *of_groups]
     names = {canonical(re.match(r"[\w.-]+", one)[0]) for one in wanted}
     seen = set()
     while names - seen:

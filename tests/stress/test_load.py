@@ -276,9 +276,10 @@ def prepare(what, options):
         return x, lambda: softmax(x.detach(), 1)
     if what.startswith("forward"):
         return x, lambda: cross_entropy(x, target, softcap=9.0, **options)
+    edge = torch.autograd.graph.get_gradient_edge(x)
     loss = cross_entropy(x, target, softcap=9.0, **options)
     upstream = torch.tensor(2.0, dtype=torch.float64)  # so that a precomputed gradient is scaled
-    return x, lambda: torch.autograd.grad(loss, x, upstream)[0]
+    return x, lambda: torch.autograd.grad(loss, edge, upstream)[0]
 
 def interrupt(call, delay):
     # Whether KeyboardInterrupt came out of the call itself.

@@ -180,6 +180,7 @@ def test_repr_in_a_model():
 def test_public_names():
     """What the package offers, and nothing by accident."""
     assert set(softmax_ext.__all__) == {
+        "CausalLMStats",
         "CrossEntropyLoss",
         "CrossEntropyStats",
         "LinearCrossEntropyLoss",
@@ -189,6 +190,7 @@ def test_public_names():
         "PatchReport",
         "Softmax",
         "__version__",
+        "causal_lm_loss",
         "cross_entropy",
         "linear_cross_entropy",
         "linear_plan",
