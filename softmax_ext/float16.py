@@ -38,15 +38,16 @@ def _row_factors(operands: Operands, options: Options) -> Tensor:
 
 
 def _power(bounds: Tensor) -> Tensor:
-    """The power of two, [] float32, by which the largest bound becomes about 2^_LARGEST; 1 if they are all 0."""
-    most = bounds.nan_to_num(0, 0, 0).max()
+    """The power of two, [] float32, by which the largest bound becomes about 2^_LARGEST; 1 if all are 0, or none is."""
+    none = bounds.new_zeros(1)
+    most = torch.cat([bounds.nan_to_num(0, 0, 0).flatten(), none]).max()
     exponent = (torch.frexp(most).exponent - _LARGEST).clamp(-120, 120)
     return torch.where(most > 0, torch.ldexp(torch.ones_like(most), exponent), 1.0).float()
 
 
 def divisor_of_forward(operands: Operands, options: Options) -> Tensor | None:
     """That of the gradients which forward computes, for an upstream gradient of 1; None: 1."""
-    if operands.input.dtype != torch.float16 or options.weighs_by_probability or not operands.input.shape[0]:
+    if operands.input.dtype != torch.float16 or options.weighs_by_probability:
         return None
     if operands.weight is None and operands.row_weight is None:
         return None
@@ -66,7 +67,7 @@ def divisor_of_backward(operands: Operands, options: Options, upstream: Upstream
 
     With a gradient of the target too, which is no product and would be rounded twice, they are not divided.
     """
-    if operands.input.dtype != torch.float16 or not operands.input.shape[0] or needs_target:
+    if operands.input.dtype != torch.float16 or needs_target:
         return None
     loss, *statistics = upstream
     bounds = operands.input.new_zeros(operands.loss_shape, dtype=torch.float64)
@@ -75,4 +76,4 @@ def divisor_of_backward(operands: Operands, options: Options, upstream: Upstream
     for gradient in statistics:
         if gradient is not None:
             bounds = bounds + gradient.double().abs().nan_to_num(0, 0, 0)
-    return _power(bounds) if bounds.numel() else None
+    return _power(bounds)

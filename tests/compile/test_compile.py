@@ -1118,6 +1118,9 @@ PICKED: dict[str, Callable[..., Tensor]] = {
         x[x_mask], w, LABELS[mask], row_weight=PICKED_FACTORS[mask]
     ),
     "linear, probabilities": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(x[x_mask], w, SHARES[mask]),
+    "linear, float16": lambda x, w, x_mask, mask: softmax_ext.linear_cross_entropy(
+        x[x_mask].half(), w.half(), LABELS[mask], weight=SHARES[0], row_weight=PICKED_FACTORS[mask]
+    ),
     "logits": lambda x, w, x_mask, mask: cross_entropy((x @ w.T)[x_mask], LABELS[mask]),
     "logits, row_weight": lambda x, w, x_mask, mask: cross_entropy(
         (x @ w.T)[x_mask], LABELS[mask], row_weight=PICKED_FACTORS[mask]
@@ -1164,3 +1167,13 @@ def test_masks_that_pick_different_numbers_of_rows():
     assert_close(function(HIDDEN, mask, mask), loss(HIDDEN, mask, mask))
     with pytest.raises(RuntimeError, match="Eq"):
         function(HIDDEN, mask, LABELS == 3)
+
+
+@masks
+def test_rows_of_a_boolean_mask_under_patch():
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return F.cross_entropy((x @ w.T)[LABELS != -100], LABELS[LABELS != -100])
+
+    right = loss(HIDDEN, WEIGHT)
+    with softmax_ext.patch():
+        assert_close(compiled(loss)(HIDDEN, WEIGHT), right)

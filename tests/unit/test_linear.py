@@ -1056,3 +1056,18 @@ def test_targets_off_the_cpu_are_checked_on_demand(value, checked, monkeypatch):
 def test_public():
     assert softmax_ext.linear_cross_entropy is linear_cross_entropy
     assert {"linear_cross_entropy", "LinearCrossEntropyLoss"} <= set(softmax_ext.__all__)
+
+
+@pytest.mark.parametrize(("rows", "positions"), [(0, ()), (0, (2,)), (3, (0,))], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float16_of_nothing(reduction, rows, positions):
+    """The bound of the gradients is one of no numbers."""
+    x, w = (
+        torch.ones(rows, 4, dtype=torch.float16),
+        torch.ones(5, *positions, 4, dtype=torch.float16, requires_grad=True),
+    )
+    target, factors = torch.zeros(rows, *positions, dtype=torch.int64), torch.ones(rows, *positions)
+    loss = linear_cross_entropy(x, w, target, weight=torch.ones(5), row_weight=factors, reduction=reduction)
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+    loss.sum().backward()
+    assert not w.grad.any()
