@@ -44,6 +44,11 @@ def shifted(labels: Tensor, ignore_index: int) -> Tensor:
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
+def on_device(count: int | Tensor | None, device: torch.device) -> int | Tensor | None:
+    """A number, or a tensor moved to ``device``."""
+    return count.to(device) if isinstance(count, Tensor) else count
+
+
 def _metrics(positions: CrossEntropyStats, labels: Tensor, ignore_index: int) -> CausalLMStats:
     live = is_live(labels, ignore_index)
     count, right = live.sum(), (live & (positions.prediction == labels)).sum()
@@ -106,14 +111,15 @@ def causal_lm_loss(
 ) -> Tensor | tuple[Tensor, CausalLMStats]:
     r"""Cross entropy of a language model's next tokens, from its last hidden states, without making all logits.
 
-    It equals the loss that transformers computes from ``lm_head(hidden)``, and takes the memory and the products of
+    It equals the loss that transformers computes from ``lm_head(hidden)``. It takes the memory and the products of
     :func:`softmax_ext.linear_cross_entropy`.
 
     Args:
         hidden: the last hidden states, ``(..., positions, in_features)``; float64, float32, bfloat16 or float16.
         lm_head: the output layer, the *module*: an ``nn.Linear``, or around one peft's LoRA layer or its wrapper of
             ``modules_to_save``. So its bias and its adapters count, and get their gradients. LoRA's product is one with
-            the weight's, for which the weight is copied once, in the hidden states' dtype; its dropout is applied.
+            the weight's, in the hidden states' dtype, and its dropout is applied. This takes a copy of the weight and a
+            gradient of the copy, though the weight may be frozen.
         labels: the tokens, ``(..., positions)``, int64 or uint8. They are moved to the hidden states' device.
         shift: position t predicts the token t + 1, and the last position predicts nothing. False: ``labels`` has each
             position's next token already.
@@ -140,14 +146,14 @@ def causal_lm_loss(
     """
     checks.check_dense(_OP, "hidden", hidden)
     checks.check_dense(_OP, "labels", labels)
+    if hidden.dim() < 2:
+        checks.refuse(RuntimeError, _OP, "hidden", "have shape (..., positions, in_features)", checks.describe(hidden))
     if not internals.equal_sizes(labels.shape, hidden.shape[:-1]):
         need = f"have shape {list(hidden.shape[:-1])}, that of hidden without in_features"
         checks.refuse(RuntimeError, _OP, "labels", need, checks.describe(labels))
     if shift:
         labels = shifted(labels, ignore_index)
     labels = labels.to(hidden.device)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
     options: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss, "memory": memory}
     options |= {"dtype": dtype, "logits_dtype": logits_dtype}
     projection = output_layer.projection(_OP, lm_head, hidden)
@@ -164,7 +170,8 @@ def loss_of(
 ) -> Any:
     """The loss of labels that need no shift, and its metrics; ``options`` are linear_cross_entropy's."""
     hidden, weight, bias = projection
-    options |= {"linear_bias": bias, "ignore_index": ignore_index, "denominator": num_items_in_batch}
+    options |= {"linear_bias": bias, "ignore_index": ignore_index}
+    options["denominator"] = on_device(num_items_in_batch, hidden.device)
     if not return_stats:
         return linear_cross_entropy(hidden, weight, labels, **options)
     loss, positions = linear_cross_entropy(hidden, weight, labels, return_stats="detached", **options)

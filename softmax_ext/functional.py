@@ -284,8 +284,9 @@ def cross_entropy(
         inplace: write the gradient over the input's own storage: in the backward, or in the forward with
             ``precompute_grad``. The input's values are lost then. A graph that still needs them is refused, and so is a
             later use that is differentiated. A later use without a gradient, as of metrics, cannot be noticed and reads
-            the gradient: ``return_stats`` has predictions and entropy. ``torch.autograd.grad`` with respect to the
-            logits needs their ``torch.autograd.graph.get_gradient_edge``, taken before.
+            the gradient: ``return_stats`` has predictions and entropy. A gradient with respect to the logits
+            themselves (``torch.autograd.grad``, ``backward(inputs=)``) needs their
+            ``torch.autograd.graph.get_gradient_edge``, taken before.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
@@ -346,7 +347,7 @@ def cross_entropy(
     probabilities = target.dtype.is_floating_point
     if weight is not None:
         checks.check_weight(op, input, weight, input.shape[dim], not probabilities)
-    if inplace and not torch.compiler.is_compiling():
+    if inplace and not (torch.compiler.is_compiling() or in_transform()):
         checks.check_inplace(op, input, target)
     divisor = None
     if denominator is not None:

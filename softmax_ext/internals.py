@@ -203,7 +203,9 @@ def replace_history(apply: Callable[[torch.Tensor], object], tensor: torch.Tenso
     with torch.enable_grad():
         try:
             apply(tensor)
-        except RuntimeError:  # one of the views of chunk, split and the like; they refuse later uses of their base
+        except RuntimeError as error:  # a view of chunk, split and the like; they refuse later uses of their base
+            if "view" not in str(error):
+                raise
             apply(view_base(tensor))
     _set_versions((tensor,), (version,))
 

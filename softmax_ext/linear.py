@@ -206,7 +206,8 @@ def linear_cross_entropy(
         options: torch's chunking options, accepted so that a call of torch's function needs no change, and ignored.
             Use ``chunk_rows``.
         dtype: the dtype of the loss and of the arithmetic on each logit. Default: the operands'; float32 for half types
-            under autocast. The matrix products are in the operands' dtype.
+            under autocast. The matrix products are in the operands' dtype. In float16 the gradient of the logits is
+            rounded for them before a loss scale multiplies it.
         z_loss: factor of the squared log-sum-exp, which class weights do not scale, as in
             :func:`softmax_ext.cross_entropy`.
         softcap: caps the logits smoothly to (-softcap, softcap); None or 0: no cap.

@@ -47,8 +47,17 @@ def _check_plain(op: str, module: nn.Module) -> None:
     """TypeError where a call of the module does more than the ``forward`` of its class."""
     if module._forward_hooks or module._forward_pre_hooks:
         _refuse(op, module, " with forward hooks, which a fused loss cannot run")
+    check_deferred(op, module)
+
+
+def check_deferred(op: str, module: nn.Module) -> None:
+    """The same, but for the forward hooks of a module that is called and whose output is deferred."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        _refuse(op, module, " with backward hooks, which a fused loss cannot run")
     if "forward" in vars(module):
         _refuse(op, module, " with a forward of its own instance, as accelerate's hooks make one")
+    if original_class(module).__call__ is not nn.Module.__call__:
+        _refuse(op, module, " with a __call__ of its own")
 
 
 def projection(op: str, module: nn.Module, hidden: Tensor) -> Projection:
@@ -80,6 +89,7 @@ def check(op: str, module: nn.Module) -> None:
     features = getattr(module, "in_features", None)
     if not isinstance(features, int):
         _refuse(op, module, "")
+    check_deferred(op, module)
     with torch.no_grad():
         of_forward(op, module, next(module.parameters()).new_empty(0, features))
 

@@ -97,7 +97,7 @@ def _unsupported_cross_entropy(
     if reason is not None:
         return reason
     if not _is_target(input, target):
-        return f"target: {_name(target.dtype)} {list(target.shape)} with an input of {list(input.shape)}"
+        return f"target: {_name(target.dtype)} in {target.dim()} dimensions, or in another shape, for the input"
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         return "ignore_index: no int of 64 bits"
     if ignore_index >= 0 and target.is_floating_point():
@@ -243,9 +243,10 @@ class _Replaced:
         self.original = getattr(owner, name)
         log = name == "log_softmax"
         self.replacement = make(installation, self.label, self.original, log)
-        module = getattr(self.original, "__module__", None) or self.replacement.__module__
         functools.update_wrapper(self.replacement, self.original)
-        self.replacement.__module__ = module
+        # Where pickle finds it.
+        self.replacement.__module__ = F.__name__ if owner is F else torch.__name__
+        self.replacement.__qualname__ = f"Tensor.{name}" if owner is Tensor else name
         self.replacement.__prepare_scriptable__ = self._scriptable  # type: ignore[attr-defined]
 
     def _scriptable(self) -> Callable[..., Any]:
@@ -376,19 +377,22 @@ _TARGETS: list[tuple[Any, str, Callable[..., Callable[..., Any]]]] = [
 
 _installation: _Installation | None = None
 _waits_for_dynamo = False
+_lock = threading.RLock()
+"""Held where the names of torch are replaced; a context around the import of Dynamo does that in any thread."""
 
 
 @contextmanager
 def _originals() -> Iterator[None]:
     """torch as it was, while Dynamo is imported: it lists torch's functions then, and takes no others for torch's."""
-    current = _installation
-    taken = [] if current is None else [replaced for replaced in current.replaced if replaced.take_back()]
-    try:
-        yield
-        internals.list_tensor_methods()
-    finally:
-        for replaced in taken:
-            setattr(replaced.owner, replaced.name, replaced.replacement)
+    with _lock:
+        current = _installation
+        taken = [] if current is None else [replaced for replaced in current.replaced if replaced.take_back()]
+        try:
+            yield
+            internals.list_tensor_methods()
+        finally:
+            for replaced in taken:
+                setattr(replaced.owner, replaced.name, replaced.replacement)
 
 
 def _prepare_dynamo() -> None:
@@ -402,29 +406,32 @@ def _prepare_dynamo() -> None:
 
 def _add(added: Patch) -> None:
     global _installation
-    if _installation is None:
-        _prepare_dynamo()
-        _installation = _Installation()
-        _installation.put()
-        _installation.active = True
-    if added not in _installation.patches:
-        _installation.patches.append(added)
-        if added.report is not None:
-            _installation.reports.append(added.report)
+    with _lock:
+        if _installation is None:
+            _prepare_dynamo()
+            _installation = _Installation()
+            _installation.put()
+            _installation.active = True
+        if added not in _installation.patches:
+            _installation.patches.append(added)
+            if added.report is not None:
+                _installation.reports.append(added.report)
 
 
-def _remove(removed: Sequence[Patch], stacklevel: int) -> None:
+def _remove(removed: Sequence[Patch] | None, stacklevel: int) -> None:
+    """Removes some patches; None: all."""
     global _installation
-    if _installation is None:
-        return
-    current = _installation
-    current.patches = [p for p in current.patches if p not in removed]
-    current.reports = [p.report for p in current.patches if p.report is not None]
-    if current.patches:
-        return
-    _installation = None
-    current.active = False
-    others = current.take_back()
+    with _lock:
+        if _installation is None:
+            return
+        current = _installation
+        current.patches = [] if removed is None else [p for p in current.patches if p not in removed]
+        current.reports = [p.report for p in current.patches if p.report is not None]
+        if current.patches:
+            return
+        _installation = None
+        current.active = False
+        others = current.take_back()
     if others:
         left = "it is left alone" if len(others) == 1 else "they are left alone"
         text = f"softmax_ext.unpatch: somebody else has replaced {', '.join(others)} since softmax_ext.patch; {left}."
@@ -440,15 +447,19 @@ class Patch:
 
     def __init__(self, report: bool) -> None:
         self.report = PatchReport() if report else None
+        self._entered = 0
 
     def __enter__(self) -> Patch:
+        self._entered += 1
         _add(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _remove([self], 3)
+        self._entered -= 1
+        if not self._entered:
+            _remove([self], 3)
 
 
 def patch(report: bool = False) -> Patch:
@@ -504,5 +515,4 @@ def unpatch() -> None:
 
     A function that somebody else has replaced meanwhile is left alone, with a UserWarning.
     """
-    if _installation is not None:
-        _remove(list(_installation.patches), 3)
+    _remove(None, 3)

@@ -16,8 +16,7 @@ def _subclass(mixin: type, original: type) -> type:
 
 
 def _empty(mixin: type, original: type) -> Any:
-    subclass: Any = _subclass(mixin, original)
-    return subclass.__new__(subclass)
+    return object.__new__(_subclass(mixin, original))
 
 
 class Replaced:
@@ -25,6 +24,10 @@ class Replaced:
 
     _mixin: type
     _original: type
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """An instance of the original class, of which ``type(instance)`` is to be another name."""
+        return cls._original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (self._mixin, self._original), self.__dict__

@@ -356,11 +356,14 @@ class InplaceCrossEntropy(Function):
     def forward(ctx: Any, input: Tensor) -> Tensor:
         ctx.mark_dirty(input)
         ctx.set_materialize_grads(False)
+        ctx.is_view = internals.view_base(input) is not input
         return input
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
-        if grad is None or not grad.any():
+        if grad is None:
+            return None
+        if ctx.is_view and not internals.is_batched_gradient(grad) and not grad.any():
             return grad  # the zeros that a base, of which another part is used, has here
         raise RuntimeError(
             "cross_entropy: inplace=True has written the gradient over the logits, and they are used again afterwards. "

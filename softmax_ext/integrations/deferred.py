@@ -8,13 +8,14 @@ makes them at once, so that the result is the model's own.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..replaced_class import original_class
 
 
 class Transform(NamedTuple):
@@ -37,6 +38,10 @@ class DeferredLogits:
         compute: computes the layer's output.
         steps: functions of the logits, in their order.
         transform: what the steps amount to but for rounding.
+
+    Attributes:
+        made: the logits, once somebody has needed them. They stand for this object from then on.
+        losses: those that were computed of it, or of what its steps led from or to.
     """
 
     def __init__(
@@ -46,31 +51,40 @@ class DeferredLogits:
         compute: Callable[[Tensor], Tensor],
         steps: tuple[Callable[[Any], Any], ...] = (),
         transform: Transform = Transform(1.0, None),  # noqa: B008  it is immutable
+        losses: list[Tensor] | None = None,
     ) -> None:
         self.hidden, self.layer, self.transform = hidden, layer, transform
+        self.made: Tensor | None = None
+        self.losses: list[Tensor] = [] if losses is None else losses
         self._compute, self._steps = compute, steps
 
-    def _then(self, step: Callable[[Any], Any], transform: Transform) -> DeferredLogits:
-        return DeferredLogits(self.hidden, self.layer, self._compute, (*self._steps, step), transform)
+    def _then(self, step: Callable[[Any], Any], transform: Transform) -> Any:
+        if self.made is not None:
+            return step(self.made)
+        steps = (*self._steps, step)
+        return DeferredLogits(self.hidden, self.layer, self._compute, steps, transform, self.losses)
 
-    def _times(self, factor: float, step: Callable[[Any], Any]) -> DeferredLogits:
+    def _times(self, factor: float, step: Callable[[Any], Any]) -> Any:
         scale, softcap = self.transform
         if softcap is None:
             return self._then(step, Transform(scale * factor, None))
+        if factor <= 0:
+            return step(self.materialize("a product"))
         return self._then(step, Transform(scale * factor, softcap * factor))
 
     def materialize(self, why: str) -> Tensor:
         """Computes the logits as the model does; ``why`` names what needs them, for a warning."""
-        name = type(self.layer).__name__
-        warnings.warn(
-            f"softmax_ext: the model uses its logits between the output layer ({name}) and the loss, in {why}. So they "
-            "are all computed, and linear=True saves no memory here.",
-            stacklevel=3,
-        )
-        logits = self._compute(self.hidden)
-        for step in self._steps:
-            logits = step(logits)
-        return logits
+        if self.made is None:
+            name = original_class(self.layer).__name__
+            warnings.warn(
+                f"softmax_ext: the model uses its logits between the output layer ({name}) and the loss, in {why}. So "
+                "they are all computed, and linear=True saves no memory here.",
+                stacklevel=3,
+            )
+            self.made = self._compute(self.hidden)
+            for step in self._steps:
+                self.made = step(self.made)
+        return self.made
 
     # ---- what is recorded ----
 
@@ -93,17 +107,17 @@ class DeferredLogits:
             return self.materialize("tanh").tanh()
         return self._then(torch.tanh, Transform(scale, 1.0))
 
-    def float(self) -> DeferredLogits:
+    def float(self) -> Any:
         """Recorded: the loss is computed in float32 anyway."""
         return self._then(lambda logits: logits.float(), self.transform)
 
-    def to(self, *args: Any, **kwargs: Any) -> DeferredLogits:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """Recorded, like ``float``: the loss takes the hidden states where they are."""
         return self._then(lambda logits: logits.to(*args, **kwargs), self.transform)
 
-    def contiguous(self) -> DeferredLogits:
+    def contiguous(self) -> Any:
         """Logits that do not exist have no layout."""
-        return self
+        return self._then(lambda logits: logits.contiguous(), self.transform)
 
     @property
     def device(self) -> torch.device:
@@ -115,7 +129,7 @@ class DeferredLogits:
         """That of the hidden states."""
         return self.hidden.dtype
 
-    # ---- what needs the logits ----
+    # ---- what needs the logits: everything else ----
 
     @classmethod
     def __torch_function__(
@@ -126,11 +140,7 @@ class DeferredLogits:
         if func is torch.tanh and len(args) == 1 and not kwargs:
             return args[0].tanh()
         why = getattr(func, "__name__", "a function")
-
-        def made(value: Any) -> Any:
-            return value.materialize(why) if isinstance(value, DeferredLogits) else value
-
-        return func(*map(made, args), **{name: made(value) for name, value in kwargs.items()})
+        return func(*_made(args, why), **_made(kwargs, why))
 
     def __getattr__(self, name: str) -> Any:
         """Any other attribute of a tensor."""
@@ -138,19 +148,31 @@ class DeferredLogits:
             raise AttributeError(name)
         return getattr(self.materialize(name), name)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.materialize("indexing")[index]
+    __hash__ = object.__hash__
 
-    def __add__(self, other: Any) -> Any:
-        return operator.add(self.materialize("add"), other)
 
-    __radd__ = __add__
+def _made(value: Any, why: str) -> Any:
+    """The arguments of a function with the logits that are among them, in lists, tuples and dicts too."""
+    if isinstance(value, DeferredLogits):
+        return value.materialize(why)
+    if type(value) in (list, tuple):
+        return type(value)(_made(one, why) for one in value)
+    if type(value) is dict:
+        return {key: _made(one, why) for key, one in value.items()}
+    return value
 
-    def __sub__(self, other: Any) -> Any:
-        return operator.sub(self.materialize("sub"), other)
 
-    def __rsub__(self, other: Any) -> Any:
-        return operator.sub(other, self.materialize("sub"))
+def _operator(name: str) -> Callable[..., Any]:
+    def of_the_logits(self: DeferredLogits, *others: Any) -> Any:
+        return getattr(self.materialize(name), f"__{name}__")(*_made(others, name))
 
-    def __neg__(self) -> Any:
-        return operator.neg(self.materialize("neg"))
+    return of_the_logits
+
+
+# Python looks these up in the class.
+for _name in (
+    *("add", "radd", "sub", "rsub", "rtruediv", "neg", "pow", "rpow", "matmul", "rmatmul"),
+    *("mod", "rmod", "floordiv", "rfloordiv", "abs", "eq", "ne", "lt", "le", "gt", "ge", "invert"),
+    *("and", "or", "xor", "getitem", "setitem", "len", "iter", "bool", "float", "int", "contains", "array"),
+):
+    setattr(DeferredLogits, f"__{_name}__", _operator(_name))

@@ -12,6 +12,7 @@ below. Nothing but this instance changes.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
-from .. import causal_lm, checks, functional, output_layer
+from .. import causal_lm, checks, functional, output_layer, plans
 from ..replaced_class import Replaced, original_class, replace, restore
 from .deferred import DeferredLogits
 
@@ -40,7 +41,7 @@ class LossOptions(NamedTuple):
     logits_dtype: torch.dtype | None = None
 
 
-def _of_logits(
+def _loss_of_logits(
     rows: Tensor,
     target: Tensor,
     num_items_in_batch: int | Tensor | None = None,
@@ -50,13 +51,11 @@ def _of_logits(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' fixed_cross_entropy: logits [N, C] and class indices [N]; computes in float32, without a copy."""
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(rows.device)
     return functional.cross_entropy(
         rows,
         target,
         ignore_index=ignore_index,
-        denominator=num_items_in_batch,
+        denominator=causal_lm.on_device(num_items_in_batch, rows.device),
         label_smoothing=options.label_smoothing,
         dtype=torch.float32 if rows.dtype.itemsize == 2 else None,
         z_loss=options.z_loss,
@@ -64,7 +63,7 @@ def _of_logits(
     )
 
 
-def _of_deferred(
+def _loss_of_deferred(
     logits: DeferredLogits,
     labels: Tensor,
     num_items_in_batch: int | Tensor | None,
@@ -72,8 +71,10 @@ def _of_deferred(
     options: LossOptions,
 ) -> Tensor:
     hidden, (scale, softcap) = logits.hidden, logits.transform
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
+    output_layer.check_deferred(_OP, logits.layer)  # hooks may have come since
+    if labels.numel() != hidden.shape[:-1].numel():
+        need = f"be as many as the {hidden.shape[:-1].numel()} positions of the logits"
+        checks.refuse(ValueError, _OP, "labels", need, checks.describe(labels))
     projection = output_layer.of_forward(_OP, logits.layer, hidden)
     loss: Tensor = causal_lm.loss_of(
         projection,
@@ -89,10 +90,11 @@ def _of_deferred(
         memory=options.memory,
         logits_dtype=options.logits_dtype,
     )
+    logits.losses.append(loss)
     return loss
 
 
-def _of_tokens(
+def _loss_of_tokens(
     logits: Tensor | DeferredLogits,
     labels: Tensor,
     vocab_size: int,
@@ -101,13 +103,15 @@ def _of_tokens(
     options: LossOptions,
 ) -> Tensor:
     labels = labels.to(logits.device)
+    if isinstance(logits, DeferredLogits) and logits.made is not None:
+        logits = logits.made
     if isinstance(logits, DeferredLogits):
-        return _of_deferred(logits, labels, num_items_in_batch, ignore_index, options)
+        return _loss_of_deferred(logits, labels, num_items_in_batch, ignore_index, options)
     logits = logits.view(-1, vocab_size)
-    return _of_logits(logits, labels.reshape(-1), num_items_in_batch, ignore_index, options=options)
+    return _loss_of_logits(logits, labels.reshape(-1), num_items_in_batch, ignore_index, options=options)
 
 
-def causal_lm_loss(
+def loss_of_causal_lm(
     logits: Tensor | DeferredLogits,
     labels: Tensor,
     vocab_size: int,
@@ -121,10 +125,10 @@ def causal_lm_loss(
     """transformers' ForCausalLMLoss."""
     if shift_labels is None:
         shift_labels = causal_lm.shifted(labels, ignore_index)
-    return _of_tokens(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index, options)
+    return _loss_of_tokens(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index, options)
 
 
-def masked_lm_loss(
+def loss_of_masked_lm(
     logits: Tensor | DeferredLogits,
     labels: Tensor,
     vocab_size: int,
@@ -135,18 +139,18 @@ def masked_lm_loss(
     **kwargs: Any,
 ) -> Tensor:
     """transformers' ForMaskedLMLoss."""
-    return _of_tokens(logits, labels, vocab_size, num_items_in_batch, ignore_index, options)
+    return _loss_of_tokens(logits, labels, vocab_size, num_items_in_batch, ignore_index, options)
 
 
-def token_classification_loss(
+def loss_of_token_classification(
     logits: Tensor, labels: Tensor, config: Any, *, options: LossOptions, **kwargs: Any
 ) -> Tensor:
     """transformers' ForTokenClassification."""
     logits = logits.view(-1, config.num_labels)
-    return _of_logits(logits, labels.view(-1).to(logits.device), options=options, **kwargs)
+    return _loss_of_logits(logits, labels.view(-1).to(logits.device), options=options, **kwargs)
 
 
-def sequence_classification_loss(
+def loss_of_sequence_classification(
     labels: Tensor, pooled_logits: Tensor, config: Any, *, options: LossOptions, **kwargs: Any
 ) -> Tensor:
     """transformers' ForSequenceClassificationLoss, whose regression and multi-label losses are its own."""
@@ -156,28 +160,33 @@ def sequence_classification_loss(
         loss: Tensor = loss_utils.ForSequenceClassificationLoss(labels, pooled_logits, config, **kwargs)
         return loss
     logits, labels = pooled_logits.view(-1, config.num_labels), labels.to(pooled_logits.device).view(-1)
-    return _of_logits(logits, labels, options=options, **kwargs)
+    return _loss_of_logits(logits, labels, options=options, **kwargs)
 
 
 _OURS: dict[Any, Callable[..., Tensor]] = {
-    loss_utils.ForCausalLMLoss: causal_lm_loss,
-    loss_utils.ForMaskedLMLoss: masked_lm_loss,
-    loss_utils.ForTokenClassification: token_classification_loss,
-    loss_utils.ForSequenceClassificationLoss: sequence_classification_loss,
+    loss_utils.ForCausalLMLoss: loss_of_causal_lm,
+    loss_utils.ForMaskedLMLoss: loss_of_masked_lm,
+    loss_utils.ForTokenClassification: loss_of_token_classification,
+    loss_utils.ForSequenceClassificationLoss: loss_of_sequence_classification,
 }
 
 # ---- output layer and loss in one ----
 
 
-class _DeferringLayer(Replaced):
-    """An output layer that returns DeferredLogits while its model's forward wants them."""
+def _this_thread() -> int:
+    """In compiled code 0: it cannot ask."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
-    _defers = False
+
+class _DeferringLayer(Replaced):
+    """An output layer that returns DeferredLogits while its model's forward, in the same thread, wants them."""
+
+    _deferring_thread: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own output, or DeferredLogits."""
         own = self._original.forward  # type: ignore[attr-defined]
-        if self._defers and len(args) == 1 and not kwargs:
+        if self._deferring_thread == _this_thread() and len(args) == 1 and not kwargs:
             layer: Any = self
             return DeferredLogits(args[0], layer, partial(own, self))
         return own(self, *args, **kwargs)
@@ -193,10 +202,12 @@ def _position_of_labels(model: type) -> int:
 
 
 def _without_deferred(output: Any) -> Any:
-    """The model's output with None for logits that were not computed."""
+    """The model's output with None for logits of which there is the loss; others are computed."""
 
     def known(value: Any) -> Any:
-        return None if isinstance(value, DeferredLogits) else value
+        if not isinstance(value, DeferredLogits):
+            return value
+        return value.made if value.made is not None or value.losses else value.materialize("the output without a loss")
 
     if isinstance(output, tuple):
         return tuple(known(value) for value in output)
@@ -204,37 +215,42 @@ def _without_deferred(output: Any) -> Any:
     return type(output)(**{name: known(getattr(output, name)) for name in fields})
 
 
-def _fused_forward(model: Any, *args: Any, output_logits: bool = False, **kwargs: Any) -> Any:
-    """The model's own forward, which makes no logits in training with labels, unless ``output_logits`` says so."""
-    own = model._original.forward
-    position = model._position_of_labels
-    labels = args[position] if 0 <= position < len(args) else kwargs.get("labels")
-    has_labels = labels is not None or kwargs.get("shift_labels") is not None
-    if output_logits or not has_labels or not model.training:
+def _call(own: Callable[..., Any], fuses: bool, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own forward; if it ``fuses``, with DeferredLogits in place of logits, and None for them at the end.
+
+    A forward may call the model again, as distillation does: the inner call restores what the outer one has set.
+    """
+    layer = _deferring_layer(model) if fuses else model.get_output_embeddings()
+    if not isinstance(layer, _DeferringLayer):
         return own(model, *args, **kwargs)
-    layer = _deferring_layer(model)
-    layer._defers = True
+    before = layer._deferring_thread
+    layer._deferring_thread = _this_thread() if fuses else None
     try:
         output = own(model, *args, **kwargs)
     finally:
-        layer._defers = False
-    return _without_deferred(output)
+        layer._deferring_thread = before
+    return _without_deferred(output) if fuses else output
 
 
 class _FusedModel(Replaced):
-    """A model with that forward, whose signature is the model's own, since Trainer reads it."""
+    """A model with that forward, unless ``output_logits=True``. Its signature is the model's own, as Trainer reads it.
 
-    _position_of_labels: int
+    Somebody may keep the bound forward until after ``undo``.
+    """
 
     def __init_subclass__(cls) -> None:
         """``cls`` is a subclass of the model's class too."""
-        original: Any = cls._original
+        own: Any = cls._original.forward  # type: ignore[attr-defined]
+        position = _position_of_labels(cls._original)
 
-        @wraps(original.forward)
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _fused_forward(self, *args, **kwargs)
+        @wraps(own)
+        def forward(self: Any, *args: Any, output_logits: bool = False, **kwargs: Any) -> Any:
+            labels = args[position] if 0 <= position < len(args) else kwargs.get("labels")
+            fuses = labels is not None and self.training and not output_logits
+            if not isinstance(self, _FusedModel):
+                return own(self, *args, **kwargs)
+            return _call(own, fuses, self, *args, **kwargs)
 
-        cls._position_of_labels = _position_of_labels(original)
         setattr(cls, "forward", forward)  # noqa: B010  the model's class has it for type checkers
 
 
@@ -276,6 +292,12 @@ def _loss_for(model: PreTrainedModel) -> Callable[..., Tensor]:
     if not _uses_loss_function(model):
         way_out = "Its forward computes the loss itself: use softmax_ext.patch()."
         checks.refuse(ValueError, _OP, "model", "compute its loss with self.loss_function", name, way_out)
+    given = vars(model).get("_loss_function")
+    if given is not None and getattr(given, "func", None) not in _OURS.values():
+        way_out = "apply would replace it by another loss."
+        checks.refuse(
+            ValueError, _OP, "model", "have no loss_function of the user's", f"{name} with {given!r}", way_out
+        )
     theirs = loss_utils.LOSS_MAPPING.get(getattr(model, "loss_type", None), loss_utils.ForCausalLMLoss)
     if theirs not in _OURS:
         known = ", ".join(one.__name__ for one in _OURS)
@@ -302,8 +324,9 @@ def apply(
     model's own forward does (Gemma 2, Cohere, Granite). A forward that does anything else with them gets them, and a
     warning says so.
 
-    The loss is transformers' own in all else: shifted labels or ``shift_labels``, ``num_items_in_batch``, float32. Call
-    this before or after peft; before torch.compile, DistributedDataParallel and whatever replaces ``model.forward``.
+    The loss is transformers' own in all else: shifted labels or ``shift_labels``, ``num_items_in_batch`` (a number or
+    one element; the loss is a scalar). It is float32 for half types, float64 for float64. Call this before or after
+    peft; before torch.compile, DistributedDataParallel and whatever replaces ``model.forward``.
 
     Args:
         model: an instance of a model with a loss for causal or masked language models, for classification of sequences
@@ -312,7 +335,7 @@ def apply(
         label_smoothing: in [0, 1].
         z_loss: factor of the squared log-sum-exp.
         precompute_grad: of :func:`softmax_ext.cross_entropy`, where logits are made.
-        memory: of :func:`softmax_ext.linear_cross_entropy`, where they are not.
+        memory: of :func:`softmax_ext.linear_cross_entropy`, where they are not, so with ``linear`` alone.
         logits_dtype: likewise.
 
     Returns:
@@ -321,9 +344,14 @@ def apply(
     Raises:
         TypeError: it is no such model; its output layer is none that a fused loss can take.
         ValueError: its forward computes the loss itself, or another kind of loss; ``linear`` with a classifier;
-            ``model.forward`` was replaced already.
+            ``model.forward`` or ``model.loss_function`` was replaced already; an option out of range.
+        RuntimeError: ``label_smoothing`` out of range.
     """
+    checks.check_options(_OP, 1, "mean", -100, label_smoothing, z_loss, None, 1.0)
+    if not linear and (memory is not None or logits_dtype is not None):
+        checks.refuse(ValueError, _OP, "memory and logits_dtype", "be None without linear=True", "one of them")
     inner = _model_within(model)
+    plans.check_limits(_OP, inner.dtype, None, memory, logits_dtype)
     loss = _loss_for(inner)
     if linear:
         _check_linear(inner, loss)
@@ -338,9 +366,9 @@ def apply(
 
 def _check_linear(model: PreTrainedModel, loss: Callable[..., Tensor]) -> None:
     name = original_class(model).__name__
-    if loss not in (causal_lm_loss, masked_lm_loss):
+    if loss not in (loss_of_causal_lm, loss_of_masked_lm):
         checks.refuse(ValueError, _OP, "linear", "be False with a classifier", name)
-    if "forward" in vars(model):
+    if "forward" in vars(model) and not isinstance(model, _FusedModel):
         need = "have the forward of its class"
         way_out = "Call apply before what replaces model.forward (accelerate's prepare, a trainer)."
         checks.refuse(ValueError, _OP, "model", need, f"{name} with a forward of its own", way_out)
@@ -351,6 +379,7 @@ def _check_linear(model: PreTrainedModel, loss: Callable[..., Tensor]) -> None:
 def _undo_linear(model: PreTrainedModel) -> None:
     layer = model.get_output_embeddings()
     for module in layer.modules() if isinstance(layer, nn.Module) else ():
+        vars(module).pop("_deferring_thread", None)
         restore(module)
     restore(model)
 

@@ -1,8 +1,10 @@
 """transformers' own models, tiny and random, with this package's loss beside their own: values, gradients, undoing."""
 
 import copy
+import operator
 import pickle
 import socket
+import threading
 import warnings
 
 import processes
@@ -330,6 +332,43 @@ def test_logits_that_the_model_uses_are_made_with_a_warning(kind):
     assert_same(found, right)
 
 
+OPERATIONS = {
+    "item assignment": lambda z: z.__setitem__((..., slice(5)), -1.0) or z,
+    "power": lambda z: z**2,
+    "reflected": lambda z: 1 / (3 + z * z),
+    "difference": lambda z: 1 - z,
+    "comparison": lambda z: z * (z > 0),
+    "absolute value": lambda z: abs(z),
+    "stack": lambda z: torch.stack([z, 2 * z]).sum(0),
+    "where": lambda z: torch.where(z > 0, z, 0.5 * z),
+    "a cap of the other sign": lambda z: torch.tanh(z / 3) * -3,
+    "a tensor as factor": lambda z: z * torch.tensor(2.0),
+    "matmul": lambda z: z @ torch.eye(97),
+    "rows": lambda z: torch.stack(list(z)),
+    "method": lambda z: z.clamp(-1, 1),
+    "in place": lambda z: z.mul_(0.5),
+    "augmented": lambda z: operator.imul(z, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_any_operation_on_the_logits_is_the_models_own(name):
+    class Model(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = OPERATIONS[name](self.lm_head(self.model(input_ids).last_hidden_state))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=97)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    torch.manual_seed(1)
+    model = Model(transformers.LlamaConfig(**GROUPED)).train()
+    right = step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = step(integration.apply(model, linear=True))
+    assert_same(found, right)
+    assert found[0].logits is None or torch.equal(found[0].logits, right[0].logits)
+
+
 class _CappedBetween(transformers.LlamaForCausalLM):
     def forward(self, input_ids=None, labels=None, **kwargs):
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
@@ -381,3 +420,115 @@ def test_a_replaced_forward_is_refused():
     model.forward = model.forward
     with pytest.raises(ValueError, match=r"Call apply before what replaces model\.forward"):
         integration.apply(model, linear=True)
+
+
+def test_a_loss_function_of_the_users_is_refused():
+    model = model_of()
+    model.loss_function = custom = lambda *args, **kwargs: torch.zeros(())
+    with pytest.raises(ValueError, match="loss_function"):
+        integration.apply(model)
+    assert model.loss_function is custom
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_backward_hooks_of_the_output_layer_are_refused(when, register):
+    model = model_of()
+    if when == "after":
+        integration.apply(model, linear=True)
+    getattr(model.lm_head, register)(lambda *args: None)
+    with pytest.raises(TypeError, match="backward hooks"):
+        integration.apply(model, linear=True) if when == "before" else step(model)
+
+
+def test_a_forward_of_the_output_layers_own_is_refused():
+    model = model_of()
+    model.lm_head.forward = model.lm_head.forward
+    with pytest.raises(TypeError, match="forward of its own"):
+        integration.apply(model, linear=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"label_smoothing": 3.0}, "label_smoothing"),
+        ({"z_loss": -1.0}, "z_loss"),
+        ({"memory": 1 << 20}, "memory"),
+        ({"logits_dtype": torch.float32}, "logits_dtype"),
+        ({"linear": True, "memory": -1}, "memory"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_at_once(options, text):
+    model = model_of()
+    with pytest.raises((ValueError, RuntimeError), match=rf"apply: .*{text}"):
+        integration.apply(model, **options)
+
+
+def test_another_thread_gets_logits():
+    """While one trains, in the middle of its forward."""
+    model = integration.apply(model_of(), linear=True)
+    found = []
+
+    def other():
+        found.append(model(input_ids=batch()["input_ids"]).logits)
+
+    def in_the_middle(module, inputs):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    model.lm_head.register_forward_pre_hook(in_the_middle)
+    model(**batch())
+    assert type(found[0]) is torch.Tensor
+
+
+def test_shift_labels_alone_give_logits_and_no_loss():
+    model = model_of()
+    inputs = {"input_ids": batch()["input_ids"], "shift_labels": batch()["labels"]}
+    right = model(**inputs)
+    found = integration.apply(model, linear=True)(**inputs)
+    assert found.loss is right.loss is None
+    assert torch.equal(found.logits, right.logits)
+
+
+def test_undo_after_something_has_wrapped_the_forward():
+    """As accelerate's mixed precision does."""
+    model = model_of()
+    right = step(model)
+    forward = integration.apply(model, linear=True).forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert step(model)[0].logits is None
+    integration.apply(model, linear=True, z_loss=0.1)
+    assert step(model)[0].loss > right[0].loss
+    assert_same(step(integration.undo(model)), right)
+    assert model.eval()(**batch()).logits is not None
+
+
+def test_the_class_of_the_model_makes_models_of_its_own():
+    model = integration.apply(model_of(), linear=True)
+    for other in (type(model)(model.config), type(model)._from_config(model.config)):
+        assert type(other) is transformers.LlamaForCausalLM
+        assert other.train()(**batch()).logits is not None
+
+
+def test_a_forward_that_calls_the_model_again():
+    model = integration.apply(model_of(), linear=True)
+    found = []
+
+    def inside(module, inputs):
+        if not found:
+            found.append(None)
+            found[0] = model(input_ids=batch()["input_ids"]).logits
+
+    model.lm_head.register_forward_pre_hook(inside)
+    outputs = model(**batch())
+    assert type(found[0]) is torch.Tensor
+    assert outputs.logits is None
+
+
+def test_labels_of_another_number_are_refused():
+    model = integration.apply(model_of(), linear=True)
+    with pytest.raises(ValueError, match="labels must be as many as the 10 positions"):
+        model(**batch(), logits_to_keep=5)

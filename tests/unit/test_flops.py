@@ -174,3 +174,17 @@ print(mode.get_total_flops(), [f for f in sys.meta_path if type(f).__module__ ==
 """
     result = python("-c", script)
     assert result.stdout.split(maxsplit=1) == ["60", "[]\n"], result.stderr
+
+
+def test_whoever_only_looks_for_the_module_takes_nothing():
+    """A library asks by find_spec whether there is a module."""
+    code = """
+import importlib.util, torch, softmax_ext
+assert importlib.util.find_spec("torch.utils.flop_counter") is not None
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as mode:
+    softmax_ext.linear_cross_entropy(torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64))
+print(mode.get_total_flops())
+"""
+    result = python("-c", code)
+    assert result.stdout.strip() == str(2 * 4 * 3 * 5), result.stderr

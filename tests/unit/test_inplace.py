@@ -708,3 +708,33 @@ def test_the_gradient_of_the_logits_by_the_edge_taken_before(inplace):
     expected = torch.autograd.grad(F.cross_entropy(logits, TARGET), logits)[0]
     edge = torch.autograd.graph.get_gradient_edge(logits)
     assert_close(torch.autograd.grad(cross_entropy(logits, TARGET, **inplace), edge)[0], expected)
+
+
+@both
+def test_a_later_use_is_refused_even_where_its_gradient_is_zero(inplace):
+    """Its value would be that of the gradient."""
+    again = overwritten(inplace, "itself")
+    with pytest.raises(RuntimeError, match="used again afterwards"):
+        torch.relu(again - 100).sum().backward()
+
+
+@both
+@pytest.mark.parametrize("view", ["itself", "a view"])
+def test_a_batched_gradient_afterwards_is_refused(view, inplace):
+    make, again = VIEWS[view]
+    leaf, base = leaf_and_logits(3, 4)
+    logits = make(base)
+    loss = cross_entropy(logits, TARGET, **inplace)
+    if inplace is IN_BACKWARD:
+        loss.backward(retain_graph=True)
+    sums = again(base, logits).sum(1)
+    with pytest.raises(RuntimeError, match="used again afterwards"):
+        torch.autograd.grad(sums, leaf, torch.eye(3, dtype=torch.float64), is_grads_batched=True)
+
+
+@both
+def test_the_argument_of_a_transform_may_be_the_logits(inplace):
+    """inplace is ignored there, so a leaf is no obstacle."""
+    x = randn(3, 4)
+    ours = torch.func.grad(lambda x: cross_entropy(x, TARGET, **inplace))(x)
+    assert_close(ours, torch.func.grad(lambda x: F.cross_entropy(x, TARGET))(x))

@@ -6,6 +6,8 @@ Scripts of a user run unchanged, and what they compute is torch's within roundin
 import copy
 import inspect
 import math
+import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -716,3 +718,49 @@ def test_compile(case, dynamic):
 def test_it_does_not_import_dynamo():
     script = "import sys, softmax_ext\nsoftmax_ext.patch()\nassert 'torch._dynamo' not in sys.modules"
     assert python("-c", script).returncode == 0
+
+
+# ---- threads, and who else looks for modules -----------------------------------------------------------------------
+
+
+ORIGINAL = F.softmax
+
+
+def test_threads_that_patch_and_unpatch():
+    wrong = []
+
+    def work() -> None:
+        for _ in range(200):
+            with softmax_ext.patch():
+                if F.softmax is ORIGINAL:
+                    wrong.append("not patched")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert F.softmax is ORIGINAL
+
+
+def test_one_patch_entered_twice():
+    patched = softmax_ext.patch()
+    with patched:
+        with patched:
+            pass
+        assert F.softmax is not ORIGINAL
+    assert F.softmax is ORIGINAL
+
+
+@pytest.mark.parametrize(
+    "name", ["F.cross_entropy", "F.softmax", "torch.softmax", "Tensor.softmax", "Tensor.log_softmax"]
+)
+def test_a_patched_function_is_pickled_by_its_name(name):
+    owner, attribute = {"F": F, "torch": torch, "Tensor": Tensor}[name.split(".")[0]], name.split(".")[1]
+    with softmax_ext.patch():
+        stored = pickle.dumps(getattr(owner, attribute))
+        assert pickle.loads(stored) is getattr(owner, attribute)
+    assert pickle.loads(stored) is getattr(owner, attribute)
