@@ -2,6 +2,7 @@
 TorchScript: torch.jit.trace works, torch.jit.script says that it does not."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -358,3 +359,24 @@ def test_jit_script_of_a_call():
 
     with pytest.raises(NotImplementedError, match=r"^softmax_ext.softmax can't be compiled by torch.jit.script"):
         torch.jit.script(call)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "cross_entropy", "linear_cross_entropy"])
+def test_every_argument_is_handed_over(name):
+    """One that is forgotten would be lost to subclasses and modes in silence."""
+    function, found = getattr(softmax_ext, name), []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is function:
+                found.append(inspect.signature(func).bind(*args, **kwargs).arguments.keys())
+            return func(*args, **(kwargs or {}))
+
+    arguments = {"linear_weight": torch.ones(4, 4)} if name == "linear_cross_entropy" else {}
+    if "cross_entropy" in name:
+        arguments["target"] = torch.tensor([0, 1])
+    else:
+        arguments["dim"] = 1
+    with Mode():
+        function(torch.ones(2, 4), **arguments)
+    assert set(found[0]) == set(inspect.signature(function).parameters)
