@@ -78,7 +78,7 @@ def _loss_of_deferred(
     projection = output_layer.of_forward(_OP, logits.layer, hidden)
     loss: Tensor = causal_lm.loss_of(
         projection,
-        labels.view(hidden.shape[:-1]),
+        labels.reshape(hidden.shape[:-1]),
         num_items_in_batch,
         ignore_index,
         False,
@@ -211,8 +211,11 @@ def _without_deferred(output: Any) -> Any:
 
     if isinstance(output, tuple):
         return tuple(known(value) for value in output)
-    fields = type(output).__dataclass_fields__
-    return type(output)(**{name: known(getattr(output, name)) for name in fields})
+    if type(output) is dict:
+        return {name: known(value) for name, value in output.items()}
+    if not hasattr(output, "__dataclass_fields__"):
+        return known(output)
+    return type(output)(**{name: known(getattr(output, name)) for name in type(output).__dataclass_fields__})
 
 
 def _call(own: Callable[..., Any], fuses: bool, model: Any, *args: Any, **kwargs: Any) -> Any:

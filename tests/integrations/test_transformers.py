@@ -532,3 +532,26 @@ def test_labels_of_another_number_are_refused():
     model = integration.apply(model_of(), linear=True)
     with pytest.raises(ValueError, match="labels must be as many as the 10 positions"):
         model(**batch(), logits_to_keep=5)
+
+
+@pytest.mark.parametrize("form", ["dict", "the logits alone"])
+def test_outputs_of_other_forms(form):
+    class Model(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids).last_hidden_state)
+            if form != "dict":
+                assert self.loss_function is not None
+                return logits
+            return {"loss": self.loss_function(logits=logits, labels=labels, vocab_size=97), "logits": logits}
+
+    torch.manual_seed(1)
+    model = Model(transformers.LlamaConfig(**GROUPED)).train()
+    right = model(**batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = integration.apply(model, linear=True)(**batch())
+    if form == "dict":
+        assert found["logits"] is None
+        torch.testing.assert_close(found["loss"], right["loss"])
+    else:
+        assert torch.equal(found, right)
