@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from . import checks, internals, output_layer
 from .functional import CrossEntropyStats
 from .linear import linear_cross_entropy
 from .reference import is_live
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OP = "causal_lm_loss"
 
@@ -55,22 +58,26 @@ def _metrics(positions: CrossEntropyStats, labels: Tensor, ignore_index: int) ->
     return CausalLMStats((right / count).float(), (positions.entropy.sum() / count).float(), count, positions)
 
 
+class _Keywords(TypedDict, total=False):
+    shift: bool
+    num_items_in_batch: int | Tensor | None
+    ignore_index: int
+    softcap: float | None
+    logit_scale: float
+    z_loss: float
+    memory: int | None
+    dtype: torch.dtype | None
+    logits_dtype: torch.dtype | None
+
+
 @overload
 def causal_lm_loss(
     hidden: Tensor,
     lm_head: nn.Module,
     labels: Tensor,
     *,
-    shift: bool = True,
-    num_items_in_batch: int | Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
     return_stats: Literal[False] = False,
-    memory: int | None = None,
-    dtype: torch.dtype | None = None,
-    logits_dtype: torch.dtype | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor: ...
 
 
@@ -80,16 +87,8 @@ def causal_lm_loss(
     lm_head: nn.Module,
     labels: Tensor,
     *,
-    shift: bool = True,
-    num_items_in_batch: int | Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    z_loss: float = 0.0,
     return_stats: Literal[True],
-    memory: int | None = None,
-    dtype: torch.dtype | None = None,
-    logits_dtype: torch.dtype | None = None,
+    **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, CausalLMStats]: ...
 
 

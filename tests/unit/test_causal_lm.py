@@ -13,7 +13,7 @@ from softmax_ext import causal_lm_loss
 BATCH, POSITIONS, FEATURES, CLASSES = 3, 7, 5, 11
 
 
-def problem(dtype=torch.float64, bias=True, **device):
+def problem(dtype=torch.float64, bias=True):
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(BATCH, POSITIONS, FEATURES, generator=generator, dtype=torch.float64)
     head = nn.Linear(FEATURES, CLASSES, bias=bias, dtype=torch.float64)

@@ -624,22 +624,22 @@ VIEWS = {
 }
 
 
-def overwritten(inplace: dict[str, bool], view: str) -> Tensor:
-    """What is used again of logits that hold their gradient."""
+def overwritten(inplace: dict[str, bool], view: str) -> tuple[Tensor, Tensor]:
+    """The leaf, and what is used again of logits that hold their gradient."""
     make, again = VIEWS[view]
-    _, base = leaf_and_logits(3, 4)
+    leaf, base = leaf_and_logits(3, 4)
     logits = make(base)
     loss = cross_entropy(logits, TARGET, **inplace)
     if inplace is IN_BACKWARD:
         loss.backward(retain_graph=True)
-    return again(base, logits)
+    return leaf, again(base, logits)
 
 
 @both
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("use", AFTERWARDS)
 def test_a_differentiable_use_afterwards_is_refused(use, view, inplace):
-    again = overwritten(inplace, view)
+    _, again = overwritten(inplace, view)
     with pytest.raises(RuntimeError, match=r"cross_entropy: inplace=True has written.*used again.*return_stats=True"):
         AFTERWARDS[use](again).backward()
 
@@ -682,7 +682,7 @@ def test_other_parts_of_the_base_may_be_used_afterwards(inplace):
 
 @both
 def test_a_use_without_gradient_cannot_be_noticed(inplace):
-    again = overwritten(inplace, "itself")
+    _, again = overwritten(inplace, "itself")
     with torch.no_grad():
         assert again.sum().abs() < 1e-12  # a gradient
     assert again.detach().argmax(1).shape == (3,)
@@ -713,7 +713,7 @@ def test_the_gradient_of_the_logits_by_the_edge_taken_before(inplace):
 @both
 def test_a_later_use_is_refused_even_where_its_gradient_is_zero(inplace):
     """Its value would be that of the gradient."""
-    again = overwritten(inplace, "itself")
+    _, again = overwritten(inplace, "itself")
     with pytest.raises(RuntimeError, match="used again afterwards"):
         torch.relu(again - 100).sum().backward()
 
@@ -721,13 +721,8 @@ def test_a_later_use_is_refused_even_where_its_gradient_is_zero(inplace):
 @both
 @pytest.mark.parametrize("view", ["itself", "a view"])
 def test_a_batched_gradient_afterwards_is_refused(view, inplace):
-    make, again = VIEWS[view]
-    leaf, base = leaf_and_logits(3, 4)
-    logits = make(base)
-    loss = cross_entropy(logits, TARGET, **inplace)
-    if inplace is IN_BACKWARD:
-        loss.backward(retain_graph=True)
-    sums = again(base, logits).sum(1)
+    leaf, again = overwritten(inplace, view)
+    sums = again.sum(1)
     with pytest.raises(RuntimeError, match="used again afterwards"):
         torch.autograd.grad(sums, leaf, torch.eye(3, dtype=torch.float64), is_grads_batched=True)
 
